@@ -1,0 +1,52 @@
+//! containerd's leases: what holds content and snapshots against its garbage collection.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::{
+    CreateRequest, DeleteRequest, ListRequest, leases_client::LeasesClient,
+};
+use tonic::transport::Channel;
+
+use super::{CallError, Containerd};
+
+/// A lease as containerd lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerdLease {
+    /// Its id.
+    pub id: String,
+    /// Its labels.
+    pub labels: HashMap<String, String>,
+}
+
+impl Containerd {
+    fn leases(&self) -> LeasesClient<Channel> {
+        LeasesClient::new(self.channel.clone())
+    }
+
+    /// Makes a lease that does not expire (an expiry has killed live disks elsewhere). Succeeds if it is there.
+    pub async fn create_lease(&self, id: &str, labels: HashMap<String, String>) -> Result<(), CallError> {
+        let request = self.request(CreateRequest { id: id.to_owned(), labels });
+        match self.call("Leases.Create", self.leases().create(request)).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_already_exists() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes a lease; with `sync` a garbage collection is run and waited for. Succeeds if it is not there.
+    pub async fn delete_lease(&self, id: &str, sync: bool) -> Result<(), CallError> {
+        let request = self.request(DeleteRequest { id: id.to_owned(), sync });
+        match self.call("Leases.Delete", self.leases().delete(request)).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.is_not_found() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All leases that carry the label `label`, with any value.
+    pub async fn list_leases(&self, label: &str) -> Result<Vec<ContainerdLease>, CallError> {
+        let request = self.request(ListRequest { filters: vec![format!("labels.{label:?}")] });
+        let reply = self.call("Leases.List", self.leases().list(request)).await?;
+        Ok(reply.leases.into_iter().map(|l| ContainerdLease { id: l.id, labels: l.labels }).collect())
+    }
+}

@@ -1,0 +1,150 @@
+//! containerd's snapshots, in the configured snapshotter.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::snapshots::{
+    CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+    StatSnapshotRequest, snapshots_client::SnapshotsClient,
+};
+use tonic::transport::Channel;
+
+use super::{CallError, Containerd};
+
+/// How a snapshot is mounted; for a block snapshotter, `source` is its device.
+pub type Mount = containerd_client::types::Mount;
+
+/// Snapshots and the leases that hold them: the part of containerd that acquire and release need, and the seam where
+/// tests put a fake.
+#[async_trait::async_trait]
+pub trait Snapshots: Send + Sync {
+    /// Makes a lease without expiry. Succeeds if it is there.
+    async fn create_lease(&self, id: &str, labels: HashMap<String, String>) -> Result<(), CallError>;
+    /// Deletes a lease and so all that it alone holds; with `sync` waits for the collection. Succeeds if not there.
+    async fn delete_lease(&self, id: &str, sync: bool) -> Result<(), CallError>;
+    /// Ids of the leases that carry our label.
+    async fn our_leases(&self) -> Result<Vec<String>, CallError>;
+    /// Makes a writable snapshot of `parent`, held by `lease`.
+    async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError>;
+    /// How the snapshot `key` is mounted.
+    async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError>;
+    /// Removes the snapshot `key`'s record; its device goes at containerd's next collection. Succeeds if not there.
+    async fn remove(&self, key: &str) -> Result<(), CallError>;
+    /// Keys of the active snapshots that begin with `prefix`.
+    async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError>;
+    /// What a failed call means to a caller of Cowshed.
+    fn explain(&self, error: CallError) -> crate::error::Error;
+}
+
+/// The label that every containerd lease of Cowshed's carries.
+pub const LEASE_LABEL: &str = "cowshed.io/lease";
+
+impl Containerd {
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone()).max_decoding_message_size(super::MAX_MESSAGE_BYTES)
+    }
+
+    /// Makes a writable snapshot of `parent` (of nothing if empty), held by `lease`.
+    pub async fn prepare_snapshot(
+        &self,
+        lease: &str,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, CallError> {
+        let request = self.leased(
+            lease,
+            PrepareSnapshotRequest {
+                snapshotter: self.snapshotter.clone(),
+                key: key.to_owned(),
+                parent: parent.to_owned(),
+                labels,
+            },
+        );
+        Ok(self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await?.mounts)
+    }
+
+    /// Turns the active snapshot `key` into the committed one `name`, held by `lease`.
+    pub async fn commit_snapshot(
+        &self,
+        lease: &str,
+        name: &str,
+        key: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<(), CallError> {
+        let request = self.leased(
+            lease,
+            CommitSnapshotRequest {
+                snapshotter: self.snapshotter.clone(),
+                name: name.to_owned(),
+                key: key.to_owned(),
+                labels,
+                ..Default::default()
+            },
+        );
+        self.call("Snapshots.Commit", self.snapshots().commit(request)).await
+    }
+
+    /// Whether there is a snapshot `name`, active or committed. The request also adds it to `lease`'s resources if
+    /// one is given.
+    pub async fn has_snapshot(&self, name: &str) -> Result<bool, CallError> {
+        let message = StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
+        match self.call("Snapshots.Stat", self.snapshots().stat(self.request(message))).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Snapshots for Containerd {
+    async fn create_lease(&self, id: &str, labels: HashMap<String, String>) -> Result<(), CallError> {
+        Self::create_lease(self, id, labels).await
+    }
+
+    async fn delete_lease(&self, id: &str, sync: bool) -> Result<(), CallError> {
+        Self::delete_lease(self, id, sync).await
+    }
+
+    async fn our_leases(&self) -> Result<Vec<String>, CallError> {
+        Ok(self.list_leases(LEASE_LABEL).await?.into_iter().map(|lease| lease.id).collect())
+    }
+
+    async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
+        self.prepare_snapshot(lease, key, parent, HashMap::new()).await
+    }
+
+    async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {
+        let message = MountsRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
+        Ok(self.call("Snapshots.Mounts", self.snapshots().mounts(self.request(message))).await?.mounts)
+    }
+
+    async fn remove(&self, key: &str) -> Result<(), CallError> {
+        let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
+        match self.call("Snapshots.Remove", self.snapshots().remove(self.request(message))).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.is_not_found() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError> {
+        let message = ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            filters: vec![format!("kind==active,name~=\"^{prefix}\"")],
+        };
+        let mut stream = self.call("Snapshots.List", self.snapshots().list(self.request(message))).await?;
+        let mut keys = Vec::new();
+        loop {
+            let next = async { stream.message().await.map(tonic::Response::new) };
+            match self.call("Snapshots.List", next).await? {
+                Some(page) => keys.extend(page.info.into_iter().map(|info| info.name)),
+                None => return Ok(keys),
+            }
+        }
+    }
+
+    fn explain(&self, error: CallError) -> crate::error::Error {
+        Self::explain(self, error)
+    }
+}

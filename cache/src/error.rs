@@ -1,0 +1,162 @@
+//! What can go wrong, as a caller sees it: a stable reason, a message that names the thing and the way out, metadata.
+//!
+//! Reasons are part of the public API (`cowshed.proto`); the mapping to gRPC codes is [`Reason::code`] and nowhere else.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+/// The `domain` of every `google.rpc.ErrorInfo` that Cowshed sends.
+pub const ERROR_DOMAIN: &str = "cowshed.v1";
+
+/// Why a request failed. The names on the wire are kept for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "each is documented in cowshed.proto")]
+pub enum Reason {
+    VmIdInvalid,
+    ImageReferenceInvalid,
+    PlatformInvalid,
+    LeaseIdInvalid,
+    PageTokenInvalid,
+    LeaseNotFound,
+    ImageNotFound,
+    PlatformNotFound,
+    SpecConflict,
+    RegistryDenied,
+    SnapshotterMissing,
+    PoolMissing,
+    ImageUnsupported,
+    DeviceMismatch,
+    PoolFull,
+    StateDirectoryFull,
+    ContainerdFull,
+    ContainerdUnavailable,
+    RegistryUnavailable,
+    NotReady,
+    Stopping,
+    ContainerdTimeout,
+    ImageCorrupt,
+    ContainerdError,
+    LedgerError,
+}
+
+impl Reason {
+    /// The gRPC code that a caller gets.
+    pub fn code(self) -> Code {
+        match self {
+            Self::VmIdInvalid
+            | Self::ImageReferenceInvalid
+            | Self::PlatformInvalid
+            | Self::LeaseIdInvalid
+            | Self::PageTokenInvalid => Code::InvalidArgument,
+            Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
+            Self::SpecConflict => Code::AlreadyExists,
+            Self::RegistryDenied => Code::PermissionDenied,
+            Self::SnapshotterMissing | Self::PoolMissing | Self::ImageUnsupported | Self::DeviceMismatch => {
+                Code::FailedPrecondition
+            }
+            Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
+            Self::ContainerdUnavailable | Self::RegistryUnavailable | Self::NotReady | Self::Stopping => {
+                Code::Unavailable
+            }
+            Self::ContainerdTimeout => Code::DeadlineExceeded,
+            Self::ImageCorrupt => Code::DataLoss,
+            Self::ContainerdError | Self::LedgerError => Code::Internal,
+        }
+    }
+
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::VmIdInvalid => "VM_ID_INVALID",
+            Self::ImageReferenceInvalid => "IMAGE_REFERENCE_INVALID",
+            Self::PlatformInvalid => "PLATFORM_INVALID",
+            Self::LeaseIdInvalid => "LEASE_ID_INVALID",
+            Self::PageTokenInvalid => "PAGE_TOKEN_INVALID",
+            Self::LeaseNotFound => "LEASE_NOT_FOUND",
+            Self::ImageNotFound => "IMAGE_NOT_FOUND",
+            Self::PlatformNotFound => "PLATFORM_NOT_FOUND",
+            Self::SpecConflict => "SPEC_CONFLICT",
+            Self::RegistryDenied => "REGISTRY_DENIED",
+            Self::SnapshotterMissing => "SNAPSHOTTER_MISSING",
+            Self::PoolMissing => "POOL_MISSING",
+            Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
+            Self::DeviceMismatch => "DEVICE_MISMATCH",
+            Self::PoolFull => "POOL_FULL",
+            Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
+            Self::ContainerdFull => "CONTAINERD_FULL",
+            Self::ContainerdUnavailable => "CONTAINERD_UNAVAILABLE",
+            Self::RegistryUnavailable => "REGISTRY_UNAVAILABLE",
+            Self::NotReady => "NOT_READY",
+            Self::Stopping => "STOPPING",
+            Self::ContainerdTimeout => "CONTAINERD_TIMEOUT",
+            Self::ImageCorrupt => "IMAGE_CORRUPT",
+            Self::ContainerdError => "CONTAINERD_ERROR",
+            Self::LedgerError => "LEDGER_ERROR",
+        }
+    }
+}
+
+/// A failed request. Cheap to clone: callers that share a pull share its failure.
+#[derive(Clone, Debug)]
+pub struct Error(Arc<Inner>);
+
+#[derive(Clone, Debug)]
+struct Inner {
+    reason: Reason,
+    message: String,
+    metadata: BTreeMap<&'static str, String>,
+}
+
+impl Error {
+    /// `message` is a sentence without a full stop: what is wrong with which thing, and the way out.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self(Arc::new(Inner { reason, message: message.into(), metadata: BTreeMap::new() }))
+    }
+
+    /// Adds a field, id or path by name, for programs.
+    #[must_use]
+    pub fn with(self, key: &'static str, value: impl fmt::Display) -> Self {
+        let mut inner = Arc::unwrap_or_clone(self.0);
+        inner.metadata.insert(key, value.to_string());
+        Self(Arc::new(inner))
+    }
+
+    /// Puts `context` and a colon before the message.
+    #[must_use]
+    pub fn context(self, context: impl fmt::Display) -> Self {
+        let mut inner = Arc::unwrap_or_clone(self.0);
+        inner.message = format!("{context}: {}", inner.message);
+        Self(Arc::new(inner))
+    }
+
+    /// Why.
+    pub fn reason(&self) -> Reason {
+        self.0.reason
+    }
+
+    /// The same as a gRPC status with `google.rpc.ErrorInfo`.
+    pub fn to_status(&self) -> Status {
+        let metadata = self.0.metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+        let details = ErrorDetails::with_error_info(self.0.reason.as_str(), ERROR_DOMAIN, metadata);
+        Status::with_error_details(self.0.reason.code(), self.0.message.clone(), details)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        error.to_status()
+    }
+}
+
+/// What the service's fallible functions return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

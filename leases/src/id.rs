@@ -1,0 +1,179 @@
+//! Names: VM ids as launchers choose them, lease ids and generations as we do.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The longest VM id, in bytes.
+pub const VM_ID_MAX_BYTES: usize = 128;
+
+/// A VM's name, chosen by its launcher: 1 to 128 bytes of ASCII letters, digits and `-_.:@`, the first a letter or a
+/// digit, without `..`. Safe in a log line, a label, a path component and a command line.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VmId(String);
+
+/// Why a string is no VM id.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum VmIdError {
+    /// It is empty.
+    #[error("it is empty")]
+    Empty,
+    /// It is longer than [`VM_ID_MAX_BYTES`].
+    #[error("it is {0} bytes long, {VM_ID_MAX_BYTES} are allowed")]
+    TooLong(usize),
+    /// It begins with something else than a letter or a digit.
+    #[error("it must begin with a letter or a digit, not {0:?}")]
+    BadFirst(char),
+    /// It has a character that is not allowed.
+    #[error("{0:?} is not allowed; use letters, digits and \"-_.:@\"")]
+    BadCharacter(char),
+    /// It contains `..`.
+    #[error("\"..\" is not allowed")]
+    DotDot,
+}
+
+impl FromStr for VmId {
+    type Err = VmIdError;
+
+    fn from_str(text: &str) -> Result<Self, VmIdError> {
+        if text.len() > VM_ID_MAX_BYTES {
+            return Err(VmIdError::TooLong(text.len()));
+        }
+        let first = text.chars().next().ok_or(VmIdError::Empty)?;
+        if let Some(bad) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"-_.:@".contains(*c)) {
+            return Err(VmIdError::BadCharacter(bad));
+        }
+        if !first.is_ascii_alphanumeric() {
+            return Err(VmIdError::BadFirst(first));
+        }
+        if text.contains("..") {
+            return Err(VmIdError::DotDot);
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Names one lease among all that there ever were: 32 hexadecimal digits, random, never used again. Snapshot keys and
+/// containerd leases are named after it, so a stale name cannot mean somebody else's disk.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LeaseId(String);
+
+/// A string that is no lease id.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("a lease id is 32 lower-case hexadecimal digits")]
+pub struct LeaseIdError;
+
+impl LeaseId {
+    /// From 128 random bits.
+    pub fn from_random(bits: u128) -> Self {
+        Self(format!("{bits:032x}"))
+    }
+
+    /// The name of this lease's snapshot, and of the containerd lease that holds it.
+    pub fn snapshot_key(&self) -> String {
+        format!("{SNAPSHOT_KEY_PREFIX}{}", self.0)
+    }
+
+    /// The lease whose snapshot or containerd lease is called `key`; `None` if it is no such name.
+    pub fn from_snapshot_key(key: &str) -> Option<Self> {
+        key.strip_prefix(SNAPSHOT_KEY_PREFIX)?.parse().ok()
+    }
+}
+
+/// What all names made by [`LeaseId::snapshot_key`] begin with.
+pub const SNAPSHOT_KEY_PREFIX: &str = "cowshed-vm-";
+
+impl FromStr for LeaseId {
+    type Err = LeaseIdError;
+
+    fn from_str(text: &str) -> Result<Self, LeaseIdError> {
+        let hex = text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        if hex && text.len() == 32 { Ok(Self(text.to_owned())) } else { Err(LeaseIdError) }
+    }
+}
+
+/// Counts grants on this host: each lease's is greater than that of every one before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Generation(pub u64);
+
+macro_rules! string_newtype {
+    ($name:ident, $error:ident) => {
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = $error;
+            fn try_from(text: String) -> Result<Self, $error> {
+                text.parse()
+            }
+        }
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+    };
+}
+string_newtype!(VmId, VmIdError);
+string_newtype!(LeaseId, LeaseIdError);
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn vm_ids() {
+        let longest = "x".repeat(VM_ID_MAX_BYTES);
+        for good in ["a", "vm-1", "7f3c", "tenant@app:1.2_x", longest.as_str()] {
+            assert_eq!(good.parse::<VmId>().unwrap().as_str(), good);
+        }
+        let long = "x".repeat(VM_ID_MAX_BYTES + 1);
+        let table = [
+            ("", VmIdError::Empty),
+            (long.as_str(), VmIdError::TooLong(129)),
+            ("-a", VmIdError::BadFirst('-')),
+            (".", VmIdError::BadFirst('.')),
+            ("a b", VmIdError::BadCharacter(' ')),
+            ("a/b", VmIdError::BadCharacter('/')),
+            ("a\nb", VmIdError::BadCharacter('\n')),
+            ("a\0", VmIdError::BadCharacter('\0')),
+            ("vmé", VmIdError::BadCharacter('é')),
+            ("a..b", VmIdError::DotDot),
+            ("..", VmIdError::BadFirst('.')),
+        ];
+        for (bad, why) in table {
+            assert_eq!(bad.parse::<VmId>(), Err(why), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn lease_ids_name_their_snapshots() {
+        let id = LeaseId::from_random(0xfeed);
+        assert_eq!(id.as_str(), "0000000000000000000000000000feed");
+        assert_eq!(LeaseId::from_snapshot_key(&id.snapshot_key()), Some(id));
+        for foreign in ["", "vm", "cowshed-vm-", "cowshed-vm-XYZ", "cowshed-pull-0000000000000000000000000000feed"] {
+            assert_eq!(LeaseId::from_snapshot_key(foreign), None, "{foreign}");
+        }
+    }
+
+    #[test]
+    fn deserialisation_checks_again() {
+        use serde::de::{IntoDeserializer as _, value::{Error, StringDeserializer}};
+        let bad: StringDeserializer<Error> = "a/b".to_owned().into_deserializer();
+        assert!(VmId::deserialize(bad).is_err());
+        let bad: StringDeserializer<Error> = "nothex".to_owned().into_deserializer();
+        assert!(LeaseId::deserialize(bad).is_err());
+    }
+}
