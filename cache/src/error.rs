@@ -2,7 +2,11 @@
 //!
 //! Reasons are part of the public API (`cowshed.proto`); the mapping to gRPC codes is [`Reason::code`] and nowhere else.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::Arc,
+};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -25,7 +29,9 @@ pub enum Reason {
     SpecConflict,
     RegistryDenied,
     SnapshotterMissing,
+    SnapshotterUnfit,
     PoolMissing,
+    PoolUnusable,
     ImageUnsupported,
     DeviceMismatch,
     PoolFull,
@@ -33,6 +39,7 @@ pub enum Reason {
     ContainerdFull,
     ContainerdUnavailable,
     RegistryUnavailable,
+    RegistryConfiguration,
     NotReady,
     Stopping,
     ContainerdTimeout,
@@ -53,9 +60,13 @@ impl Reason {
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
-            Self::SnapshotterMissing | Self::PoolMissing | Self::ImageUnsupported | Self::DeviceMismatch => {
-                Code::FailedPrecondition
-            }
+            Self::SnapshotterMissing
+            | Self::SnapshotterUnfit
+            | Self::PoolMissing
+            | Self::PoolUnusable
+            | Self::ImageUnsupported
+            | Self::RegistryConfiguration
+            | Self::DeviceMismatch => Code::FailedPrecondition,
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable | Self::RegistryUnavailable | Self::NotReady | Self::Stopping => {
                 Code::Unavailable
@@ -80,7 +91,9 @@ impl Reason {
             Self::SpecConflict => "SPEC_CONFLICT",
             Self::RegistryDenied => "REGISTRY_DENIED",
             Self::SnapshotterMissing => "SNAPSHOTTER_MISSING",
+            Self::SnapshotterUnfit => "SNAPSHOTTER_UNFIT",
             Self::PoolMissing => "POOL_MISSING",
+            Self::PoolUnusable => "POOL_UNUSABLE",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
             Self::PoolFull => "POOL_FULL",
@@ -88,6 +101,7 @@ impl Reason {
             Self::ContainerdFull => "CONTAINERD_FULL",
             Self::ContainerdUnavailable => "CONTAINERD_UNAVAILABLE",
             Self::RegistryUnavailable => "REGISTRY_UNAVAILABLE",
+            Self::RegistryConfiguration => "REGISTRY_CONFIGURATION",
             Self::NotReady => "NOT_READY",
             Self::Stopping => "STOPPING",
             Self::ContainerdTimeout => "CONTAINERD_TIMEOUT",
@@ -138,7 +152,8 @@ impl Error {
 
     /// The same as a gRPC status with `google.rpc.ErrorInfo`.
     pub fn to_status(&self) -> Status {
-        let metadata = self.0.metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+        let metadata: HashMap<_, _> =
+            self.0.metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
         let details = ErrorDetails::with_error_info(self.0.reason.as_str(), ERROR_DOMAIN, metadata);
         Status::with_error_details(self.0.reason.code(), self.0.message.clone(), details)
     }

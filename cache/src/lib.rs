@@ -1,1 +1,22 @@
-//! x
+//! Cowshed, the service: a host's containerd client, images, acquire, release, reclaim, RPC, metrics, configuration and
+//! command line. The crates `leases` and `gc` decide; this one carries out.
+
+pub mod acquire;
+pub mod admission;
+pub mod cli;
+mod clock;
+pub mod config;
+pub mod containerd;
+pub mod error;
+pub mod exit;
+pub mod image;
+pub mod kernel;
+pub mod ledger;
+pub mod metrics;
+pub mod reclaim;
+pub mod registry;
+pub mod rpc;
+pub mod serve;
+pub mod stages;
+pub mod status;
+pub mod tasks;

@@ -105,7 +105,8 @@ fn foreign(inventory: &Inventory) -> BTreeSet<Foreign> {
             inventory.held.contains(&id) || inventory.releasing.iter().any(|(releasing, _)| *releasing == id)
         })
     };
-    let pull = |name: &String| inventory.running_pulls.contains(name) || inventory.abandoned_pulls.contains(name);
+    let pull =
+        |name: &String| inventory.running_pulls.contains(name) || inventory.abandoned_pulls.contains(name);
     let leases = inventory.containerd_leases.iter().filter(|name| !recorded(name) && !pull(name));
     let snapshots = inventory.snapshots.iter().filter(|key| !recorded(key));
     leases.cloned().map(Foreign::ContainerdLease).chain(snapshots.cloned().map(Foreign::Snapshot)).collect()
@@ -152,7 +153,12 @@ mod tests {
             held: [id(1)].into(),
             releasing: vec![(id(2), DeviceUse::Closed)],
             running_pulls: ["cowshed-pull-a".to_owned()].into(),
-            containerd_leases: vec![id(1).snapshot_key(), id(9).snapshot_key(), "cowshed-pull-a".into(), "x".into()],
+            containerd_leases: vec![
+                id(1).snapshot_key(),
+                id(9).snapshot_key(),
+                "cowshed-pull-a".into(),
+                "x".into(),
+            ],
             snapshots: vec![id(2).snapshot_key(), id(8).snapshot_key()],
             ..Inventory::default()
         };

@@ -15,6 +15,8 @@ pub struct Book {
     leases: BTreeMap<LeaseId, Lease>,
     /// The lease that each VM holds or waits for (never one that is Releasing).
     held: HashMap<VmId, LeaseId>,
+    /// Whose each granted device is, by device-mapper name, until the lease is gone.
+    devices: HashMap<String, LeaseId>,
     /// The greatest generation that was ever given out.
     last_generation: u64,
 }
@@ -67,18 +69,31 @@ pub enum BookError {
     /// The lease may be held still, so it cannot be forgotten.
     #[error("lease {0} is held: only a released lease can be removed")]
     NotReleasing(LeaseId),
+    /// The device is that of another lease.
+    #[error("device {device} of lease {asked} is that of lease {owner}")]
+    DeviceTaken {
+        /// Its device-mapper name.
+        device: String,
+        /// Whose it is.
+        owner: LeaseId,
+        /// Who was to get it.
+        asked: LeaseId,
+    },
     /// The same random id came twice, or a stored id is used again.
     #[error("lease {0} exists already")]
     Reused(LeaseId),
 }
 
 impl Book {
-    /// A book with what was written down. Fails if two leases claim one VM.
+    /// A book with what was written down. Fails if two leases claim one VM or one device.
     pub fn load(leases: impl IntoIterator<Item = Lease>, last_generation: u64) -> Result<Self, String> {
         let mut book = Self { last_generation, ..Self::default() };
         for lease in leases {
             if let (false, Some(other)) = (is_releasing(&lease), book.held.get(&lease.vm)) {
                 return Err(format!("VM {} is held by both lease {other} and lease {}", lease.vm, lease.id));
+            }
+            if let Some(other) = lease.grant().and_then(|grant| book.devices.get(&grant.device.dm_name)) {
+                return Err(format!("lease {other} and lease {} have the same device", lease.id));
             }
             if lease.generation.0 > last_generation {
                 return Err(format!("lease {} has a generation that was never given out", lease.id));
@@ -114,7 +129,13 @@ impl Book {
     }
 
     /// Decides an acquire. `id` is fresh and is used if a lease is to be made.
-    pub fn acquire(&self, vm: &VmId, spec: &Spec, id: LeaseId, now: UnixMicros) -> Result<Acquisition, BookError> {
+    pub fn acquire(
+        &self,
+        vm: &VmId,
+        spec: &Spec,
+        id: LeaseId,
+        now: UnixMicros,
+    ) -> Result<Acquisition, BookError> {
         if let Some(held) = self.held.get(vm).and_then(|id| self.leases.get(id)) {
             let differences = differences(&held.spec, spec);
             if differences.is_empty() {
@@ -135,8 +156,12 @@ impl Book {
         })))
     }
 
-    /// Preparing → Granted. Not if it was released meanwhile.
+    /// Preparing → Granted. Not if it was released meanwhile, nor if the device is still another lease's.
     pub fn grant(&self, id: &LeaseId, grant: Grant) -> Result<Change, BookError> {
+        if let Some(owner) = self.devices.get(&grant.device.dm_name).filter(|owner| *owner != id) {
+            let (owner, asked) = (owner.clone(), id.clone());
+            return Err(BookError::DeviceTaken { device: grant.device.dm_name, owner, asked });
+        }
         match self.leases.get(id) {
             Some(lease) if lease.state == State::Preparing => {
                 Ok(Change::Put(Box::new(Lease { state: State::Granted(Box::new(grant)), ..lease.clone() })))
@@ -179,11 +204,17 @@ impl Book {
         {
             self.held.remove(&before.vm);
         }
+        if let Some(grant) = before.as_ref().and_then(Lease::grant) {
+            self.devices.remove(&grant.device.dm_name);
+        }
         let existed_after = now.is_some();
         if let Some(lease) = now {
             self.last_generation = self.last_generation.max(lease.generation.0);
             if !is_releasing(&lease) {
                 self.held.insert(lease.vm.clone(), id.clone());
+            }
+            if let Some(grant) = lease.grant() {
+                self.devices.insert(grant.device.dm_name.clone(), id.clone());
             }
             self.leases.insert(id.clone(), lease);
         }

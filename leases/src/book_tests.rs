@@ -91,6 +91,20 @@ fn only_a_lease_in_preparation_is_granted_and_only_a_released_one_removed() {
 }
 
 #[test]
+fn a_device_is_granted_to_one_lease_until_that_is_gone() {
+    let mut book = Book::default();
+    let a = acquired(&mut book, &vm(1), &spec(1), id(1));
+    let b = acquired(&mut book, &vm(2), &spec(1), id(2));
+    book.apply(book.grant(&a.id, grant(1)).unwrap());
+    let taken = BookError::DeviceTaken { device: "snap-1".into(), owner: a.id.clone(), asked: b.id.clone() };
+    assert_eq!(book.grant(&b.id, grant(1)), Err(taken.clone()));
+    book.apply(book.release(&a.id, UnixMicros(2)).unwrap());
+    assert_eq!(book.grant(&b.id, grant(1)), Err(taken));
+    book.apply(book.remove(&a.id).unwrap().unwrap());
+    assert!(book.grant(&b.id, grant(1)).is_ok());
+}
+
+#[test]
 fn a_book_in_which_two_leases_hold_one_vm_is_refused() {
     let mut book = Book::default();
     let a = acquired(&mut book, &vm(1), &spec(1), id(1));
@@ -144,7 +158,9 @@ fn step(book: &mut Book, oracle: &mut Oracle, fresh: u64, command: Command) {
                     book.apply(Change::Put(lease));
                     oracle.0.push((id(fresh), vm(v), spec(s), "preparing"));
                 }
-                (Some(held), Ok(Acquisition::Existing(lease))) => assert_eq!((&held.0, &held.2), (&lease.id, &spec(s))),
+                (Some(held), Ok(Acquisition::Existing(lease))) => {
+                    assert_eq!((&held.0, &held.2), (&lease.id, &spec(s)))
+                }
                 (Some(held), Err(BookError::Conflict { lease, .. })) => {
                     assert_eq!(held.0, lease);
                     assert_ne!(held.2, spec(s));
@@ -154,7 +170,7 @@ fn step(book: &mut Book, oracle: &mut Oracle, fresh: u64, command: Command) {
         }
         Command::Grant(n) => {
             let entry = oracle.0.iter_mut().find(|entry| entry.0 == id(n) && entry.3 == "preparing");
-            let change = book.grant(&id(n), grant(1));
+            let change = book.grant(&id(n), grant(n as u32));
             assert_eq!(entry.is_some(), change.is_ok());
             if let (Some(entry), Ok(change)) = (entry, change) {
                 entry.3 = "granted";

@@ -163,14 +163,19 @@ mod tests {
         let id = LeaseId::from_random(0xfeed);
         assert_eq!(id.as_str(), "0000000000000000000000000000feed");
         assert_eq!(LeaseId::from_snapshot_key(&id.snapshot_key()), Some(id));
-        for foreign in ["", "vm", "cowshed-vm-", "cowshed-vm-XYZ", "cowshed-pull-0000000000000000000000000000feed"] {
+        for foreign in
+            ["", "vm", "cowshed-vm-", "cowshed-vm-XYZ", "cowshed-pull-0000000000000000000000000000feed"]
+        {
             assert_eq!(LeaseId::from_snapshot_key(foreign), None, "{foreign}");
         }
     }
 
     #[test]
     fn deserialisation_checks_again() {
-        use serde::de::{IntoDeserializer as _, value::{Error, StringDeserializer}};
+        use serde::de::{
+            IntoDeserializer as _,
+            value::{Error, StringDeserializer},
+        };
         let bad: StringDeserializer<Error> = "a/b".to_owned().into_deserializer();
         assert!(VmId::deserialize(bad).is_err());
         let bad: StringDeserializer<Error> = "nothex".to_owned().into_deserializer();

@@ -9,5 +9,5 @@ mod lease;
 
 pub use book::{Acquisition, Book, BookError, Change, Difference};
 pub use device::{DeviceIdentity, DeviceNumber};
-pub use id::{Generation, LeaseId, LeaseIdError, VmId, VmIdError};
+pub use id::{Generation, LeaseId, LeaseIdError, SNAPSHOT_KEY_PREFIX, VM_ID_MAX_BYTES, VmId, VmIdError};
 pub use lease::{Grant, Lease, Process, Spec, State, UnixMicros};

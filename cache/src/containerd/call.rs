@@ -142,7 +142,10 @@ pub(super) async fn within<T>(
 fn classify(status: &Status, snapshotter: &str) -> Reason {
     let message = status.message();
     let text = message.to_ascii_lowercase();
-    if status.code() == Code::Unavailable || text.contains("transport error") || text.contains("error trying to connect") {
+    if status.code() == Code::Unavailable
+        || text.contains("transport error")
+        || text.contains("error trying to connect")
+    {
         return Reason::ContainerdUnavailable;
     }
     if text.contains("snapshotter not loaded") && text.contains(&snapshotter.to_ascii_lowercase()) {
@@ -153,7 +156,11 @@ fn classify(status: &Status, snapshotter: &str) -> Reason {
         return if pool { Reason::PoolFull } else { Reason::ContainerdFull };
     }
     let device = text.contains("dmsetup") || text.contains("/dev/mapper") || text.contains("pool");
-    if device && (text.contains("no such device") || text.contains("does not exist") || text.contains("no such file")) {
+    if device
+        && (text.contains("no such device")
+            || text.contains("does not exist")
+            || text.contains("no such file"))
+    {
         return Reason::PoolMissing;
     }
     Reason::ContainerdError

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::{
-    CreateRequest, DeleteRequest, ListRequest, leases_client::LeasesClient,
+    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, Resource, leases_client::LeasesClient,
 };
 use tonic::transport::Channel;
 
@@ -41,6 +41,22 @@ impl Containerd {
             Err(error) if error.is_not_found() => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Lets the lease hold a blob that is there already.
+    pub async fn hold_blob(&self, lease: &str, digest: &str) -> Result<(), CallError> {
+        self.hold(lease, "content".to_owned(), digest).await
+    }
+
+    /// Lets the lease hold a snapshot that is there already.
+    pub async fn hold_snapshot(&self, lease: &str, name: &str) -> Result<(), CallError> {
+        self.hold(lease, format!("snapshots/{}", self.snapshotter()), name).await
+    }
+
+    async fn hold(&self, lease: &str, r#type: String, id: &str) -> Result<(), CallError> {
+        let resource = Some(Resource { id: id.to_owned(), r#type });
+        let request = self.request(AddResourceRequest { id: lease.to_owned(), resource });
+        self.call("Leases.AddResource", self.leases().add_resource(request)).await
     }
 
     /// All leases that carry the label `label`, with any value.

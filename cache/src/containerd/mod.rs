@@ -19,7 +19,7 @@ pub use call::CallError;
 pub use content::ContentWriter;
 pub use images::ImageRecord;
 pub use leases::ContainerdLease;
-pub use snapshots::{Mount, Snapshots};
+pub use snapshots::{LEASE_LABEL, Mount, Snapshots};
 
 use crate::error::Result;
 
@@ -69,7 +69,8 @@ impl Containerd {
     /// containerd's version, as it reports it.
     pub async fn version(&self) -> Result<String> {
         let mut client = VersionClient::new(self.channel.clone());
-        let reply = self.call("Version", client.version(self.request(()))).await.map_err(|e| self.explain(e))?;
+        let reply =
+            self.call("Version", client.version(self.request(()))).await.map_err(|e| self.explain(e))?;
         Ok(reply.version)
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-    StatSnapshotRequest, snapshots_client::SnapshotsClient,
+    CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+    RemoveSnapshotRequest, StatSnapshotRequest, snapshots_client::SnapshotsClient,
 };
 use tonic::transport::Channel;
 

@@ -1,0 +1,114 @@
+//! Whether the pool has room for another disk: refused at once, with the reason, never queued into a timeout.
+
+use crate::{
+    error::{Error, Reason, Result},
+    kernel::{Kernel, KernelError, PoolMode, PoolUsage},
+};
+
+/// What has to stay free.
+#[derive(Clone, Copy, Debug)]
+pub struct Admission {
+    /// Of the pool's data, in percent.
+    pub data_headroom_percent: u8,
+    /// Of the pool's metadata, in percent.
+    pub metadata_headroom_percent: u8,
+}
+
+impl Admission {
+    /// Asks the kernel and decides.
+    pub fn admit(self, kernel: &dyn Kernel) -> Result<()> {
+        self.decide(&kernel.pool().map_err(missing)?)
+    }
+
+    fn decide(self, pool: &PoolUsage) -> Result<()> {
+        let name = &pool.name;
+        match pool.mode {
+            PoolMode::ReadWrite => {}
+            PoolMode::OutOfDataSpace => return Err(full(name, "it is out of data space")),
+            PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => {
+                let message = format!(
+                    "the thin pool {name} does not write (its state is {}): take it offline, run thin_check and, if that \
+                     finds damage, thin_repair on its metadata, then activate it again",
+                    pool.mode
+                );
+                return Err(Error::new(Reason::PoolUnusable, message)
+                    .with("pool", name)
+                    .with("mode", pool.mode));
+            }
+        }
+        let parts = [
+            ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),
+            (
+                "metadata",
+                pool.metadata_used,
+                pool.metadata_total,
+                self.metadata_headroom_percent,
+                "metadata_headroom_percent",
+            ),
+        ];
+        for (part, used, total, headroom, option) in parts {
+            if is_short(used, total, headroom) {
+                let free = total.saturating_sub(used) >> 20;
+                let why = format!(
+                    "{free} MiB of {} MiB {part} are free, [pool] {option} is {headroom}",
+                    total >> 20
+                );
+                return Err(full(name, &why));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_short(used: u64, total: u64, headroom_percent: u8) -> bool {
+    let free = u128::from(total.saturating_sub(used));
+    free == 0 || free * 100 < u128::from(total) * u128::from(headroom_percent)
+}
+
+fn full(pool: &str, why: &str) -> Error {
+    let message =
+        format!("the thin pool {pool} is full: {why}; release disks, remove images, or extend it (lvextend)");
+    Error::new(Reason::PoolFull, message).with("pool", pool)
+}
+
+fn missing(error: KernelError) -> Error {
+    Error::new(Reason::PoolMissing, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn room_and_no_room() {
+        let admission = Admission { data_headroom_percent: 5, metadata_headroom_percent: 10 };
+        let pool = |data_used, metadata_used, mode| PoolUsage {
+            name: "vg-pool".into(),
+            data_used,
+            data_total: 1000,
+            metadata_used,
+            metadata_total: 100,
+            mode,
+        };
+        let rw = PoolMode::ReadWrite;
+        let table = [
+            (pool(0, 0, rw), None, ""),
+            (pool(950, 90, rw), None, ""),
+            (pool(951, 0, rw), Some(Reason::PoolFull), "data_headroom_percent"),
+            (pool(0, 91, rw), Some(Reason::PoolFull), "metadata_headroom_percent"),
+            (pool(0, 0, PoolMode::OutOfDataSpace), Some(Reason::PoolFull), "out of data space"),
+            (pool(0, 0, PoolMode::ReadOnly), Some(Reason::PoolUnusable), "thin_check"),
+            (pool(0, 0, PoolMode::NeedsCheck), Some(Reason::PoolUnusable), "needs_check"),
+        ];
+        for (usage, reason, says) in table {
+            let refused = admission.decide(&usage).err();
+            assert_eq!(refused.as_ref().map(Error::reason), reason, "{usage:?}");
+            let text = refused.map(|e| e.to_string()).unwrap_or_default();
+            assert!(text.contains(says), "{text}");
+        }
+        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0 };
+        assert_eq!(none.decide(&pool(1000, 0, rw)).unwrap_err().reason(), Reason::PoolFull);
+        assert!(none.decide(&pool(999, 99, rw)).is_ok());
+    }
+}

@@ -1,0 +1,106 @@
+//! The commands that ask a running service.
+
+use std::path::{Path, PathBuf};
+
+use cowshed_proto::v1::{self, cowshed_client::CowshedClient};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+use super::{Command, Failure, Reach, print, pull, show};
+use crate::exit;
+
+/// The API's largest page is far below this, in bytes.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+pub(super) async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Acquire { vm, image, platform, reach } => acquire(vm, image, platform, &reach).await,
+        Command::Release { vm, lease, reach } => {
+            let request = v1::ReleaseRequest { vm_id: vm.clone(), lease_id: lease };
+            let reply = connect(&reach.socket).await?.release(request).await.map_err(|s| refused(&s))?;
+            print(&show::released(&vm, &reply.into_inner(), reach.output))
+        }
+        Command::Leases { vm: Some(vm), reach } => {
+            let request = v1::GetLeaseRequest { by: Some(v1::get_lease_request::By::VmId(vm)) };
+            let reply = connect(&reach.socket).await?.get_lease(request).await.map_err(|s| refused(&s))?;
+            print(&show::lease(&reply.into_inner().lease.unwrap_or_default(), reach.output))
+        }
+        Command::Leases { vm: None, reach } => print(&show::leases(&all_leases(&reach).await?, reach.output)),
+        Command::Pull { image, platform, reach } => {
+            let request = v1::PullImageRequest { image: image.clone(), platform };
+            let stream = connect(&reach.socket).await?.pull_image(request).await.map_err(|s| refused(&s))?;
+            pull::follow(&image, stream.into_inner(), reach.output).await
+        }
+        Command::Images { reach } => {
+            let request = v1::ListImagesRequest::default();
+            let reply = connect(&reach.socket).await?.list_images(request).await.map_err(|s| refused(&s))?;
+            print(&show::images(&reply.into_inner().images, reach.output))
+        }
+        Command::Status { reach } => status(&reach).await,
+        // Answered without a service, by the caller.
+        Command::Serve { .. } | Command::Version { .. } => Ok(()),
+    }
+}
+
+async fn acquire(vm: String, image: String, platform: Option<String>, reach: &Reach) -> Result<(), Failure> {
+    let request = v1::AcquireRequest { vm_id: vm, spec: Some(v1::DiskSpec { image, platform }) };
+    let reply = connect(&reach.socket).await?.acquire(request).await.map_err(|s| refused(&s))?;
+    print(&show::acquired(&reply.into_inner(), reach.output))
+}
+
+/// Exits with 8 (unavailable) if the service runs but cannot serve.
+async fn status(reach: &Reach) -> Result<(), Failure> {
+    let reply =
+        connect(&reach.socket).await?.get_status(v1::GetStatusRequest {}).await.map_err(|s| refused(&s))?;
+    let status = reply.into_inner();
+    print(&show::status(&status, reach.output))?;
+    if status.serving {
+        return Ok(());
+    }
+    let message = format!("not serving: {}", status.problems.join("; "));
+    Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) })
+}
+
+async fn all_leases(reach: &Reach) -> Result<Vec<v1::Lease>, Failure> {
+    let mut client = connect(&reach.socket).await?;
+    let mut leases = Vec::new();
+    let mut request = v1::ListLeasesRequest::default();
+    loop {
+        let page = client.list_leases(request.clone()).await.map_err(|s| refused(&s))?.into_inner();
+        leases.extend(page.leases);
+        if page.next_page_token.is_empty() {
+            return Ok(leases);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+async fn connect(socket: &Path) -> Result<CowshedClient<Channel>, Failure> {
+    let path: PathBuf = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The URI is not used by the connector, but has to be one.
+    let channel = Endpoint::from_static("http://cowshed").connect_with_connector(connector).await;
+    let channel = channel.map_err(|error| {
+        let what = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        let message = format!(
+            "no service answers on {}: {what}; start it (systemctl start cowshed), or name its socket with --socket",
+            socket.display()
+        );
+        Failure { message, status: exit::NO_SERVICE }
+    })?;
+    Ok(CowshedClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
+}
+
+pub(super) fn refused(status: &Status) -> Failure {
+    use tonic_types::StatusExt as _;
+    let reason =
+        status.get_details_error_info().map(|info| format!(" [{}]", info.reason)).unwrap_or_default();
+    Failure { message: format!("{}{reason}", status.message()), status: exit::for_code(status.code()) }
+}

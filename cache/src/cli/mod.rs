@@ -1,0 +1,193 @@
+//! The command line: what can be asked, and what the exit status says.
+
+mod client;
+mod pull;
+mod show;
+
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    config::{Config, DEFAULT_SOCKET, LogFormat},
+    exit,
+    serve::{self, ServeError},
+};
+
+const EXIT_HELP: &str = "\
+Exit status: 0 done; 1 failure; 2 wrong command line or invalid argument; 3 not found; 4 exists with another spec; \
+5 denied; 6 failed precondition; 7 full; 8 unavailable, try again; 9 timeout; 10 corrupt image; 20 no service on the \
+socket; serve: 21 configuration, 22 state directory in use, 23 state directory unusable, 24 ledger damaged, 25 the \
+ledger's disk failed, 26 cannot listen.";
+
+/// Root disks for microVMs: images pulled once, a copy-on-write snapshot per VM, under a lease.
+#[derive(Debug, Parser)]
+#[command(name = "cowshed", version, after_help = EXIT_HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// How to reach the service, and how to print what it says.
+#[derive(Clone, Debug, Args)]
+struct Reach {
+    /// The service's Unix socket.
+    #[arg(long, env = "COWSHED_SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// How to print the result.
+    #[arg(long, short, value_enum, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// For programs: one JSON document, or one a line for a stream.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service.
+    Serve {
+        /// Configuration file; the default one need not exist.
+        #[arg(long, short)]
+        config: Option<PathBuf>,
+        /// Only read the configuration and say whether it is right.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Give a VM a root disk, and print its device.
+    Acquire {
+        /// The VM's id.
+        vm: String,
+        /// Image reference, such as debian:12 or registry.example:5000/app@sha256:….
+        image: String,
+        /// os/architecture[/variant]; the host's if absent.
+        #[arg(long)]
+        platform: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Give a VM's disk back. It goes when its device is closed.
+    Release {
+        /// The VM's id.
+        vm: String,
+        /// Only if the VM holds this very lease.
+        #[arg(long)]
+        lease: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// List leases, or show that of one VM.
+    Leases {
+        /// The VM's id.
+        vm: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Fetch and unpack an image.
+    Pull {
+        /// Image reference.
+        image: String,
+        /// os/architecture[/variant]; the host's if absent.
+        #[arg(long)]
+        platform: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// List images.
+    Images {
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Say whether the service can serve, and how full the pool is.
+    Status {
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Print the version.
+    Version {
+        /// How to print it.
+        #[arg(long, short, value_enum, default_value = "text")]
+        output: Output,
+    },
+}
+
+impl Cli {
+    /// Does what was asked.
+    pub fn run(self) -> ExitCode {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let runtime = match runtime {
+            Ok(runtime) => runtime,
+            Err(error) => return fail(&format!("no threads can be had: {error}"), exit::FAILURE),
+        };
+        match self.command {
+            Command::Serve { config, check } => run_service(&runtime, config, check),
+            Command::Version { output } => finish(print(&show::version(output))),
+            command => finish(runtime.block_on(client::run(command))),
+        }
+    }
+}
+
+fn run_service(runtime: &tokio::runtime::Runtime, path: Option<PathBuf>, check: bool) -> ExitCode {
+    let config = match Config::read(path.as_deref()) {
+        Ok(config) => config,
+        Err(error) => return stopped(&ServeError::from(error)),
+    };
+    if let Err(error) = start_logging(&config) {
+        return fail(&error, exit::CONFIGURATION);
+    }
+    if check {
+        return finish(print("the configuration is right\n"));
+    }
+    match runtime.block_on(serve::serve(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => stopped(&error),
+    }
+}
+
+fn start_logging(config: &Config) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&config.log.level)
+        .map_err(|e| format!("the configuration's [log] level {:?} is wrong: {e}", config.log.level))?;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log.format {
+        LogFormat::Human => subscriber.with_ansi(false).init(),
+        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// What a client command could not do.
+#[derive(Debug)]
+struct Failure {
+    message: String,
+    status: u8,
+}
+
+fn stopped(error: &ServeError) -> ExitCode {
+    fail(&error.to_string(), error.exit_status())
+}
+
+fn finish(outcome: Result<(), Failure>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fail(&failure.message, failure.status),
+    }
+}
+
+fn fail(message: &str, status: u8) -> ExitCode {
+    // If stderr is gone as well, the status still tells.
+    let _gone = writeln!(std::io::stderr(), "cowshed: {message}");
+    ExitCode::from(status)
+}
+
+/// Writes to stdout; a closed pipe is a failure like any other, and no panic.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|e| Failure { message: format!("cannot write to stdout: {e}"), status: exit::FAILURE })
+}

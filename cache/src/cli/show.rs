@@ -1,0 +1,302 @@
+//! Replies as text and as JSON. JSON keys are the API's field names.
+
+use std::fmt::Write as _;
+
+use cowshed_proto::v1;
+use serde_json::{Value, json};
+
+use super::Output;
+
+pub(super) fn version(output: Output) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match output {
+        Output::Text => format!("cowshed {version}\n"),
+        Output::Json => line(&json!({ "version": version })),
+    }
+}
+
+pub(super) fn acquired(reply: &v1::AcquireResponse, output: Output) -> String {
+    let lease = reply.lease.clone().unwrap_or_default();
+    let cache = cache_name(reply.cache());
+    if output == Output::Json {
+        let stages =
+            reply.stages.iter().map(|s| json!({ "stage": s.stage, "micros": s.micros })).collect::<Vec<_>>();
+        return line(&json!({
+            "lease": lease_json(&lease),
+            "cache": cache,
+            "stages": stages,
+            "total_micros": reply.total_micros,
+            "existing": reply.existing,
+        }));
+    }
+    let mut text = lease_text(&lease);
+    let kind = if reply.existing { "held already" } else { cache };
+    let stages = reply.stages.iter().map(|s| format!("{} {}", s.stage, millis(s.micros))).collect::<Vec<_>>();
+    let _ = writeln!(text, "time      {} ({kind}: {})", millis(reply.total_micros), stages.join(", "));
+    text
+}
+
+pub(super) fn released(vm: &str, reply: &v1::ReleaseResponse, output: Output) -> String {
+    match (output, &reply.lease) {
+        (Output::Json, lease) => line(&json!({ "lease": lease.as_ref().map(lease_json) })),
+        (Output::Text, Some(lease)) => format!("released lease {} of VM {vm}\n", lease.lease_id),
+        (Output::Text, None) => format!("VM {vm} holds nothing to release\n"),
+    }
+}
+
+pub(super) fn lease(lease: &v1::Lease, output: Output) -> String {
+    match output {
+        Output::Text => lease_text(lease),
+        Output::Json => line(&json!({ "lease": lease_json(lease) })),
+    }
+}
+
+pub(super) fn leases(leases: &[v1::Lease], output: Output) -> String {
+    if output == Output::Json {
+        return line(&json!({ "leases": leases.iter().map(lease_json).collect::<Vec<_>>() }));
+    }
+    let mut rows = vec![["VM", "STATE", "GEN", "DEVICE", "IMAGE", "NOTE"].map(str::to_owned)];
+    rows.extend(leases.iter().map(|lease| {
+        [
+            lease.vm_id.clone(),
+            state_name(lease.state()).to_owned(),
+            lease.generation.to_string(),
+            lease.device.as_ref().map(|d| d.path.clone()).unwrap_or_else(|| "-".to_owned()),
+            lease.spec.as_ref().map(|s| s.image.clone()).unwrap_or_default(),
+            lease.waiting_for.clone().unwrap_or_default(),
+        ]
+    }));
+    table(&rows)
+}
+
+pub(super) fn images(images: &[v1::Image], output: Output) -> String {
+    if output == Output::Json {
+        return line(&json!({ "images": images.iter().map(image_json).collect::<Vec<_>>() }));
+    }
+    let mut rows = vec![["IMAGE", "PLATFORM", "LAYERS", "SIZE", "UNPACKED", "MANIFEST"].map(str::to_owned)];
+    rows.extend(images.iter().map(|image| {
+        let digest = image.manifest_digest.clone().unwrap_or_else(|| "-".to_owned());
+        [
+            image.name.clone(),
+            image.platform.clone(),
+            image.layers.to_string(),
+            bytes(image.compressed_bytes),
+            if image.unpacked { "yes" } else { "no" }.to_owned(),
+            digest.chars().take(19).collect(),
+        ]
+    }));
+    table(&rows)
+}
+
+pub(super) fn image_json(image: &v1::Image) -> Value {
+    json!({
+        "name": image.name,
+        "target_digest": image.target_digest,
+        "manifest_digest": image.manifest_digest,
+        "platform": image.platform,
+        "compressed_bytes": image.compressed_bytes,
+        "layers": image.layers,
+        "unpacked": image.unpacked,
+        "created_at": image.created_at.map(|at| at.to_string()),
+    })
+}
+
+pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
+    if output == Output::Json {
+        return line(&status_json(status));
+    }
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "cowshed     {}, {}",
+        status.version,
+        if status.serving { "serving" } else { "NOT SERVING" }
+    );
+    for problem in &status.problems {
+        let _ = writeln!(text, "problem     {problem}");
+    }
+    if let Some(c) = &status.containerd {
+        let _ = writeln!(
+            text,
+            "containerd  {} at {}, namespace {}, snapshotter {}",
+            c.version, c.address, c.namespace, c.snapshotter
+        );
+    }
+    if let Some(pool) = &status.pool {
+        let _ = writeln!(text, "pool        {} ({})", pool.name, pool.mode);
+        let _ = writeln!(text, "  data      {}", share(pool.data_used_bytes, pool.data_total_bytes));
+        let _ = writeln!(text, "  metadata  {}", share(pool.metadata_used_bytes, pool.metadata_total_bytes));
+    }
+    let leases = status.leases.unwrap_or_default();
+    let _ = writeln!(
+        text,
+        "leases      {} granted, {} preparing, {} releasing",
+        leases.granted, leases.preparing, leases.releasing
+    );
+    let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
+    text
+}
+
+fn status_json(status: &v1::GetStatusResponse) -> Value {
+    let leases = status.leases.unwrap_or_default();
+    json!({
+        "version": status.version,
+        "serving": status.serving,
+        "problems": status.problems,
+        "containerd": status.containerd.as_ref().map(|c| json!({
+            "address": c.address,
+            "version": c.version,
+            "namespace": c.namespace,
+            "snapshotter": c.snapshotter,
+        })),
+        "pool": status.pool.as_ref().map(|pool| json!({
+            "name": pool.name,
+            "data_used_bytes": pool.data_used_bytes,
+            "data_total_bytes": pool.data_total_bytes,
+            "metadata_used_bytes": pool.metadata_used_bytes,
+            "metadata_total_bytes": pool.metadata_total_bytes,
+            "mode": pool.mode,
+        })),
+        "leases": {
+            "granted": leases.granted,
+            "preparing": leases.preparing,
+            "releasing": leases.releasing,
+        },
+        "pulls_in_flight": status.pulls_in_flight,
+        "started_at": status.started_at.map(|at| at.to_string()),
+    })
+}
+
+fn lease_json(lease: &v1::Lease) -> Value {
+    json!({
+        "lease_id": lease.lease_id,
+        "vm_id": lease.vm_id,
+        "generation": lease.generation,
+        "state": state_name(lease.state()),
+        "image": lease.spec.as_ref().map(|s| s.image.clone()),
+        "platform": lease.spec.as_ref().and_then(|s| s.platform.clone()),
+        "image_digest": lease.image_digest,
+        "device": lease.device.as_ref().map(|d| json!({
+            "path": d.path,
+            "major": d.major,
+            "minor": d.minor,
+            "dm_name": d.dm_name,
+            "dm_uuid": d.dm_uuid,
+            "thin_id": d.thin_id,
+            "pool_device": d.pool_device,
+            "size_bytes": d.size_bytes,
+            "filesystem": d.filesystem,
+        })),
+        "process": lease.process.as_ref().map(|p| json!({
+            "entrypoint": p.entrypoint,
+            "cmd": p.cmd,
+            "env": p.env,
+            "user": p.user,
+            "working_dir": p.working_dir,
+        })),
+        "created_at": lease.created_at.map(|at| at.to_string()),
+        "granted_at": lease.granted_at.map(|at| at.to_string()),
+        "released_at": lease.released_at.map(|at| at.to_string()),
+        "waiting_for": lease.waiting_for,
+    })
+}
+
+fn lease_text(lease: &v1::Lease) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "vm        {} ({})", lease.vm_id, state_name(lease.state()));
+    let _ = writeln!(text, "lease     {}, generation {}", lease.lease_id, lease.generation);
+    if let Some(device) = &lease.device {
+        let _ = writeln!(text, "device    {}", device.path);
+        let uuid = device.dm_uuid.as_ref().map(|uuid| format!(", uuid {uuid}")).unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "          {}:{}, thin id {} in pool {}{uuid}, {}, {}",
+            device.major,
+            device.minor,
+            device.thin_id,
+            device.pool_device,
+            bytes(device.size_bytes),
+            device.filesystem
+        );
+    }
+    if let Some(spec) = &lease.spec {
+        let _ = writeln!(text, "image     {} ({})", spec.image, spec.platform.clone().unwrap_or_default());
+    }
+    if let Some(digest) = &lease.image_digest {
+        let _ = writeln!(text, "          {digest}");
+    }
+    if let Some(p) = &lease.process {
+        let command: Vec<&String> = p.entrypoint.iter().chain(&p.cmd).collect();
+        let user = if p.user.is_empty() { "root" } else { &p.user };
+        let directory = if p.working_dir.is_empty() { "/" } else { &p.working_dir };
+        let _ = writeln!(text, "process   {command:?} as {user} in {directory}, {} variables", p.env.len());
+    }
+    if let Some(waiting) = &lease.waiting_for {
+        let _ = writeln!(text, "waiting   {waiting}");
+    }
+    text
+}
+
+fn state_name(state: v1::LeaseState) -> &'static str {
+    match state {
+        v1::LeaseState::Unspecified => "unknown",
+        v1::LeaseState::Preparing => "preparing",
+        v1::LeaseState::Granted => "granted",
+        v1::LeaseState::Releasing => "releasing",
+    }
+}
+
+pub(super) fn cache_name(cache: v1::CacheResult) -> &'static str {
+    match cache {
+        v1::CacheResult::Unspecified => "unknown",
+        v1::CacheResult::Hit => "hit",
+        v1::CacheResult::Miss => "miss",
+    }
+}
+
+pub(super) fn line(value: &Value) -> String {
+    format!("{value}\n")
+}
+
+fn millis(micros: u64) -> String {
+    format!("{:.1} ms", micros as f64 / 1e3)
+}
+
+pub(super) fn bytes(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+fn share(used: u64, total: u64) -> String {
+    let percent = if total == 0 { 0.0 } else { used as f64 * 100.0 / total as f64 };
+    format!("{} of {} ({percent:.1} %)", bytes(used), bytes(total))
+}
+
+/// Columns as wide as their widest cell; the last is not padded.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_line_up() {
+        let rows = [["A", "B"], ["long", "x"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(&rows), "A     B\nlong  x\n");
+    }
+
+    #[test]
+    fn shares_of_nothing_are_nothing() {
+        assert_eq!(share(0, 0), "0 B of 0 B (0.0 %)");
+        assert_eq!(share(1 << 29, 1 << 30), "512.00 MiB of 1.00 GiB (50.0 %)");
+    }
+}

@@ -1,0 +1,406 @@
+//! The configuration: what may stand in `cowshed.toml`, its defaults, and whether it makes sense.
+//!
+//! `deploy/cowshed.toml` lists every option with its default and unit; a test holds it to this file.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+use thiserror::Error as ThisError;
+
+/// Where `serve` looks if it is not told; if nothing is there, everything has its default.
+pub const DEFAULT_PATH: &str = "/etc/cowshed/cowshed.toml";
+/// Where the service listens and clients call if they are not told.
+pub const DEFAULT_SOCKET: &str = "/run/cowshed/cowshed.sock";
+
+/// A configuration that cannot be used.
+#[derive(Debug, ThisError)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("the configuration {path} cannot be read: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no TOML, or has a field that does not exist or has a wrong type.
+    #[error("the configuration {path} is wrong: {what}")]
+    Parse {
+        /// The file.
+        path: String,
+        /// The parser's words, with line and field.
+        what: String,
+    },
+    /// A value makes no sense.
+    #[error("the configuration's [{section}] {field} is wrong: {what}")]
+    Value {
+        /// Section of the file.
+        section: &'static str,
+        /// Field of the section.
+        field: &'static str,
+        /// Why, and what would be right.
+        what: String,
+    },
+}
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// How to be called.
+    pub server: Server,
+    /// Where to remember.
+    pub state: State,
+    /// Where to be scraped.
+    pub metrics: Metrics,
+    /// Which containerd.
+    pub containerd: Containerd,
+    /// Which thin pool.
+    pub pool: Pool,
+    /// How to fetch images.
+    pub registry: Registry,
+    /// When to look after released disks.
+    pub reclaim: Reclaim,
+    /// How to log.
+    pub log: Log,
+}
+
+/// `[server]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Unix socket of the API; made with mode 0600. Not used if systemd passes a socket.
+    pub socket: PathBuf,
+    /// TCP address of the API, without authentication; off if absent.
+    pub tcp: Option<SocketAddr>,
+    /// How long a stop waits for requests under way, in seconds.
+    pub stop_timeout_seconds: u64,
+}
+
+/// `[state]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct State {
+    /// Directory of the ledger. One `cowshed serve` at a time can have it.
+    pub directory: PathBuf,
+}
+
+/// `[metrics]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address of `GET /metrics`; "" turns it off.
+    pub listen: String,
+}
+
+/// `[containerd]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Containerd {
+    /// Its socket.
+    pub address: PathBuf,
+    /// The namespace for images, snapshots and leases.
+    pub namespace: String,
+    /// The snapshotter; it has to hand out block devices.
+    pub snapshotter: String,
+    /// Deadline of one call, in seconds.
+    pub call_timeout_seconds: u64,
+    /// Deadline for unpacking one layer, in seconds.
+    pub unpack_timeout_seconds: u64,
+}
+
+/// `[pool]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pool {
+    /// device-mapper name of the thin pool; "" means the only one there is.
+    pub name: String,
+    /// New disks are refused when less than this share of the pool's data is free, in percent.
+    pub data_headroom_percent: u8,
+    /// New disks are refused when less than this share of the pool's metadata is free, in percent.
+    pub metadata_headroom_percent: u8,
+}
+
+/// `[registry]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Directory of containerd's `hosts.toml` files.
+    pub config_path: PathBuf,
+    /// Layers of one image that are fetched at the same time.
+    pub concurrent_downloads: usize,
+    /// A connection must be made within this time, in seconds.
+    pub connect_timeout_seconds: u64,
+    /// A download without a byte for this time is broken off, in seconds.
+    pub read_timeout_seconds: u64,
+}
+
+/// `[reclaim]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Reclaim {
+    /// A released disk that is still open is looked at again after 0.2 s, then after twice that, up to this many
+    /// seconds.
+    pub retry_seconds: u64,
+    /// How often leases, snapshots and devices are compared without any cause, in seconds.
+    pub interval_seconds: u64,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// One line a record: for people or for programs.
+    pub format: LogFormat,
+    /// "error", "warn", "info", "debug", "trace", or directives as "cowshed=debug,info".
+    pub level: String,
+}
+
+/// How a log record looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Text.
+    Human,
+    /// JSON.
+    Json,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { socket: DEFAULT_SOCKET.into(), tcp: None, stop_timeout_seconds: 30 }
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { directory: "/var/lib/cowshed".into() }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:9850".to_owned() }
+    }
+}
+
+impl Default for Containerd {
+    fn default() -> Self {
+        Self {
+            address: "/run/containerd/containerd.sock".into(),
+            namespace: "default".to_owned(),
+            snapshotter: "devmapper".to_owned(),
+            call_timeout_seconds: 120,
+            unpack_timeout_seconds: 1800,
+        }
+    }
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self { name: String::new(), data_headroom_percent: 5, metadata_headroom_percent: 10 }
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            config_path: "/etc/containerd/certs.d".into(),
+            concurrent_downloads: 3,
+            connect_timeout_seconds: 10,
+            read_timeout_seconds: 60,
+        }
+    }
+}
+
+impl Default for Reclaim {
+    fn default() -> Self {
+        Self { retry_seconds: 5, interval_seconds: 60 }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Human, level: "info".to_owned() }
+    }
+}
+
+impl Config {
+    /// Reads `path`. Without one, reads [`DEFAULT_PATH`] if it is there.
+    ///
+    /// # Errors
+    /// Names the file and the field.
+    pub fn read(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let text = match fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(ConfigError::Read { path: file.display().to_string(), source }),
+        };
+        Self::parse(&text, &file.display().to_string())
+    }
+
+    fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
+            path: path.to_owned(),
+            what: e.to_string().trim().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The metrics' address; `None` if they are off.
+    ///
+    /// # Errors
+    /// If it is no address.
+    pub fn metrics_address(&self) -> Result<Option<SocketAddr>, ConfigError> {
+        if self.metrics.listen.is_empty() {
+            return Ok(None);
+        }
+        let what = || format!("{:?} is no address:port; \"\" turns it off", self.metrics.listen);
+        self.metrics.listen.parse().map(Some).map_err(|_| value("metrics", "listen", what()))
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        self.metrics_address()?;
+        for (section, field, path) in [
+            ("server", "socket", &self.server.socket),
+            ("state", "directory", &self.state.directory),
+            ("containerd", "address", &self.containerd.address),
+            ("registry", "config_path", &self.registry.config_path),
+        ] {
+            if !path.is_absolute() {
+                return Err(value(section, field, format!("{:?} is not an absolute path", path.display())));
+            }
+        }
+        for (field, name) in
+            [("namespace", &self.containerd.namespace), ("snapshotter", &self.containerd.snapshotter)]
+        {
+            let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            if name.is_empty() || name.len() > 76 || !name.chars().all(fits) {
+                return Err(value(
+                    "containerd",
+                    field,
+                    format!("{name:?}: use 1 to 76 letters, digits and \"-_.\""),
+                ));
+            }
+        }
+        for (section, field, number) in [
+            ("containerd", "call_timeout_seconds", self.containerd.call_timeout_seconds),
+            ("containerd", "unpack_timeout_seconds", self.containerd.unpack_timeout_seconds),
+            ("registry", "concurrent_downloads", self.registry.concurrent_downloads as u64),
+            ("registry", "connect_timeout_seconds", self.registry.connect_timeout_seconds),
+            ("registry", "read_timeout_seconds", self.registry.read_timeout_seconds),
+            ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
+            ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
+        ] {
+            if !(1..=86_400).contains(&number) {
+                return Err(value(section, field, format!("{number} is not between 1 and 86400")));
+            }
+        }
+        for (field, percent) in [
+            ("data_headroom_percent", self.pool.data_headroom_percent),
+            ("metadata_headroom_percent", self.pool.metadata_headroom_percent),
+        ] {
+            if percent > 90 {
+                return Err(value("pool", field, format!("{percent} is not between 0 and 90")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Deadline of one call to containerd.
+    pub fn call_timeout(&self) -> Duration {
+        Duration::from_secs(self.containerd.call_timeout_seconds)
+    }
+}
+
+fn value(section: &'static str, field: &'static str, what: String) -> ConfigError {
+    ConfigError::Value { section, field, what }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_has_every_option_with_its_default() {
+        let shipped = include_str!("../../deploy/cowshed.toml");
+        assert_eq!(Config::parse(shipped, "shipped").unwrap(), Config::default());
+        // What is commented out there is an option whose default is to be absent.
+        let mut all = String::new();
+        for line in shipped.lines() {
+            let option = line.strip_prefix("# ").filter(|rest| rest.contains(" = ") && !rest.contains(": "));
+            all.push_str(option.unwrap_or(line));
+            all.push('\n');
+        }
+        let with_all = Config::parse(&all, "shipped, all on").unwrap();
+        assert!(with_all.server.tcp.is_some());
+        for field in FIELDS {
+            let named = |l: &str| l.trim_start_matches("# ").starts_with(&format!("{field} = "));
+            assert!(shipped.lines().any(named), "{field} is not in deploy/cowshed.toml");
+        }
+    }
+
+    const FIELDS: &[&str] = &[
+        "socket",
+        "tcp",
+        "stop_timeout_seconds",
+        "directory",
+        "listen",
+        "address",
+        "namespace",
+        "snapshotter",
+        "call_timeout_seconds",
+        "unpack_timeout_seconds",
+        "name",
+        "data_headroom_percent",
+        "metadata_headroom_percent",
+        "config_path",
+        "concurrent_downloads",
+        "connect_timeout_seconds",
+        "read_timeout_seconds",
+        "retry_seconds",
+        "interval_seconds",
+        "format",
+        "level",
+    ];
+
+    #[test]
+    fn mistakes_are_named() {
+        let table = [
+            ("[server]\nsokcet = \"/x\"", "sokcet"),
+            ("[server]\nsocket = 5", "socket"),
+            ("[server]\nsocket = \"x.sock\"", "[server] socket"),
+            ("[state]\ndirectory = \"\"", "[state] directory"),
+            ("[containerd]\nnamespace = \"a b\"", "[containerd] namespace"),
+            ("[containerd]\nsnapshotter = \"\"", "[containerd] snapshotter"),
+            ("[containerd]\ncall_timeout_seconds = 0", "[containerd] call_timeout_seconds"),
+            ("[metrics]\nlisten = \"9850\"", "[metrics] listen"),
+            ("[pool]\ndata_headroom_percent = 91", "[pool] data_headroom_percent"),
+            ("[log]\nformat = \"xml\"", "xml"),
+            ("[registry", "line 1"),
+        ];
+        for (text, expected) in table {
+            let error = Config::parse(text, "c.toml").unwrap_err().to_string();
+            assert!(error.contains(expected), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_asked_for_must_be_there() {
+        assert!(
+            Config::read(Some(Path::new("/nonexistent/c.toml")))
+                .unwrap_err()
+                .to_string()
+                .contains("/nonexistent")
+        );
+    }
+}

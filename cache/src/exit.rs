@@ -1,0 +1,44 @@
+//! Exit statuses of the `cowshed` command. Kept for ever: scripts depend on them.
+
+use tonic::Code;
+
+/// Anything that has no status of its own.
+pub const FAILURE: u8 = 1;
+/// Wrong command line, or INVALID_ARGUMENT.
+pub const USAGE: u8 = 2;
+/// The service does not answer on its socket.
+pub const NO_SERVICE: u8 = 20;
+/// `serve`: the configuration is wrong.
+pub const CONFIGURATION: u8 = 21;
+/// `serve`: another `cowshed serve` has the state directory.
+pub const STATE_IN_USE: u8 = 22;
+/// `serve`: the state directory cannot be used (missing, read-only, full).
+pub const STATE_UNUSABLE: u8 = 23;
+/// `serve`: the ledger is damaged or newer.
+pub const LEDGER_DAMAGED: u8 = 24;
+/// `serve`: the ledger's disk failed while running.
+pub const LEDGER_FAILED: u8 = 25;
+/// `serve`: a socket or address cannot be listened on.
+pub const LISTEN: u8 = 26;
+
+/// The status for an error of the service.
+pub fn for_code(code: Code) -> u8 {
+    match code {
+        Code::Ok => 0,
+        Code::InvalidArgument => USAGE,
+        Code::NotFound => 3,
+        Code::AlreadyExists => 4,
+        Code::PermissionDenied | Code::Unauthenticated => 5,
+        Code::FailedPrecondition => 6,
+        Code::ResourceExhausted => 7,
+        Code::Unavailable => 8,
+        Code::DeadlineExceeded => 9,
+        Code::DataLoss => 10,
+        Code::Cancelled
+        | Code::Unknown
+        | Code::Aborted
+        | Code::OutOfRange
+        | Code::Unimplemented
+        | Code::Internal => FAILURE,
+    }
+}

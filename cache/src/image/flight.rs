@@ -1,0 +1,96 @@
+//! Single flight: one pull per image and platform, however many callers ask.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use futures_util::{FutureExt as _, future};
+use tokio::sync::{oneshot, watch};
+use tracing::Instrument as _;
+
+use super::{Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about, progress::Board, pull};
+use crate::error::{Error, Reason, Result};
+
+type Outcome = Result<(ResolvedImage, Cache)>;
+type Key = (ImageRef, Platform);
+
+/// A pull that this caller has begun or joined. Dropping it does not stop the pull.
+#[derive(Clone, Debug)]
+pub struct Pull {
+    progress: watch::Receiver<Progress>,
+    outcome: future::Shared<oneshot::Receiver<Outcome>>,
+}
+
+impl Pull {
+    /// How far it is; closed when it has ended.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// Waits for its end.
+    pub async fn outcome(self) -> Outcome {
+        self.outcome.await.unwrap_or_else(|_| {
+            let message = "the pull was broken off by the service's stop; pull again when it is up";
+            Err(Error::new(Reason::Stopping, message))
+        })
+    }
+}
+
+/// Pulls under way. The lock is held for look-ups only, never across an await.
+#[derive(Debug, Default)]
+pub(super) struct Flights(Mutex<HashMap<Key, Pull>>);
+
+impl Flights {
+    pub(super) fn count(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) -> Pull {
+    let key = (image.clone(), platform.clone());
+    let mut flights = shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pull) = flights.get(&key) {
+        return pull.clone();
+    }
+    let (board, progress) = Board::new();
+    let (sender, outcome) = oneshot::channel();
+    let pull = Pull { progress, outcome: outcome.shared() };
+    flights.insert(key.clone(), pull.clone());
+    let span = tracing::info_span!("pull", %image, %platform);
+    tokio::spawn(fly(Landing { shared: shared.clone(), key }, board, sender).instrument(span));
+    pull
+}
+
+async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
+    let begun = Instant::now();
+    let shared = landing.shared.clone();
+    let (image, platform) = landing.key.clone();
+    shared.observer.started();
+    let outcome = pull::run(&shared, &image, &platform, &board).await.map_err(|error| about(&image, error));
+    let took = begun.elapsed();
+    shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);
+    match &outcome {
+        Ok((image, cache)) => {
+            tracing::info!(cache = cache.as_str(), manifest = %image.manifest, seconds = took.as_secs_f64(), "pulled");
+        }
+        Err(error) => tracing::warn!(reason = error.reason().as_str(), %error, "not pulled"),
+    }
+    // Off the map first: whoever comes now begins anew.
+    drop(landing);
+    let _everyone_left = sender.send(outcome);
+    drop(board);
+}
+
+/// Takes the pull off the map, also if it panics.
+struct Landing {
+    shared: Arc<Shared>,
+    key: Key,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}

@@ -1,0 +1,203 @@
+//! What indexes, manifests and image configurations say; OCI's and Docker's.
+
+use serde::Deserialize;
+
+use super::{Digest, Platform, platform::DeclaredPlatform};
+use crate::error::{Error, Reason, Result};
+
+/// Manifests and configurations above this are refused, in bytes.
+pub(super) const DOCUMENT_MAX_BYTES: usize = 8 << 20;
+/// Images with more layers are refused.
+const LAYERS_MAX: usize = 512;
+
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const CONFIGS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+const LAYERS: [&str; 5] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+];
+
+/// What we ask registries for.
+pub(crate) const ACCEPTED: [&str; 4] = [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST];
+
+/// A reference to a blob or document.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Descriptor {
+    #[serde(default)]
+    pub(crate) media_type: String,
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    #[serde(default)]
+    pub(super) platform: Option<DeclaredPlatform>,
+}
+
+/// A document that an image's name or an index points to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Document {
+    Index(Vec<Descriptor>),
+    Manifest(Manifest),
+}
+
+/// An image manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Manifest {
+    pub(super) config: Descriptor,
+    pub(super) layers: Vec<Descriptor>,
+}
+
+/// How an image wants its process started; the fields of the OCI image configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+#[allow(missing_docs, reason = "named as in the OCI image specification")]
+pub struct ProcessConfig {
+    #[serde(deserialize_with = "null_is_empty")]
+    pub entrypoint: Vec<String>,
+    #[serde(deserialize_with = "null_is_empty")]
+    pub cmd: Vec<String>,
+    #[serde(deserialize_with = "null_is_empty")]
+    pub env: Vec<String>,
+    pub user: String,
+    pub working_dir: String,
+}
+
+/// What of an image configuration matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ImageConfig {
+    pub(super) platform: Platform,
+    pub(super) process: ProcessConfig,
+    pub(super) diff_ids: Vec<Digest>,
+}
+
+/// A document's bytes, understood, and the media type that they are to be known by.
+pub(super) fn parse(bytes: &[u8]) -> Result<(String, Document)> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Raw {
+        schema_version: u32,
+        #[serde(default)]
+        media_type: String,
+        config: Option<Descriptor>,
+        layers: Option<Vec<Descriptor>>,
+        manifests: Option<Vec<Descriptor>>,
+    }
+    let raw: Raw = serde_json::from_slice(bytes)
+        .map_err(|e| unsupported(format!("its manifest cannot be read: {e}")))?;
+    if raw.schema_version != 2 {
+        return Err(unsupported(format!(
+            "its manifest has schema version {}, 2 is needed",
+            raw.schema_version
+        )));
+    }
+    let (default, document) = match (raw.manifests, raw.config, raw.layers) {
+        (Some(manifests), None, None) => (OCI_INDEX, Document::Index(manifests)),
+        (None, Some(config), Some(layers)) => (OCI_MANIFEST, Document::Manifest(checked(config, layers)?)),
+        _ => return Err(unsupported("its manifest is neither an index nor an image".to_owned())),
+    };
+    let fits = match (&document, raw.media_type.as_str()) {
+        (_, "") | (Document::Index(_), OCI_INDEX | DOCKER_INDEX) => true,
+        (Document::Manifest(_), OCI_MANIFEST | DOCKER_MANIFEST) => true,
+        _ => false,
+    };
+    if !fits {
+        return Err(unsupported(format!("its manifest has media type {:?}", raw.media_type)));
+    }
+    let media_type = if raw.media_type.is_empty() { default.to_owned() } else { raw.media_type };
+    Ok((media_type, document))
+}
+
+fn checked(config: Descriptor, layers: Vec<Descriptor>) -> Result<Manifest> {
+    if !CONFIGS.contains(&config.media_type.as_str()) {
+        return Err(unsupported(format!(
+            "its configuration has media type {:?}: it is no image",
+            config.media_type
+        )));
+    }
+    if let Some(odd) = layers.iter().find(|layer| !LAYERS.contains(&layer.media_type.as_str())) {
+        return Err(unsupported(format!("its layer {} has media type {:?}", odd.digest, odd.media_type)));
+    }
+    if layers.is_empty() || layers.len() > LAYERS_MAX {
+        return Err(unsupported(format!(
+            "it has {} layers, 1 to {LAYERS_MAX} can be unpacked",
+            layers.len()
+        )));
+    }
+    if config.size > DOCUMENT_MAX_BYTES as u64 {
+        return Err(unsupported(format!("its configuration has {} bytes", config.size)));
+    }
+    Ok(Manifest { config, layers })
+}
+
+/// Reads an image configuration and holds it against its manifest.
+pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageConfig> {
+    #[derive(Deserialize)]
+    struct Raw {
+        #[serde(flatten)]
+        platform: DeclaredPlatform,
+        #[serde(default)]
+        config: Option<ProcessConfig>,
+        rootfs: RootFs,
+    }
+    #[derive(Deserialize)]
+    struct RootFs {
+        diff_ids: Vec<Digest>,
+    }
+    let raw: Raw = serde_json::from_slice(bytes)
+        .map_err(|e| unsupported(format!("its configuration cannot be read: {e}")))?;
+    let (diffs, layers) = (raw.rootfs.diff_ids.len(), manifest.layers.len());
+    if diffs != layers {
+        return Err(unsupported(format!("its configuration names {diffs} layers, its manifest {layers}")));
+    }
+    Ok(ImageConfig {
+        platform: Platform::from(&raw.platform),
+        process: raw.config.unwrap_or_default(),
+        diff_ids: raw.rootfs.diff_ids,
+    })
+}
+
+/// The entry of an index that is for `platform`, with its position.
+pub(super) fn pick<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<(usize, &'a Descriptor)> {
+    let accepts =
+        |entry: &Descriptor| entry.platform.as_ref().is_some_and(|declared| platform.accepts(declared));
+    if let Some(found) = entries.iter().enumerate().find(|(_, entry)| accepts(entry)) {
+        return Ok(found);
+    }
+    let mut there: Vec<String> = entries
+        .iter()
+        .filter_map(|entry| entry.platform.as_ref().map(|declared| Platform::from(declared).to_string()))
+        // Attestations are filed under this.
+        .filter(|platform| platform != "unknown/unknown")
+        .collect();
+    there.sort();
+    there.dedup();
+    Err(no_platform(platform, &there))
+}
+
+pub(super) fn no_platform(platform: &Platform, there: &[String]) -> Error {
+    let list = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+    Error::new(
+        Reason::PlatformNotFound,
+        format!("it is not there for platform {platform}; it is there for: {list}"),
+    )
+    .with("platform", platform)
+    .with("available", list)
+}
+
+pub(super) fn unsupported(what: String) -> Error {
+    Error::new(Reason::ImageUnsupported, what)
+}
+
+fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+#[path = "manifest_tests.rs"]
+mod tests;

@@ -1,0 +1,120 @@
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn digest(n: u8) -> Digest {
+    Digest::of(&[n])
+}
+
+fn descriptor(media_type: &str, n: u8) -> Value {
+    json!({ "mediaType": media_type, "digest": digest(n).as_str(), "size": 10 })
+}
+
+fn manifest(media_type: Option<&str>, layers: &[&str]) -> Value {
+    let layers: Vec<Value> = layers.iter().zip(1..).map(|(kind, n)| descriptor(kind, n)).collect();
+    let mut value = json!({ "schemaVersion": 2, "config": descriptor(CONFIGS[0], 0), "layers": layers });
+    if let Some(media_type) = media_type {
+        value["mediaType"] = media_type.into();
+    }
+    value
+}
+
+fn parsed(value: &Value) -> Result<(String, Document)> {
+    parse(value.to_string().as_bytes())
+}
+
+#[test]
+fn manifests_of_both_kinds_are_read() {
+    for (said, known_as) in
+        [(None, OCI_MANIFEST), (Some(OCI_MANIFEST), OCI_MANIFEST), (Some(DOCKER_MANIFEST), DOCKER_MANIFEST)]
+    {
+        let (media_type, document) = parsed(&manifest(said, &LAYERS)).unwrap();
+        assert_eq!(media_type, known_as);
+        let Document::Manifest(manifest) = document else { panic!("{document:?}") };
+        assert_eq!(manifest.layers.len(), LAYERS.len());
+        assert_eq!(manifest.layers[1].digest, digest(2));
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused_with_what_it_is() {
+    let mut schema1 = manifest(None, &[LAYERS[0]]);
+    schema1["schemaVersion"] = 1.into();
+    let mut artifact = manifest(None, &[LAYERS[0]]);
+    artifact["config"]["mediaType"] = "application/vnd.oci.empty.v1+json".into();
+    let mut both = manifest(None, &[LAYERS[0]]);
+    both["manifests"] = json!([]);
+    let mut bad_digest = manifest(None, &[LAYERS[0]]);
+    bad_digest["layers"][0]["digest"] = "sha256:../../etc/passwd".into();
+    let mut negative = manifest(None, &[LAYERS[0]]);
+    negative["layers"][0]["size"] = (-1).into();
+    let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    let table = [
+        (schema1, "schema version 1"),
+        (artifact, "no image"),
+        (both, "neither"),
+        (bad_digest, "no sha256 digest"),
+        (negative, "cannot be read"),
+        (manifest(None, &[foreign]), "foreign"),
+        (manifest(None, &[]), "0 layers"),
+        (manifest(None, &[LAYERS[1]; 513]), "513 layers"),
+        (manifest(Some(OCI_INDEX), &[LAYERS[1]]), "media type"),
+        (json!({}), "cannot be read"),
+        (json!([]), "cannot be read"),
+    ];
+    for (value, says) in table {
+        let error = parsed(&value).unwrap_err();
+        assert_eq!(error.reason(), Reason::ImageUnsupported);
+        assert!(error.to_string().contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
+fn an_index_is_picked_from_by_platform() {
+    let entry = |n: u8, os: &str, architecture: &str| {
+        let mut entry = descriptor(OCI_MANIFEST, n);
+        entry["platform"] = json!({ "os": os, "architecture": architecture });
+        entry
+    };
+    let index = json!({
+        "schemaVersion": 2,
+        "manifests": [entry(1, "unknown", "unknown"), entry(2, "linux", "arm64"), entry(3, "linux", "amd64")],
+    });
+    let (_, Document::Index(entries)) = parsed(&index).unwrap() else { panic!("no index") };
+    let (position, found) = pick(&entries, &Platform::parse("linux/amd64").unwrap()).unwrap();
+    assert_eq!((position, &found.digest), (2, &digest(3)));
+    let error = pick(&entries, &Platform::parse("linux/s390x").unwrap()).unwrap_err();
+    assert_eq!(error.reason(), Reason::PlatformNotFound);
+    assert!(error.to_string().ends_with("linux/amd64, linux/arm64"), "{error}");
+}
+
+#[test]
+fn configurations() {
+    let (_, Document::Manifest(manifest)) = parsed(&manifest(None, &[LAYERS[1], LAYERS[1]])).unwrap() else {
+        panic!("no manifest")
+    };
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": { "Entrypoint": ["/app"], "Cmd": null, "Env": ["A=b"], "User": "1000", "WorkingDir": "/srv" },
+        "rootfs": { "type": "layers", "diff_ids": [digest(7).as_str(), digest(8).as_str()] },
+    });
+    let read = parse_config(config.to_string().as_bytes(), &manifest).unwrap();
+    assert_eq!(read.platform.to_string(), "linux/amd64");
+    assert_eq!(read.diff_ids, [digest(7), digest(8)]);
+    assert_eq!(read.process.entrypoint, ["/app"]);
+    assert_eq!((read.process.cmd.len(), read.process.user.as_str()), (0, "1000"));
+
+    let mut short = config.clone();
+    short["rootfs"]["diff_ids"] = json!([digest(7).as_str()]);
+    let error = parse_config(short.to_string().as_bytes(), &manifest).unwrap_err();
+    assert!(error.to_string().contains("names 1 layers, its manifest 2"), "{error}");
+    let mut bare = config;
+    bare["config"] = Value::Null;
+    assert_eq!(
+        parse_config(bare.to_string().as_bytes(), &manifest).unwrap().process,
+        ProcessConfig::default()
+    );
+}

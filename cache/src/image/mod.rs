@@ -1,0 +1,268 @@
+//! Images: pulled once into containerd, unpacked into its snapshotter, ready to be snapshotted.
+
+mod digest;
+mod facts;
+mod flight;
+mod locks;
+mod manifest;
+mod platform;
+mod progress;
+mod pull;
+mod reference;
+mod store;
+mod unpack;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+pub use digest::Digest;
+pub use flight::Pull;
+pub use manifest::ProcessConfig;
+pub use platform::Platform;
+pub use progress::{LayerProgress, LayerStage, Progress, PullStage};
+pub use reference::ImageRef;
+
+use crate::{
+    containerd::{Containerd, ImageRecord},
+    error::{Error, Result},
+    registry::Registries,
+};
+use facts::Facts;
+use locks::Locks;
+
+/// An image that can be snapshotted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedImage {
+    /// Its full reference.
+    pub name: ImageRef,
+    /// What containerd's record points to: an index or a manifest.
+    pub target: Digest,
+    /// The manifest for the platform.
+    pub manifest: Digest,
+    /// The platform.
+    pub platform: Platform,
+    /// The committed snapshot of all its layers.
+    pub chain_id: Digest,
+    /// How it wants its process started.
+    pub process: ProcessConfig,
+    /// Sum of its layers, compressed, in bytes.
+    pub compressed_bytes: u64,
+    /// How many layers it has.
+    pub layers: u32,
+    /// When containerd's record was made.
+    pub created_at: Option<SystemTime>,
+}
+
+/// An image as it is listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the fields of the API's message Image")]
+pub struct ImageInfo {
+    pub name: String,
+    pub target_digest: String,
+    pub manifest_digest: Option<String>,
+    pub platform: String,
+    pub compressed_bytes: u64,
+    pub layers: u32,
+    pub unpacked: bool,
+    pub created_at: Option<SystemTime>,
+}
+
+/// Whether an image was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// All of it, unpacked.
+    Hit,
+    /// Something was fetched or unpacked.
+    Miss,
+}
+
+impl Cache {
+    /// The name in metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+        }
+    }
+}
+
+/// Bounds of a pull.
+#[derive(Clone, Copy, Debug)]
+pub struct PullLimits {
+    /// Layers of one image that are fetched at the same time.
+    pub concurrent_downloads: usize,
+    /// Deadline for unpacking one layer.
+    pub unpack_timeout: Duration,
+    /// How often a blob is tried.
+    pub attempts: u32,
+}
+
+impl Default for PullLimits {
+    fn default() -> Self {
+        Self { concurrent_downloads: 3, unpack_timeout: Duration::from_secs(1800), attempts: 4 }
+    }
+}
+
+/// The durable record of pulls under way, so that a crashed one's containerd lease is found again.
+#[async_trait::async_trait]
+pub trait PullJournal: Send + Sync {
+    /// Before the containerd lease is made.
+    async fn begin(&self, lease: &str, image: &str) -> Result<()>;
+    /// After it is gone.
+    async fn end(&self, lease: &str) -> Result<()>;
+}
+
+/// Counts what pulls do.
+pub trait PullObserver: Send + Sync {
+    /// A pull has begun.
+    fn started(&self);
+    /// Bytes have arrived from a registry.
+    fn fetched(&self, bytes: u64);
+    /// A layer was unpacked in this time.
+    fn layer_unpacked(&self, took: Duration);
+    /// A pull has ended.
+    fn finished(&self, outcome: &Result<Cache>, took: Duration);
+}
+
+/// The images that Acquire needs; the seam where tests put a fake.
+#[async_trait::async_trait]
+pub trait ImageCache: Send + Sync {
+    /// The image, if it is there and unpacked.
+    async fn resolve(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>>;
+    /// The image, pulled and unpacked if need be.
+    async fn ensure(&self, image: &ImageRef, platform: &Platform) -> Result<ResolvedImage>;
+}
+
+/// Which pulls are alive.
+pub trait RunningPulls: Send + Sync {
+    /// Their containerd leases.
+    fn running(&self) -> BTreeSet<String>;
+}
+
+/// The images of one containerd. Clones share everything.
+#[derive(Clone)]
+pub struct Images(Arc<Shared>);
+
+struct Shared {
+    containerd: Arc<Containerd>,
+    registries: Registries,
+    journal: Arc<dyn PullJournal>,
+    observer: Arc<dyn PullObserver>,
+    limits: PullLimits,
+    /// What manifests say, by target digest and platform: immutable, so never stale.
+    facts: Mutex<HashMap<(Digest, Platform), Arc<Facts>>>,
+    /// containerd leases of pulls that are alive.
+    running: Mutex<BTreeSet<String>>,
+    flights: flight::Flights,
+    /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
+    locks: Locks,
+}
+
+impl Images {
+    /// Of this containerd, from these registries.
+    pub fn new(
+        containerd: Arc<Containerd>,
+        registries: Registries,
+        journal: Arc<dyn PullJournal>,
+        observer: Arc<dyn PullObserver>,
+        limits: PullLimits,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            containerd,
+            registries,
+            journal,
+            observer,
+            limits,
+            facts: Mutex::default(),
+            running: Mutex::default(),
+            flights: flight::Flights::default(),
+            locks: Locks::default(),
+        }))
+    }
+
+    /// Joins the pull of this image, or begins it.
+    pub fn pull(&self, image: &ImageRef, platform: &Platform) -> Pull {
+        flight::join(&self.0, image, platform)
+    }
+
+    /// How many pulls are under way.
+    pub fn pulls_in_flight(&self) -> usize {
+        self.0.flights.count()
+    }
+
+    /// All images of the namespace, by name.
+    pub async fn list(&self, platform: &Platform) -> Result<Vec<ImageInfo>> {
+        let shared = &self.0;
+        let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
+        let mut images = Vec::with_capacity(records.len());
+        for record in records {
+            images.push(shared.info(record, platform).await?);
+        }
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(images)
+    }
+}
+
+impl Shared {
+    async fn info(&self, record: ImageRecord, platform: &Platform) -> Result<ImageInfo> {
+        // A record that we cannot read is listed as it is.
+        let facts = match record.target.digest.parse::<Digest>() {
+            Ok(target) => self.facts(&target, platform).await.unwrap_or_default(),
+            Err(_) => None,
+        };
+        let unpacked = match &facts {
+            Some(facts) => self.has_snapshot(&facts.chain_id).await?,
+            None => false,
+        };
+        Ok(ImageInfo {
+            name: record.name,
+            target_digest: record.target.digest,
+            manifest_digest: facts.as_ref().map(|f| f.manifest.to_string()),
+            platform: facts.as_ref().map_or_else(|| platform.to_string(), |f| f.platform.to_string()),
+            compressed_bytes: facts.as_ref().map_or(0, |f| f.compressed_bytes),
+            layers: facts.as_ref().map_or(0, |f| f.layers),
+            unpacked,
+            created_at: record.created_at,
+        })
+    }
+
+    async fn has_snapshot(&self, chain_id: &Digest) -> Result<bool> {
+        self.containerd.has_snapshot(chain_id.as_str()).await.map_err(|e| self.containerd.explain(e))
+    }
+}
+
+#[async_trait::async_trait]
+impl ImageCache for Images {
+    async fn resolve(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>> {
+        let shared = &self.0;
+        let record =
+            shared.containerd.image(&image.to_string()).await.map_err(|e| shared.containerd.explain(e))?;
+        let Some(record) = record else { return Ok(None) };
+        let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
+        let Some(facts) = shared.facts(&target, platform).await? else { return Ok(None) };
+        if !shared.has_snapshot(&facts.chain_id).await? {
+            return Ok(None);
+        }
+        Ok(Some(facts.resolved(image.clone(), target, record.created_at)))
+    }
+
+    async fn ensure(&self, image: &ImageRef, platform: &Platform) -> Result<ResolvedImage> {
+        self.pull(image, platform).outcome().await.map(|(image, _)| image)
+    }
+}
+
+impl RunningPulls for Images {
+    fn running(&self) -> BTreeSet<String> {
+        self.0.running.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Says which image an error is about.
+fn about(image: &ImageRef, error: Error) -> Error {
+    let name = image.to_string();
+    if error.to_string().contains(&name) { error } else { error.context(format!("image {name}")) }
+        .with("image", name)
+}

@@ -1,0 +1,135 @@
+//! Platforms, normalised as containerd does it.
+
+use std::fmt;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Reason, Result};
+
+/// Operating system, architecture and variant, by Go's names.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Platform {
+    os: String,
+    architecture: String,
+    variant: String,
+}
+
+/// A platform as an image index or configuration has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct DeclaredPlatform {
+    os: String,
+    architecture: String,
+    variant: String,
+}
+
+impl Platform {
+    /// That of this machine.
+    pub fn host() -> Self {
+        Self::normal("linux", std::env::consts::ARCH, "")
+    }
+
+    /// Parses `os/architecture[/variant]`.
+    ///
+    /// # Errors
+    /// `PLATFORM_INVALID`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let word = |part: &&str| {
+            !part.is_empty()
+                && part.len() <= 32
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
+        };
+        match parts[..] {
+            [os, architecture] if parts.iter().all(word) => Ok(Self::normal(os, architecture, "")),
+            [os, architecture, variant] if parts.iter().all(word) => {
+                Ok(Self::normal(os, architecture, variant))
+            }
+            _ => {
+                let shown: String = text.chars().take(100).collect();
+                let message = format!(
+                    "platform {shown:?} is none: it has the form os/architecture[/variant], as linux/arm64"
+                );
+                Err(Error::new(Reason::PlatformInvalid, message).with("platform", shown))
+            }
+        }
+    }
+
+    fn normal(os: &str, architecture: &str, variant: &str) -> Self {
+        let os = os.to_ascii_lowercase();
+        let (architecture, variant) =
+            match (architecture.to_ascii_lowercase().as_str(), variant.to_ascii_lowercase().as_str()) {
+                ("x86_64" | "x86-64" | "amd64", "v1" | "") => ("amd64".to_owned(), String::new()),
+                ("x86_64" | "x86-64" | "amd64", variant) => ("amd64".to_owned(), variant.to_owned()),
+                ("aarch64" | "arm64", "8" | "v8" | "") => ("arm64".to_owned(), String::new()),
+                ("aarch64" | "arm64", variant) => ("arm64".to_owned(), variant.to_owned()),
+                ("armhf", _) | ("arm", "" | "7") => ("arm".to_owned(), "v7".to_owned()),
+                ("armel", _) | ("arm", "6") => ("arm".to_owned(), "v6".to_owned()),
+                ("i386" | "i686" | "x86" | "386", _) => ("386".to_owned(), String::new()),
+                (other, variant) => (other.to_owned(), variant.to_owned()),
+            };
+        Self { os, architecture, variant }
+    }
+
+    /// Whether both have the same operating system and architecture. (Image configurations often leave the variant out.)
+    pub fn is_same_machine(&self, other: &Self) -> bool {
+        self.os == other.os && self.architecture == other.architecture
+    }
+
+    /// Whether `declared` can run on this platform as it is. (amd64 without variant runs on every amd64.)
+    pub fn accepts(&self, declared: &DeclaredPlatform) -> bool {
+        Self::from(declared) == *self
+    }
+}
+
+impl From<&DeclaredPlatform> for Platform {
+    fn from(declared: &DeclaredPlatform) -> Self {
+        Self::normal(&declared.os, &declared.architecture, &declared.variant)
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let table = [
+            ("linux/amd64", "linux/amd64"),
+            ("linux/x86_64/v1", "linux/amd64"),
+            ("linux/amd64/v3", "linux/amd64/v3"),
+            ("Linux/aarch64", "linux/arm64"),
+            ("linux/arm64/v8", "linux/arm64"),
+            ("linux/arm", "linux/arm/v7"),
+            ("linux/riscv64", "linux/riscv64"),
+        ];
+        for (text, full) in table {
+            assert_eq!(Platform::parse(text).unwrap().to_string(), full, "{text}");
+        }
+        for bad in ["", "linux", "linux/", "/amd64", "linux/amd64/v1/x", "linux/am d64", "linux/\n"] {
+            assert_eq!(Platform::parse(bad).unwrap_err().reason(), Reason::PlatformInvalid, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn matching() {
+        let declared = |architecture: &str, variant: &str| DeclaredPlatform {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: variant.into(),
+        };
+        let arm64 = Platform::parse("linux/arm64").unwrap();
+        assert!(arm64.accepts(&declared("arm64", "v8")));
+        assert!(arm64.accepts(&declared("arm64", "")));
+        assert!(!arm64.accepts(&declared("amd64", "")));
+        assert!(!arm64.accepts(&DeclaredPlatform::default()));
+    }
+}

@@ -1,0 +1,143 @@
+//! How far a pull is, for all who wait for it.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+use super::Digest;
+
+/// Byte counts are shown so often at the most; a change of stage is shown at once.
+const PACE: Duration = Duration::from_millis(100);
+
+/// The whole picture.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Of the pull.
+    pub stage: PullStage,
+    /// The lowest first; empty until the manifest is known.
+    pub layers: Vec<LayerProgress>,
+}
+
+/// Of the pull as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PullStage {
+    /// Reading manifest and configuration.
+    #[default]
+    Resolving,
+    /// Fetching and unpacking.
+    Layers,
+    /// The image is there.
+    Done,
+}
+
+/// Of one layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerProgress {
+    /// Which.
+    pub digest: Digest,
+    /// Where it is.
+    pub stage: LayerStage,
+    /// Bytes in the content store.
+    pub bytes_fetched: u64,
+    /// Bytes in all.
+    pub bytes_total: u64,
+}
+
+/// Of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerStage {
+    /// Not begun.
+    Waiting,
+    /// Bytes arrive.
+    Fetching,
+    /// In the content store.
+    Fetched,
+    /// Being applied.
+    Unpacking,
+    /// Committed.
+    Done,
+}
+
+/// Where a pull writes its progress.
+#[derive(Debug)]
+pub(super) struct Board {
+    sender: watch::Sender<Progress>,
+    last_bytes: Mutex<Option<Instant>>,
+}
+
+impl Board {
+    pub(super) fn new() -> (Self, watch::Receiver<Progress>) {
+        let (sender, receiver) = watch::channel(Progress::default());
+        (Self { sender, last_bytes: Mutex::new(None) }, receiver)
+    }
+
+    pub(super) fn layers(&self, layers: impl Iterator<Item = (Digest, u64)>) {
+        let waiting = |(digest, bytes_total)| LayerProgress {
+            digest,
+            stage: LayerStage::Waiting,
+            bytes_fetched: 0,
+            bytes_total,
+        };
+        let layers = layers.map(waiting).collect();
+        self.sender.send_replace(Progress { stage: PullStage::Layers, layers });
+    }
+
+    pub(super) fn stage(&self, layer: usize, stage: LayerStage) {
+        self.sender.send_modify(|progress| {
+            if let Some(layer) = progress.layers.get_mut(layer) {
+                layer.stage = stage;
+                if matches!(stage, LayerStage::Fetched | LayerStage::Unpacking | LayerStage::Done) {
+                    layer.bytes_fetched = layer.bytes_total;
+                }
+            }
+        });
+    }
+
+    pub(super) fn bytes(&self, layer: usize, fetched: u64) {
+        let due = self.is_due(Instant::now());
+        self.sender.send_if_modified(|progress| {
+            if let Some(layer) = progress.layers.get_mut(layer) {
+                layer.bytes_fetched = fetched;
+            }
+            due
+        });
+    }
+
+    pub(super) fn done(&self) {
+        self.sender.send_modify(|progress| progress.stage = PullStage::Done);
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let mut last = self.last_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now.duration_since(last) >= PACE);
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_are_shown_at_once_and_bytes_at_a_pace() {
+        let (board, mut receiver) = Board::new();
+        board.layers([(Digest::of(b"a"), 10)].into_iter());
+        board.bytes(0, 1);
+        receiver.mark_unchanged();
+        board.bytes(0, 2);
+        assert!(!receiver.has_changed().unwrap_or(true), "too early");
+        assert_eq!(receiver.borrow().layers[0].bytes_fetched, 2, "but counted");
+        board.stage(0, LayerStage::Fetched);
+        assert!(receiver.has_changed().unwrap_or(false));
+        assert_eq!(receiver.borrow().layers[0].bytes_fetched, 10);
+        // A layer that does not exist is no reason to panic.
+        board.bytes(7, 1);
+        board.stage(7, LayerStage::Done);
+    }
+}

@@ -1,0 +1,91 @@
+//! Image references in their full form.
+
+use std::fmt;
+
+use oci_client::Reference;
+
+use crate::error::{Error, Reason, Result};
+
+/// A parsed image reference. Equal if they mean the same: `debian` is `docker.io/library/debian:latest`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ImageRef(Reference);
+
+impl ImageRef {
+    /// Parses `[registry/]repository[:tag][@digest]`.
+    ///
+    /// # Errors
+    /// `IMAGE_REFERENCE_INVALID`, with what is wrong.
+    pub fn parse(text: &str) -> Result<Self> {
+        let shown: String = text.chars().take(300).collect();
+        let wrong = |what: &str| {
+            let message = format!(
+                "image {shown:?} is no image reference: {what}; it has the form [registry/]repository[:tag][@digest]"
+            );
+            Error::new(Reason::ImageReferenceInvalid, message).with("image", &shown)
+        };
+        if text.is_empty() {
+            return Err(wrong("it is empty"));
+        }
+        let reference: Reference = text.parse().map_err(|e: oci_client::ParseError| wrong(&e.to_string()))?;
+        if let Some(digest) = reference.digest() {
+            digest.parse::<super::Digest>().map_err(|e| wrong(&e.to_string()))?;
+        }
+        Ok(Self(reference))
+    }
+
+    /// Registry host, with its port if it has one.
+    pub fn registry(&self) -> &str {
+        self.0.registry()
+    }
+
+    /// The repository within the registry.
+    pub fn repository(&self) -> &str {
+        self.0.repository()
+    }
+
+    /// The reference for the registry client, at the same registry.
+    pub(crate) fn inner(&self) -> &Reference {
+        &self.0
+    }
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.whole())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn full_forms() {
+        let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        let table = [
+            ("debian", "docker.io/library/debian:latest".to_owned()),
+            ("docker.io/debian:12", "docker.io/library/debian:12".to_owned()),
+            ("me/app", "docker.io/me/app:latest".to_owned()),
+            ("127.0.0.1:5000/cowshed/app:1", "127.0.0.1:5000/cowshed/app:1".to_owned()),
+            ("localhost/app", "localhost/app:latest".to_owned()),
+        ];
+        for (text, full) in table {
+            assert_eq!(ImageRef::parse(text).unwrap().to_string(), full, "{text}");
+        }
+        let pinned = format!("registry.example/app@{digest}");
+        assert_eq!(ImageRef::parse(&pinned).unwrap().to_string(), pinned);
+        let both = format!("registry.example/app:1@{digest}");
+        assert_eq!(ImageRef::parse(&both).unwrap().to_string(), both);
+    }
+
+    #[test]
+    fn what_is_none() {
+        for bad in
+            ["", " ", "UPPER/case", "a b", "app:", "app@sha256:abc", "-x", "a//b", "app:1@md5:00", "a\nb"]
+        {
+            let error = ImageRef::parse(bad).unwrap_err();
+            assert_eq!(error.reason(), Reason::ImageReferenceInvalid, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures_util::StreamExt as _;
+
+use super::{Cache, Digest, ImageRef, Shared, manifest::Descriptor};
+use crate::{
+    containerd::{CallError, ContentWriter},
+    error::{Error, Reason, Result},
+    registry::Source,
+};
+
+/// Bytes per message to containerd.
+const PIECE: usize = 1 << 20;
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
+/// A pull's access to the content store.
+pub(super) struct Store<'a> {
+    pub(super) shared: &'a Shared,
+    /// containerd lease that holds everything.
+    pub(super) lease: &'a str,
+    pub(super) image: &'a ImageRef,
+    pub(super) source: &'a Source,
+}
+
+impl Store<'_> {
+    /// Writes a document, or finds it; labels it either way.
+    pub(super) async fn put(
+        &self,
+        digest: &Digest,
+        bytes: Vec<u8>,
+        labels: HashMap<String, String>,
+    ) -> Result<Cache> {
+        let _turn = self.shared.locks.lock(digest.to_string()).await;
+        if self.is_held(digest).await? {
+            self.label(digest, labels).await?;
+            return Ok(Cache::Hit);
+        }
+        let size = bytes.len() as u64;
+        let reference = write_reference(digest);
+        let written = async {
+            let mut writer = self.writer(digest, size).await?;
+            writer.restart();
+            for piece in bytes.chunks(PIECE) {
+                writer.write(piece.to_vec()).await?;
+            }
+            writer.commit(labels.clone()).await
+        };
+        match written.await {
+            Ok(()) => Ok(Cache::Miss),
+            Err(error) if error.is_already_exists() => {
+                self.label(digest, labels).await?;
+                Ok(Cache::Hit)
+            }
+            Err(error) => Err(self.abort(&reference, self.explain(error)).await),
+        }
+    }
+
+    /// Fetches a blob, or finds it; calls `progress` with the bytes that are there.
+    pub(super) async fn fetch(
+        &self,
+        blob: &Descriptor,
+        labels: HashMap<String, String>,
+        progress: impl Fn(u64) + Send + Sync,
+    ) -> Result<Cache> {
+        let _turn = self.shared.locks.lock(blob.digest.to_string()).await;
+        if self.is_held(&blob.digest).await? {
+            self.label(&blob.digest, labels).await?;
+            return Ok(Cache::Hit);
+        }
+        let mut pause = FIRST_PAUSE;
+        let mut attempt = 1;
+        loop {
+            match self.try_fetch(blob, &labels, &progress).await {
+                Ok(()) => return Ok(Cache::Miss),
+                Err(Broken::ForGood(error)) => {
+                    return Err(self.abort(&write_reference(&blob.digest), error).await);
+                }
+                Err(Broken::ForNow(error)) if attempt >= self.shared.limits.attempts => {
+                    return Err(self.abort(&write_reference(&blob.digest), error).await);
+                }
+                Err(Broken::ForNow(error)) => {
+                    tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+            attempt += 1;
+        }
+    }
+
+    async fn try_fetch(
+        &self,
+        blob: &Descriptor,
+        labels: &HashMap<String, String>,
+        progress: &(impl Fn(u64) + Send + Sync),
+    ) -> Result<(), Broken> {
+        let mut writer = match self.writer(&blob.digest, blob.size).await {
+            Ok(writer) => writer,
+            Err(error) if error.is_already_exists() => {
+                return self.label(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
+            }
+            Err(error) => return Err(self.broken(error)),
+        };
+        if writer.offset() > blob.size {
+            writer.restart();
+        }
+        if writer.offset() < blob.size || blob.size == 0 {
+            self.copy(blob, &mut writer, progress).await?;
+        }
+        writer.commit(labels.clone()).await.map_err(|error| self.refused(blob, error))
+    }
+
+    /// Copies what is missing from the registry to containerd.
+    async fn copy(
+        &self,
+        blob: &Descriptor,
+        writer: &mut ContentWriter,
+        progress: &(impl Fn(u64) + Send + Sync),
+    ) -> Result<(), Broken> {
+        let source = self.source.blob(&blob.digest, writer.offset()).await.map_err(Broken::from)?;
+        if source.offset != writer.offset() {
+            writer.restart();
+        }
+        let mut bytes = source.bytes;
+        let mut piece = Vec::new();
+        while let Some(part) = bytes.next().await {
+            let part = part.map_err(|error| Broken::ForNow(self.interrupted(blob, &error.to_string())))?;
+            self.shared.observer.fetched(part.len() as u64);
+            piece.extend_from_slice(&part);
+            if writer.offset() + piece.len() as u64 > blob.size {
+                return Err(Broken::ForGood(
+                    self.corrupt(blob, "the registry serves more bytes than its manifest says"),
+                ));
+            }
+            if piece.len() >= PIECE {
+                self.flush(writer, &mut piece, progress).await?;
+            }
+        }
+        self.flush(writer, &mut piece, progress).await?;
+        if writer.offset() < blob.size {
+            return Err(Broken::ForNow(self.interrupted(blob, "the connection was closed")));
+        }
+        Ok(())
+    }
+
+    async fn flush(
+        &self,
+        writer: &mut ContentWriter,
+        piece: &mut Vec<u8>,
+        progress: &(impl Fn(u64) + Send + Sync),
+    ) -> Result<(), Broken> {
+        // What arrives in large parts still goes on in pieces that containerd takes.
+        for message in std::mem::take(piece).chunks(PIECE) {
+            writer.write(message.to_vec()).await.map_err(|e| self.broken(e))?;
+            progress(writer.offset());
+        }
+        Ok(())
+    }
+
+    /// Whether the blob is there, and from now on held.
+    async fn is_held(&self, digest: &Digest) -> Result<bool> {
+        let containerd = &self.shared.containerd;
+        containerd.hold_blob(self.lease, digest.as_str()).await.map_err(|e| self.explain(e))?;
+        Ok(containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?.is_some())
+    }
+
+    async fn label(&self, digest: &Digest, labels: HashMap<String, String>) -> Result<()> {
+        if labels.is_empty() {
+            return Ok(());
+        }
+        self.shared.containerd.label_blob(digest.as_str(), labels).await.map_err(|e| self.explain(e))
+    }
+
+    async fn writer(&self, digest: &Digest, size: u64) -> Result<ContentWriter, CallError> {
+        let reference = write_reference(digest);
+        self.shared.containerd.write_blob(self.lease, reference, digest.to_string(), size).await
+    }
+
+    /// Leaves nothing half written behind.
+    async fn abort(&self, reference: &str, error: Error) -> Error {
+        match self.shared.containerd.abort_write(reference).await {
+            Ok(()) => error,
+            Err(second) => {
+                error.context(format!("(and the unfinished write {reference} stays in containerd: {second})"))
+            }
+        }
+    }
+
+    fn explain(&self, error: CallError) -> Error {
+        self.shared.containerd.explain(error)
+    }
+
+    /// "Unavailable" is also containerd's word for a write that another client has not let go of yet.
+    fn broken(&self, error: CallError) -> Broken {
+        let again = error.is_unavailable();
+        let error = self.explain(error);
+        if again { Broken::ForNow(error) } else { Broken::ForGood(error) }
+    }
+
+    /// containerd checks size and digest at the commit.
+    fn refused(&self, blob: &Descriptor, error: CallError) -> Broken {
+        let message = error.message();
+        if message.contains("unexpected commit digest") || message.contains("unexpected commit size") {
+            return Broken::ForGood(self.corrupt(blob, message));
+        }
+        self.broken(error)
+    }
+
+    fn corrupt(&self, blob: &Descriptor, what: &str) -> Error {
+        let message = format!(
+            "blob {} of {} is not what its manifest says: {what}; the registry's copy is damaged, push the image again",
+            blob.digest, self.image
+        );
+        Error::new(Reason::ImageCorrupt, message).with("digest", &blob.digest)
+    }
+
+    fn interrupted(&self, blob: &Descriptor, what: &str) -> Error {
+        let message = format!(
+            "registry {} broke off while serving blob {} of {}: {what}; repeat when it is well",
+            self.image.registry(),
+            blob.digest,
+            self.image
+        );
+        Error::new(Reason::RegistryUnavailable, message).with("digest", &blob.digest)
+    }
+}
+
+/// Whether it is worth another try.
+enum Broken {
+    ForNow(Error),
+    ForGood(Error),
+}
+
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        if error.reason() == Reason::RegistryUnavailable { Self::ForNow(error) } else { Self::ForGood(error) }
+    }
+}
+
+/// The name under which a blob is written; the same after a restart, so that it goes on.
+fn write_reference(digest: &Digest) -> String {
+    format!("cowshed-{digest}")
+}

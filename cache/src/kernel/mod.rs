@@ -1,0 +1,184 @@
+//! What the kernel says of thin devices and their pool. Asked, never cached: it is the authority.
+
+mod table;
+
+use std::{
+    fs, io,
+    os::{linux::fs::MetadataExt as _, unix::fs::FileTypeExt as _},
+    path::Path,
+};
+
+use cowshed_leases::{DeviceIdentity, DeviceNumber};
+use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, errors};
+use nix::{errno::Errno, sys::stat};
+use thiserror::Error as ThisError;
+
+pub use table::{PoolMode, PoolUsage};
+
+/// The seam to device-mapper; tests put a fake here. Calls block for microseconds.
+pub trait Kernel: Send + Sync {
+    /// The thin device behind `path`, which can be opened.
+    fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError>;
+    /// How often the device-mapper device `name` is open, mounted or held. `None` if there is no such device.
+    fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError>;
+    /// The thin pool that the configuration means.
+    fn pool(&self) -> Result<PoolUsage, KernelError>;
+}
+
+/// What the kernel did not tell.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum KernelError {
+    /// There is no such path or device.
+    #[error("there is no device {0}")]
+    Missing(String),
+    /// Something is there, but no thin device.
+    #[error("{path} is not a thin device: {what}")]
+    NotThin {
+        /// What was looked at.
+        path: String,
+        /// What it is.
+        what: String,
+    },
+    /// It cannot be told which pool is meant, or the one that is meant is not there.
+    #[error("{0}")]
+    NoPool(String),
+    /// The kernel refused.
+    #[error("device-mapper, {what}: {error}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Its answer.
+        error: String,
+    },
+}
+
+/// The real kernel.
+#[derive(Clone, Debug)]
+pub struct DeviceMapper {
+    /// Name of the pool; empty for the only one there is.
+    pool: String,
+}
+
+type Targets = Vec<(u64, u64, String, String)>;
+
+impl DeviceMapper {
+    /// `pool` is a device-mapper name, or empty.
+    pub fn new(pool: String) -> Self {
+        Self { pool }
+    }
+
+    fn targets(context: &DM, name: &str, flags: DmFlags) -> Result<Option<Targets>, KernelError> {
+        let dm_name = DmName::new(name).map_err(|e| refused(name, &e))?;
+        let options = DmOptions::default().set_flags(flags | DmFlags::DM_NOFLUSH);
+        match context.table_status(&DevId::Name(dm_name), options) {
+            Ok((_, targets)) => Ok(Some(targets)),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(refused(name, &error)),
+        }
+    }
+
+    /// The name of the pool that is meant.
+    fn pool_name(&self, context: &DM) -> Result<String, KernelError> {
+        if !self.pool.is_empty() {
+            return Ok(self.pool.clone());
+        }
+        let devices = context.list_devices().map_err(|e| refused("list", &e))?;
+        let mut pools = Vec::new();
+        for (name, _, _) in devices {
+            let name = name.to_string();
+            let targets = Self::targets(context, &name, DmFlags::DM_STATUS_TABLE)?.unwrap_or_default();
+            if matches!(&targets[..], [(_, _, kind, _)] if kind == "thin-pool") {
+                pools.push(name);
+            }
+        }
+        match &pools[..] {
+            [one] => Ok(one.clone()),
+            [] => {
+                Err(KernelError::NoPool("this host has no active thin pool: activate or make one".to_owned()))
+            }
+            many => Err(KernelError::NoPool(format!(
+                "this host has {} thin pools ({}): name the snapshotter's in [pool] name",
+                many.len(),
+                many.join(", ")
+            ))),
+        }
+    }
+}
+
+impl Kernel for DeviceMapper {
+    fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
+        let number = block_device(path)?;
+        let attribute = |file: &str| {
+            let sysfs = format!("/sys/dev/block/{number}/{file}");
+            fs::read_to_string(&sysfs).map(|text| text.trim_end().to_owned())
+        };
+        let not_thin = |what: String| KernelError::NotThin { path: path.to_owned(), what };
+        let dm_name =
+            attribute("dm/name").map_err(|_| not_thin("it has no device-mapper name".to_owned()))?;
+        let uuid = attribute("dm/uuid").unwrap_or_default();
+        let targets = Self::targets(&context()?, &dm_name, DmFlags::DM_STATUS_TABLE)?;
+        let targets = targets.ok_or_else(|| KernelError::Missing(dm_name.clone()))?;
+        let thin = table::parse_thin(&targets).map_err(&not_thin)?;
+        fs::File::open(path)
+            .map_err(|e| KernelError::Refused { what: format!("opening {path}"), error: e.to_string() })?;
+        Ok(DeviceIdentity {
+            path: path.to_owned(),
+            number,
+            dm_name,
+            dm_uuid: Some(uuid).filter(|uuid| !uuid.is_empty()),
+            thin_id: thin.id,
+            pool: thin.pool,
+            size_bytes: thin.size_bytes,
+        })
+    }
+
+    fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
+        let dm_name = DmName::new(name).map_err(|e| refused(name, &e))?;
+        match context()?.device_info(&DevId::Name(dm_name)) {
+            Ok(info) => Ok(Some(info.open_count().unsigned_abs())),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(refused(name, &error)),
+        }
+    }
+
+    fn pool(&self) -> Result<PoolUsage, KernelError> {
+        let context = context()?;
+        let name = self.pool_name(&context)?;
+        let missing = || KernelError::NoPool(format!("there is no thin pool {name}: activate or make it"));
+        let tables = Self::targets(&context, &name, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)?;
+        let status = Self::targets(&context, &name, DmFlags::empty())?.ok_or_else(missing)?;
+        table::parse_pool(&name, &tables, &status)
+            .map_err(|what| KernelError::NoPool(format!("{name} is not a usable thin pool: {what}")))
+    }
+}
+
+fn context() -> Result<DM, KernelError> {
+    DM::new().map_err(|e| {
+        KernelError::NoPool(format!("device-mapper cannot be used ({e}): modprobe dm_thin_pool, as root"))
+    })
+}
+
+fn block_device(path: &str) -> Result<DeviceNumber, KernelError> {
+    let found = fs::metadata(Path::new(path)).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => KernelError::Missing(path.to_owned()),
+        _ => KernelError::Refused { what: format!("looking at {path}"), error: error.to_string() },
+    })?;
+    if !found.file_type().is_block_device() {
+        return Err(KernelError::NotThin { path: path.to_owned(), what: "it is no block device".to_owned() });
+    }
+    let part = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+    let device = found.st_rdev();
+    Ok(DeviceNumber { major: part(stat::major(device)), minor: part(stat::minor(device)) })
+}
+
+fn is_missing(error: &DmError) -> bool {
+    matches!(error, DmError::Core(errors::Error::Ioctl(_, _, _, errno)) if **errno == Errno::ENXIO)
+}
+
+fn refused(what: &str, error: &DmError) -> KernelError {
+    let error = match error {
+        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => errno.to_string(),
+        other => other.to_string(),
+    };
+    KernelError::Refused { what: what.to_owned(), error }
+}

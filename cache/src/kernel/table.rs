@@ -1,0 +1,181 @@
+//! Reads dm-thin's table and status lines (kernel: Documentation/admin-guide/device-mapper/thin-provisioning.rst).
+
+use std::fmt;
+
+use cowshed_leases::DeviceNumber;
+
+const SECTOR_BYTES: u64 = 512;
+/// dm-thin's metadata blocks have this size, whatever the pool's.
+const METADATA_BLOCK_BYTES: u64 = 4096;
+
+/// How full a thin pool is, and whether it works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Its device-mapper name.
+    pub name: String,
+    /// Bytes of data in use.
+    pub data_used: u64,
+    /// Bytes of data in all.
+    pub data_total: u64,
+    /// Bytes of metadata in use.
+    pub metadata_used: u64,
+    /// Bytes of metadata in all.
+    pub metadata_total: u64,
+    /// Whether it works.
+    pub mode: PoolMode,
+}
+
+/// The state of a thin pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolMode {
+    /// It reads and writes.
+    ReadWrite,
+    /// It only reads.
+    ReadOnly,
+    /// New blocks cannot be had.
+    OutOfDataSpace,
+    /// Its metadata has to be checked, offline, before it writes again.
+    NeedsCheck,
+    /// It does nothing any more.
+    Failed,
+}
+
+impl fmt::Display for PoolMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadWrite => "rw",
+            Self::ReadOnly => "ro",
+            Self::OutOfDataSpace => "out_of_data_space",
+            Self::NeedsCheck => "needs_check",
+            Self::Failed => "fail",
+        })
+    }
+}
+
+/// What the table of a thin device says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Thin {
+    pub(super) pool: DeviceNumber,
+    pub(super) id: u32,
+    pub(super) size_bytes: u64,
+}
+
+type Target = (u64, u64, String, String);
+
+/// `thin` table: `POOL-DEVICE DEVICE-ID [ORIGIN-DEVICE]`.
+pub(super) fn parse_thin(targets: &[Target]) -> Result<Thin, String> {
+    let [(_, sectors, kind, params)] = targets else {
+        return Err(format!("its table has {} targets", targets.len()));
+    };
+    if kind != "thin" {
+        return Err(format!("its target is {kind:?}"));
+    }
+    let mut words = params.split_ascii_whitespace();
+    let pool = words.next().and_then(device_number);
+    let id = words.next().and_then(|id| id.parse().ok());
+    match (pool, id) {
+        (Some(pool), Some(id)) => Ok(Thin { pool, id, size_bytes: sectors * SECTOR_BYTES }),
+        _ => Err(format!("its table is {params:?}")),
+    }
+}
+
+/// `thin-pool` table: `METADATA-DEVICE DATA-DEVICE BLOCK-SECTORS …`; status: `TRANSACTION META-USED/META-TOTAL
+/// DATA-USED/DATA-TOTAL HELD-ROOT MODE … NEEDS-CHECK …`, or `Fail`.
+pub(super) fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<PoolUsage, String> {
+    let ([(_, _, kind, table)], [(_, _, _, status)]) = (tables, status) else {
+        return Err(format!("its table has {} targets", tables.len()));
+    };
+    if kind != "thin-pool" {
+        return Err(format!("its target is {kind:?}"));
+    }
+    let unreadable = || format!("its table is {table:?} and its status {status:?}");
+    let block =
+        table.split_ascii_whitespace().nth(2).and_then(|n| n.parse::<u64>().ok()).ok_or_else(unreadable)?;
+    let words: Vec<&str> = status.split_ascii_whitespace().collect();
+    if matches!(words.first(), Some(&"Fail" | &"Error")) {
+        return Err(
+            "it has failed, as the kernel's log tells: repair its metadata with thin_repair".to_owned()
+        );
+    }
+    let pair = |at: usize| words.get(at).and_then(|word| fraction(word)).ok_or_else(unreadable);
+    let ((metadata_used, metadata_total), (data_used, data_total)) = (pair(1)?, pair(2)?);
+    Ok(PoolUsage {
+        name: name.to_owned(),
+        data_used: data_used * block * SECTOR_BYTES,
+        data_total: data_total * block * SECTOR_BYTES,
+        metadata_used: metadata_used * METADATA_BLOCK_BYTES,
+        metadata_total: metadata_total * METADATA_BLOCK_BYTES,
+        mode: mode(&words[3..]),
+    })
+}
+
+fn mode(words: &[&str]) -> PoolMode {
+    if words.contains(&"needs_check") {
+        PoolMode::NeedsCheck
+    } else if words.contains(&"out_of_data_space") {
+        PoolMode::OutOfDataSpace
+    } else if words.contains(&"ro") {
+        PoolMode::ReadOnly
+    } else if words.contains(&"rw") {
+        PoolMode::ReadWrite
+    } else {
+        PoolMode::Failed
+    }
+}
+
+fn device_number(text: &str) -> Option<DeviceNumber> {
+    let (major, minor) = text.split_once(':')?;
+    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+}
+
+fn fraction(text: &str) -> Option<(u64, u64)> {
+    let (used, total) = text.split_once('/')?;
+    Some((used.parse().ok()?, total.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn target(sectors: u64, kind: &str, params: &str) -> Vec<Target> {
+        vec![(0, sectors, kind.to_owned(), params.to_owned())]
+    }
+
+    #[test]
+    fn thin_tables() {
+        let thin = parse_thin(&target(2_097_152, "thin", "252:3 17")).unwrap();
+        let pool = DeviceNumber { major: 252, minor: 3 };
+        assert_eq!(thin, Thin { pool, id: 17, size_bytes: 1 << 30 });
+        assert_eq!(parse_thin(&target(8, "thin", "252:3 1 7:0")).unwrap().id, 1);
+        for (kind, params) in
+            [("linear", "8:0 0"), ("thin", ""), ("thin", "252:3"), ("thin", "x 1"), ("thin", "252:3 -1")]
+        {
+            assert!(parse_thin(&target(8, kind, params)).is_err(), "{kind} {params}");
+        }
+        assert!(parse_thin(&[]).is_err());
+    }
+
+    #[test]
+    fn pool_status() {
+        let table = target(20_971_520, "thin-pool", "252:1 252:2 128 0 0 ");
+        let status = |text: &str| parse_pool("vg-pool", &table, &target(20_971_520, "thin-pool", text));
+        let usage = status("0 40/32768 1200/163840 - rw discard_passdown queue_if_no_space - 1024 ").unwrap();
+        assert_eq!(usage.data_used, 1200 * 65536);
+        assert_eq!(usage.data_total, 10 << 30);
+        assert_eq!((usage.metadata_used, usage.metadata_total), (40 * 4096, 128 << 20));
+        let modes = [
+            ("- rw discard_passdown queue_if_no_space - 1024", PoolMode::ReadWrite),
+            ("- ro no_discard_passdown queue_if_no_space - 1024", PoolMode::ReadOnly),
+            ("- ro discard_passdown queue_if_no_space needs_check 1024", PoolMode::NeedsCheck),
+            ("- out_of_data_space discard_passdown error_if_no_space - 1024", PoolMode::OutOfDataSpace),
+        ];
+        for (rest, mode) in modes {
+            assert_eq!(status(&format!("0 1/2 3/4 {rest}")).unwrap().mode, mode, "{rest}");
+        }
+        for bad in ["Fail", "Error", "", "0 1/2", "0 1/2 x/4 - rw"] {
+            assert!(status(bad).is_err(), "{bad:?}");
+        }
+        assert!(parse_pool("x", &target(8, "linear", "8:0 0"), &target(8, "linear", "")).is_err());
+    }
+}

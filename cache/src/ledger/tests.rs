@@ -1,0 +1,117 @@
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+
+use cowshed_leases::State;
+
+use super::*;
+
+fn vm(n: u32) -> VmId {
+    format!("vm-{n}").parse().unwrap()
+}
+
+fn spec() -> Spec {
+    Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() }
+}
+
+fn id(n: u32) -> LeaseId {
+    LeaseId::from_random(u128::from(n))
+}
+
+#[tokio::test]
+async fn what_was_answered_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let writes = (0..200).map(|n| {
+        let ledger = ledger.clone();
+        tokio::spawn(async move { ledger.acquire(vm(n % 100), spec(), id(n), UnixMicros(0)).await.unwrap() })
+    });
+    for write in writes.collect::<Vec<_>>() {
+        write.await.unwrap();
+    }
+    ledger.begin_pull("cowshed-pull-1".into(), "a".into()).await.unwrap();
+    let some = ledger.read(|book| book.of_vm(&vm(7)).unwrap().clone());
+    ledger.release(some.id.clone(), UnixMicros(5)).await.unwrap();
+    let before = ledger.read(Clone::clone);
+    assert_eq!(before.after(None).count(), 100, "two acquires of one VM are one lease");
+    drop(ledger);
+
+    let ledger = Ledger::open(directory.path()).unwrap();
+    assert_eq!(ledger.read(Clone::clone), before);
+    assert_eq!(ledger.pulls().keys().collect::<Vec<_>>(), ["cowshed-pull-1"]);
+    assert!(matches!(ledger.read(|b| b.get(&some.id).unwrap().state.clone()), State::Releasing { .. }));
+    ledger.remove_all(vec![some.id.clone()]).await.unwrap();
+    ledger.end_pull("cowshed-pull-1".into()).await.unwrap();
+    drop(ledger);
+
+    let ledger = Ledger::open(directory.path()).unwrap();
+    assert_eq!(ledger.read(|b| b.after(None).count()), 99);
+    assert!(ledger.pulls().is_empty());
+    let again = ledger.acquire(vm(7), spec(), id(999), UnixMicros(9)).await.unwrap();
+    let Acquisition::New(again) = again else { unreachable!("{again:?}") };
+    assert!(again.generation > some.generation, "a generation is never given out twice");
+}
+
+#[tokio::test]
+async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ledger.db");
+    let ledger = Ledger::open(directory.path()).unwrap();
+    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0)).await.unwrap();
+    drop(ledger);
+    wait_for_close(&path);
+    let good = fs::read(&path).unwrap();
+
+    let mut flipped = good.clone();
+    for byte in &mut flipped[4096..] {
+        *byte ^= 0x5a;
+    }
+    let mut newer = good.clone();
+    newer[60..64].copy_from_slice(&7u32.to_be_bytes());
+    let mut foreign = good.clone();
+    foreign[68..72].copy_from_slice(&0u32.to_be_bytes());
+    let cases: [(&str, Vec<u8>, &str); 6] = [
+        ("empty", Vec::new(), "it is empty"),
+        ("truncated", good[..good.len() / 2].to_vec(), "damaged"),
+        ("flipped bytes", flipped, "damaged"),
+        ("other file", b"not a database, surely, as anyone can see".to_vec(), "damaged"),
+        ("newer", newer, "has format 7"),
+        ("foreign database", foreign, "not a ledger"),
+    ];
+    for (name, bytes, expected) in cases {
+        fs::write(&path, &bytes).unwrap();
+        let error = Ledger::open(directory.path()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains(expected) && error.contains("ledger.db"), "{name}: {error:?}");
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{name}: touched");
+    }
+    fs::write(&path, &good).unwrap();
+    assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 1);
+}
+
+/// The writer's thread closes the file, and folds the log into it, when the last handle is gone.
+fn wait_for_close(path: &Path) {
+    while path.with_extension("db-wal").exists() {
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn a_half_made_ledger_is_made_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("ledger.db.new"), b"torn").unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    assert_eq!(ledger.read(|b| b.after(None).count()), 0);
+}
+
+#[tokio::test]
+async fn conflicts_name_what_differs() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0)).await.unwrap();
+    let other = Spec { image: "registry.example/other:2".into(), ..spec() };
+    let error = ledger.acquire(vm(1), other, id(2), UnixMicros(0)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::SpecConflict);
+    for part in ["vm-1", id(1).as_str(), "image", "registry.example/app:1", "registry.example/other:2"] {
+        assert!(error.to_string().contains(part), "{part}: {error}");
+    }
+}

@@ -1,0 +1,301 @@
+//! The numbers that Prometheus scrapes: what they are called, and where they come from.
+//!
+//! Counters and histograms are fed as things happen; gauges are read from the ledger and the kernel at each scrape.
+
+use std::{sync::Arc, time::Duration};
+
+use prometheus::{
+    Encoder as _, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+};
+
+use crate::{
+    acquire::Acquired,
+    error::{Error, Result},
+    image::{Cache, PullObserver},
+    kernel::{Kernel, PoolMode},
+    ledger::Ledger,
+};
+
+/// From half a millisecond (a spare on a fast disk) to minutes (a large image over a slow line), in seconds.
+const LATENCY_BUCKETS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+    300.0,
+];
+
+/// All metrics of the process. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    acquires: IntCounterVec,
+    acquire_seconds: HistogramVec,
+    acquire_stage_seconds: HistogramVec,
+    releases: IntCounterVec,
+    leases: IntGaugeVec,
+    pulls_in_flight: IntGauge,
+    pulls: IntCounterVec,
+    pull_seconds: HistogramVec,
+    pull_bytes: IntCounter,
+    layer_unpack_seconds: HistogramVec,
+    reclaimed: IntCounter,
+    reclaim_failures: IntCounter,
+    pool_up: IntGauge,
+    pool_bytes: GaugeVec,
+    grpc_calls: IntCounterVec,
+    grpc_seconds: HistogramVec,
+    start_time: Gauge,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Errors
+    /// If two metrics have the same name, which a test rules out.
+    pub fn new() -> prometheus::Result<Self> {
+        let r = Registry::new();
+        let inner = Inner {
+            acquires: counters(
+                &r,
+                "cowshed_acquires_total",
+                "Acquire calls, by result (ok or the error's reason) and image cache hit or miss (none if refused)",
+                &["result", "cache"],
+            )?,
+            acquire_seconds: histograms(
+                &r,
+                "cowshed_acquire_duration_seconds",
+                "Time from request to reply of granted new leases",
+                &["cache"],
+            )?,
+            acquire_stage_seconds: histograms(
+                &r,
+                "cowshed_acquire_stage_duration_seconds",
+                "Time that granted new leases spent in each stage",
+                &["stage"],
+            )?,
+            releases: counters(
+                &r,
+                "cowshed_releases_total",
+                "Release calls, by result (ok or the error's reason)",
+                &["result"],
+            )?,
+            leases: int_gauges(&r, "cowshed_leases", "Leases in the ledger, by state", &["state"])?,
+            pulls_in_flight: register(&r, IntGauge::new("cowshed_pulls_in_flight", "Pulls under way")?)?,
+            pulls: counters(
+                &r,
+                "cowshed_pulls_total",
+                "Finished pulls, by result (hit, miss or the error's reason)",
+                &["result"],
+            )?,
+            pull_seconds: histograms(
+                &r,
+                "cowshed_pull_duration_seconds",
+                "Duration of successful pulls",
+                &["cache"],
+            )?,
+            pull_bytes: register(
+                &r,
+                IntCounter::new("cowshed_pull_bytes_total", "Bytes fetched from registries")?,
+            )?,
+            layer_unpack_seconds: histograms(
+                &r,
+                "cowshed_layer_unpack_duration_seconds",
+                "Time to unpack one layer",
+                &[],
+            )?,
+            reclaimed: register(
+                &r,
+                IntCounter::new("cowshed_reclaimed_snapshots_total", "Released disks that are gone")?,
+            )?,
+            reclaim_failures: register(
+                &r,
+                IntCounter::new(
+                    "cowshed_reclaim_failures_total",
+                    "Removals of released disks that have to be tried again",
+                )?,
+            )?,
+            pool_up: register(&r, IntGauge::new("cowshed_pool_up", "1 if the thin pool reads and writes")?)?,
+            pool_bytes: gauges(
+                &r,
+                "cowshed_pool_bytes",
+                "Size and use of the thin pool in bytes, by part (data or metadata) and measure (used or size)",
+                &["part", "measure"],
+            )?,
+            grpc_calls: counters(
+                &r,
+                "cowshed_grpc_calls_total",
+                "gRPC calls, by method and code",
+                &["method", "code"],
+            )?,
+            grpc_seconds: histograms(
+                &r,
+                "cowshed_grpc_call_duration_seconds",
+                "Duration of gRPC calls, by method",
+                &["method"],
+            )?,
+            start_time: register(
+                &r,
+                Gauge::new(
+                    "cowshed_start_time_seconds",
+                    "When the process started, in seconds since the epoch",
+                )?,
+            )?,
+            registry: r,
+        };
+        let version = int_gauges(
+            &inner.registry,
+            "cowshed_build_info",
+            "Always 1; the version is in the label",
+            &["version"],
+        )?;
+        version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        inner.start_time.set(now.as_secs_f64());
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// An Acquire call has been answered after `took`.
+    pub fn acquired(&self, outcome: &Result<Arc<Acquired>>, took: Duration) {
+        let m = &self.0;
+        match outcome {
+            Ok(done) => {
+                let cache = done.cache.as_str();
+                m.acquires.with_label_values(&["ok", cache]).inc();
+                if !done.existing {
+                    m.acquire_seconds.with_label_values(&[cache]).observe(took.as_secs_f64());
+                    for (stage, took) in done.stages.iter() {
+                        m.acquire_stage_seconds
+                            .with_label_values(&[stage.as_str()])
+                            .observe(took.as_secs_f64());
+                    }
+                }
+            }
+            Err(error) => m.acquires.with_label_values(&[result(error), "none"]).inc(),
+        }
+    }
+
+    /// A Release call has been answered.
+    pub fn released(&self, error: Option<&Error>) {
+        self.0.releases.with_label_values(&[error.map_or("ok", result)]).inc();
+    }
+
+    /// Disks are gone.
+    pub fn reclaimed(&self, disks: usize) {
+        self.0.reclaimed.inc_by(disks as u64);
+    }
+
+    /// Disks should be gone and are not.
+    pub fn reclaim_failures(&self, disks: usize) {
+        self.0.reclaim_failures.inc_by(disks as u64);
+    }
+
+    /// A gRPC call has been answered.
+    pub fn called(&self, method: &str, code: tonic::Code, took: Duration) {
+        let code = format!("{code:?}");
+        self.0.grpc_calls.with_label_values(&[method, &code]).inc();
+        self.0.grpc_seconds.with_label_values(&[method]).observe(took.as_secs_f64());
+    }
+
+    /// What a scrape gets, in Prometheus' text format.
+    ///
+    /// # Errors
+    /// If a metric cannot be encoded.
+    pub fn scrape(&self, ledger: &Ledger, kernel: &dyn Kernel) -> prometheus::Result<Vec<u8>> {
+        let m = &self.0;
+        let counts = crate::status::count_leases(ledger);
+        for (state, count) in
+            [("preparing", counts.preparing), ("granted", counts.granted), ("releasing", counts.releasing)]
+        {
+            m.leases.with_label_values(&[state]).set(i64::from(count));
+        }
+        self.read_pool(kernel);
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&m.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+
+    fn read_pool(&self, kernel: &dyn Kernel) {
+        let m = &self.0;
+        m.pool_bytes.reset();
+        let pool = kernel.pool().ok();
+        m.pool_up.set(i64::from(pool.as_ref().is_some_and(|pool| pool.mode == PoolMode::ReadWrite)));
+        let Some(pool) = pool else { return };
+        let rows = [
+            ("data", "used", pool.data_used),
+            ("data", "size", pool.data_total),
+            ("metadata", "used", pool.metadata_used),
+            ("metadata", "size", pool.metadata_total),
+        ];
+        for (part, measure, bytes) in rows {
+            m.pool_bytes.with_label_values(&[part, measure]).set(bytes as f64);
+        }
+    }
+}
+
+impl PullObserver for Metrics {
+    fn started(&self) {
+        self.0.pulls_in_flight.inc();
+    }
+
+    fn fetched(&self, bytes: u64) {
+        self.0.pull_bytes.inc_by(bytes);
+    }
+
+    fn layer_unpacked(&self, took: Duration) {
+        self.0.layer_unpack_seconds.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
+    }
+
+    fn finished(&self, outcome: &Result<Cache>, took: Duration) {
+        self.0.pulls_in_flight.dec();
+        match outcome {
+            Ok(cache) => {
+                self.0.pulls.with_label_values(&[cache.as_str()]).inc();
+                self.0.pull_seconds.with_label_values(&[cache.as_str()]).observe(took.as_secs_f64());
+            }
+            Err(error) => self.0.pulls.with_label_values(&[result(error)]).inc(),
+        }
+    }
+}
+
+fn result(error: &Error) -> &'static str {
+    error.reason().as_str()
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> prometheus::Result<IntCounterVec> {
+    register(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+}
+
+fn int_gauges(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> prometheus::Result<IntGaugeVec> {
+    register(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<GaugeVec> {
+    register(registry, GaugeVec::new(Opts::new(name, help), labels)?)
+}
+
+fn histograms(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> prometheus::Result<HistogramVec> {
+    let options = HistogramOpts::new(name, help).buckets(LATENCY_BUCKETS.to_vec());
+    register(registry, HistogramVec::new(options, labels)?)
+}

@@ -1,0 +1,325 @@
+//! Clears away what was released, and what a crash or a failure left half made; never with force.
+//!
+//! The release fence: a disk is removed when the kernel says that its device is closed. On a snapshotter whose own
+//! removal forces (the stock one's does), that is a check just before: a launcher that opens a device that it has
+//! released, in the milliseconds between the check and the removal, loses it. Nothing can be lost by opening a device
+//! that was not released.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Duration,
+};
+
+use cowshed_gc::{DeviceUse, Foreign, Inventory, Step};
+use cowshed_leases::{Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    acquire::block_device,
+    clock,
+    containerd::Snapshots,
+    error::Result,
+    image::RunningPulls,
+    kernel::{Kernel, KernelError},
+    ledger::Ledger,
+    metrics::Metrics,
+};
+
+/// At most so many disks are removed per garbage collection of containerd's, so that a crowd that leaves together
+/// does not hold containerd's locks for long.
+const BATCH: usize = 50;
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+
+/// Wakes the reclaimer.
+#[derive(Clone, Debug, Default)]
+pub struct Wake(Arc<Notify>);
+
+impl Wake {
+    /// There is something to do.
+    pub fn now(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// Why released disks are still there, in words.
+pub type Waiting = Arc<RwLock<HashMap<LeaseId, String>>>;
+
+/// The reclaimer.
+pub struct Reclaimer {
+    /// What was released.
+    pub ledger: Ledger,
+    /// Where the snapshots are.
+    pub snapshots: Arc<dyn Snapshots>,
+    /// Who has devices open.
+    pub kernel: Arc<dyn Kernel>,
+    /// Which pulls are alive.
+    pub running_pulls: Arc<dyn RunningPulls>,
+    /// Its alarm clock.
+    pub wake: Wake,
+    /// For the replies of the API.
+    pub waiting: Waiting,
+    /// What it did.
+    pub metrics: Metrics,
+    /// Longest pause between two looks at an open device.
+    pub retry: Duration,
+    /// Pause between two looks at everything.
+    pub interval: Duration,
+    /// What was there without a record in the pass before: reported when it still is.
+    pub suspects: Mutex<Suspects>,
+}
+
+/// Things without a record, and whether that was said.
+#[derive(Debug, Default)]
+pub struct Suspects {
+    seen: BTreeSet<Foreign>,
+    reported: BTreeSet<Foreign>,
+}
+
+/// How much a pass looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Released,
+    Everything,
+}
+
+impl Reclaimer {
+    /// Marks what the process before has left half made. To be called once, before the first request is served.
+    pub async fn recover(&self) -> Result<usize> {
+        let half_made: Vec<LeaseId> = self.ledger.read(|book| {
+            let preparing = book.after(None).filter(|lease| lease.state == State::Preparing);
+            preparing.map(|lease| lease.id.clone()).collect()
+        });
+        let count = half_made.len();
+        if count > 0 {
+            tracing::warn!(
+                count,
+                "leases were being made when the service stopped; their remains are cleared away"
+            );
+            self.ledger.release_all(half_made, clock::now()).await?;
+        }
+        Ok(count)
+    }
+
+    /// Runs until `stop` changes.
+    pub async fn run(&self, mut stop: watch::Receiver<bool>) {
+        let mut scope = Scope::Everything;
+        let mut retry = FIRST_RETRY;
+        loop {
+            let left = self.pass(scope).await;
+            let pause = if left == 0 { self.interval } else { retry.min(self.retry) };
+            retry = if left == 0 { FIRST_RETRY } else { (retry * 2).min(self.retry) };
+            tokio::select! {
+                () = self.wake.0.notified() => { scope = Scope::Released; retry = FIRST_RETRY; }
+                () = tokio::time::sleep(pause) => {
+                    scope = if left == 0 { Scope::Everything } else { Scope::Released };
+                }
+                _ = stop.changed() => return,
+            }
+        }
+    }
+
+    /// One look, and what follows from it. Returns how much has to be looked at again soon.
+    async fn pass(&self, scope: Scope) -> usize {
+        let inventory = self.inventory(scope).await;
+        let mut reclaim = Vec::new();
+        let mut waiting = HashMap::new();
+        let mut foreign = BTreeSet::new();
+        let mut unended = 0;
+        for step in cowshed_gc::plan(&inventory) {
+            match step {
+                Step::Reclaim(id) => reclaim.push(id),
+                Step::Wait(id, why) => {
+                    waiting.insert(id, why.to_string());
+                }
+                Step::EndPull(lease) => unended += usize::from(!self.end_pull(&lease).await),
+                Step::Report(what) => {
+                    foreign.insert(what);
+                }
+            }
+        }
+        if scope == Scope::Everything {
+            self.report(foreign);
+        }
+        for batch in reclaim.chunks(BATCH) {
+            waiting.extend(self.reclaim(batch).await);
+        }
+        let left = waiting.len() + unended;
+        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = waiting;
+        left
+    }
+
+    /// containerd before the ledger: what was granted in between is then in the ledger, and no orphan.
+    async fn inventory(&self, scope: Scope) -> Inventory {
+        let mut inventory = Inventory::default();
+        if scope == Scope::Everything {
+            let looked = async {
+                inventory.containerd_leases = self.snapshots.our_leases().await?;
+                inventory.snapshots = self.snapshots.keys(SNAPSHOT_KEY_PREFIX).await?;
+                Ok::<_, crate::containerd::CallError>(())
+            };
+            if let Err(error) = looked.await {
+                tracing::warn!(%error, "containerd's leases and snapshots cannot be compared with the ledger now");
+            }
+        }
+        // The ledger before the living: a pull is alive from before it is written down until after it is struck off.
+        let pulls = self.ledger.pulls();
+        let running = self.running_pulls.running();
+        inventory.abandoned_pulls = pulls.into_keys().filter(|lease| !running.contains(lease)).collect();
+        inventory.running_pulls = running;
+        let (releasing, held): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| match scope {
+            Scope::Everything => book.after(None).cloned().partition(is_releasing),
+            Scope::Released => {
+                (book.after(None).filter(|lease| is_releasing(lease)).cloned().collect(), Vec::new())
+            }
+        });
+        inventory.held = held.into_iter().map(|lease| lease.id).collect();
+        for lease in releasing {
+            let device = self.device_use(&lease).await;
+            inventory.releasing.push((lease.id, device));
+        }
+        inventory
+    }
+
+    async fn device_use(&self, lease: &Lease) -> DeviceUse {
+        let name = match lease.grant() {
+            Some(grant) => Ok(Some(grant.device.dm_name.clone())),
+            None => self.device_of(&lease.id).await,
+        };
+        let open = name.and_then(|name| match name {
+            Some(name) => self.kernel.open_count(&name).map_err(|e| e.to_string()),
+            None => Ok(None),
+        });
+        match open {
+            Ok(None) => DeviceUse::Absent,
+            Ok(Some(0)) => DeviceUse::Closed,
+            Ok(Some(n)) => DeviceUse::Open(n),
+            Err(why) => DeviceUse::Unknown(why),
+        }
+    }
+
+    /// The device of a lease that was never granted one: whatever its snapshot, if there is one, has.
+    async fn device_of(&self, id: &LeaseId) -> Result<Option<String>, String> {
+        let mounts = match self.snapshots.mounts(&id.snapshot_key()).await {
+            Ok(mounts) => mounts,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        // A snapshot that is no device has nothing that could be open.
+        let Ok((path, _)) = block_device(&mounts) else { return Ok(None) };
+        match self.kernel.inspect(path) {
+            Ok(device) => Ok(Some(device.dm_name)),
+            Err(KernelError::Missing(_) | KernelError::NotThin { .. }) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Removes disks whose devices are closed; returns those that are still there, and why.
+    async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
+        let mut left = HashMap::new();
+        for id in ids {
+            if let Err(error) = self.snapshots.remove(&id.snapshot_key()).await {
+                left.insert(id.clone(), error.to_string());
+            }
+        }
+        let removed: Vec<&LeaseId> = ids.iter().filter(|id| !left.contains_key(*id)).collect();
+        if let Err(error) = self.collect(&removed).await {
+            tracing::warn!(%error, "containerd did not collect released disks; trying again");
+        }
+        let mut gone = Vec::new();
+        for id in removed {
+            match self.remains(id).await {
+                None => gone.push(id.clone()),
+                Some(why) => {
+                    left.insert(id.clone(), why);
+                }
+            }
+        }
+        self.metrics.reclaim_failures(left.len());
+        for (id, why) in &left {
+            tracing::warn!(lease = %id, why, "a released disk is still there");
+        }
+        self.forget(gone).await;
+        left
+    }
+
+    /// One garbage collection for all: only the last deletion waits for it.
+    async fn collect(&self, ids: &[&LeaseId]) -> Result<(), crate::containerd::CallError> {
+        let Some((last, others)) = ids.split_last() else { return Ok(()) };
+        for id in others {
+            self.snapshots.delete_lease(&id.snapshot_key(), false).await?;
+        }
+        // Deleting a lease that is gone collects nothing, so there has to be one.
+        self.snapshots.create_lease(&last.snapshot_key(), our_label(last)).await?;
+        self.snapshots.delete_lease(&last.snapshot_key(), true).await
+    }
+
+    /// What is left of a disk. A collection's success says nothing of that: containerd only logs what fails in it.
+    async fn remains(&self, id: &LeaseId) -> Option<String> {
+        match self.snapshots.mounts(&id.snapshot_key()).await {
+            Err(error) if error.is_not_found() => {}
+            Ok(_) => return Some("containerd still has its snapshot".to_owned()),
+            Err(error) => return Some(error.to_string()),
+        }
+        let device =
+            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()));
+        match device.map(|name| (self.kernel.open_count(&name), name)) {
+            None | Some((Ok(None), _)) => None,
+            Some((Ok(Some(_)), name)) => Some(format!("containerd has not removed the device {name} yet")),
+            Some((Err(error), _)) => Some(error.to_string()),
+        }
+    }
+
+    async fn forget(&self, gone: Vec<LeaseId>) {
+        if gone.is_empty() {
+            return;
+        }
+        let count = gone.len();
+        match self.ledger.remove_all(gone).await {
+            Ok(()) => {
+                self.metrics.reclaimed(count);
+                tracing::info!(count, "released disks are gone");
+            }
+            // The next pass finds them gone and writes it down then.
+            Err(error) => tracing::warn!(%error, "gone disks could not be struck off the ledger"),
+        }
+    }
+
+    async fn end_pull(&self, lease: &str) -> bool {
+        if let Err(error) = self.snapshots.delete_lease(lease, true).await {
+            tracing::warn!(lease, %error, "the containerd lease of an unfinished pull cannot be deleted yet");
+            return false;
+        }
+        match self.ledger.end_pull(lease.to_owned()).await {
+            Ok(()) => {
+                tracing::info!(lease, "an unfinished pull was cleared away");
+                true
+            }
+            Err(error) => {
+                tracing::warn!(lease, %error, "an unfinished pull could not be struck off the ledger");
+                false
+            }
+        }
+    }
+
+    /// Says once what has been there without a record for two passes (in one, it may just be on its way).
+    fn report(&self, foreign: BTreeSet<Foreign>) {
+        let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        for what in foreign.intersection(&suspects.seen).filter(|what| !suspects.reported.contains(what)) {
+            tracing::warn!(
+                "{what} looks like ours and is in no record: left alone; delete it by hand if nobody needs it"
+            );
+        }
+        let both: BTreeSet<Foreign> = foreign.intersection(&suspects.seen).cloned().collect();
+        suspects.reported = both;
+        suspects.seen = foreign;
+    }
+}
+
+fn our_label(id: &LeaseId) -> HashMap<String, String> {
+    HashMap::from([(crate::containerd::LEASE_LABEL.to_owned(), id.to_string())])
+}
+
+fn is_releasing(lease: &Lease) -> bool {
+    matches!(lease.state, State::Releasing { .. })
+}

@@ -1,0 +1,275 @@
+//! containerd's `hosts.toml`: which endpoints serve a registry's images, and how to talk to them.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Deserializer, de};
+
+use crate::error::{Error, Reason, Result};
+
+/// One place to fetch from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    /// host[:port].
+    pub authority: String,
+    /// With or without TLS.
+    pub scheme: Scheme,
+    /// Certificates that are trusted besides the system's; PEM files.
+    pub ca: Vec<PathBuf>,
+    /// Whether the server's certificate has to be right.
+    pub verify: Verify,
+    /// What it may be asked for.
+    pub serves: Serves,
+}
+
+/// How to talk to an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scheme {
+    /// Only where `hosts.toml` says so.
+    Http,
+    /// Everywhere else.
+    Https,
+}
+
+/// Whether certificates are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verify {
+    /// Yes.
+    Certificate,
+    /// No: `skip_verify = true`.
+    Nothing,
+}
+
+/// `capabilities` of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Serves {
+    /// Tags and digests.
+    TagsAndDigests,
+    /// Digests only: it must not say what a tag means.
+    Digests,
+    /// Nothing that we ask for.
+    Nothing,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HostsFile {
+    server: Option<String>,
+    #[serde(default, deserialize_with = "in_order")]
+    host: Vec<(String, Host)>,
+    #[serde(default)]
+    capabilities: Option<Vec<String>>,
+    #[serde(default)]
+    ca: OneOrMany,
+    #[serde(default)]
+    skip_verify: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Host {
+    capabilities: Option<Vec<String>>,
+    #[serde(default)]
+    ca: OneOrMany,
+    #[serde(default)]
+    skip_verify: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    #[default]
+    None,
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+/// The endpoints of `registry`, in the order in which they are tried.
+///
+/// # Errors
+/// If a file is there and cannot be used; ignoring it could mean asking the wrong server.
+pub fn endpoints(config_path: &Path, registry: &str) -> Result<Vec<Endpoint>> {
+    for directory in directories(registry) {
+        let file = config_path.join(&directory).join("hosts.toml");
+        match fs::read_to_string(&file) {
+            Ok(text) => return parse(&text, &file, registry),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err(error) => return Err(wrong(&file, &error.to_string())),
+        }
+    }
+    Ok(vec![itself(registry)])
+}
+
+/// containerd's search order.
+fn directories(registry: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    if let Some((host, port)) = registry.rsplit_once(':') {
+        names.push(format!("{host}_{port}_"));
+    }
+    names.extend([registry.to_owned(), "_default".to_owned()]);
+    names
+}
+
+/// The registry as it is called, over TLS.
+fn itself(registry: &str) -> Endpoint {
+    let authority = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    Endpoint {
+        authority: authority.to_owned(),
+        scheme: Scheme::Https,
+        ca: Vec::new(),
+        verify: Verify::Certificate,
+        serves: Serves::TagsAndDigests,
+    }
+}
+
+fn parse(text: &str, file: &Path, registry: &str) -> Result<Vec<Endpoint>> {
+    let hosts: HostsFile = toml::from_str(text).map_err(|e| wrong(file, e.to_string().trim()))?;
+    let mut endpoints = Vec::new();
+    for (url, host) in hosts.host {
+        endpoints.push(endpoint(&url, host, file)?);
+    }
+    let server = Host { capabilities: hosts.capabilities, ca: hosts.ca, skip_verify: hosts.skip_verify };
+    endpoints.push(match hosts.server {
+        Some(url) => endpoint(&url, server, file)?,
+        None => endpoint(&format!("https://{}", itself(registry).authority), server, file)?,
+    });
+    endpoints.retain(|endpoint| endpoint.serves != Serves::Nothing);
+    Ok(endpoints)
+}
+
+fn endpoint(url: &str, host: Host, file: &Path) -> Result<Endpoint> {
+    let (scheme, rest) = match url.split_once("://") {
+        Some(("http", rest)) => (Scheme::Http, rest),
+        Some(("https", rest)) => (Scheme::Https, rest),
+        None => (Scheme::Https, url),
+        Some(_) => return Err(wrong(file, &format!("{url:?} is neither http:// nor https://"))),
+    };
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if authority.is_empty() || !matches!(path.trim_end_matches('/'), "" | "v2") {
+        return Err(wrong(file, &format!("{url:?} has a path, or no host: only host[:port] is supported")));
+    }
+    let beside = |path: PathBuf| file.parent().unwrap_or(Path::new("/")).join(path);
+    Ok(Endpoint {
+        authority: authority.to_owned(),
+        scheme,
+        ca: match host.ca {
+            OneOrMany::None => Vec::new(),
+            OneOrMany::One(path) => vec![beside(path)],
+            OneOrMany::Many(paths) => paths.into_iter().map(beside).collect(),
+        },
+        verify: if host.skip_verify { Verify::Nothing } else { Verify::Certificate },
+        serves: serves(host.capabilities.as_deref()),
+    })
+}
+
+fn serves(capabilities: Option<&[String]>) -> Serves {
+    let Some(capabilities) = capabilities else { return Serves::TagsAndDigests };
+    let has = |name: &str| capabilities.iter().any(|c| c == name);
+    match (has("pull"), has("resolve")) {
+        (true, true) => Serves::TagsAndDigests,
+        (true, false) => Serves::Digests,
+        (false, _) => Serves::Nothing,
+    }
+}
+
+fn wrong(file: &Path, what: &str) -> Error {
+    let message = format!("{} cannot be used: {what}; mend or remove it", file.display());
+    Error::new(Reason::RegistryConfiguration, message).with("path", file.display())
+}
+
+/// A table's entries in the file's order, which is the order of preference.
+fn in_order<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, Host)>, D::Error> {
+    struct Entries;
+    impl<'de> de::Visitor<'de> for Entries {
+        type Value = Vec<(String, Host)>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a table of hosts")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut entries = Vec::new();
+            while let Some(entry) = map.next_entry()? {
+                entries.push(entry);
+            }
+            Ok(entries)
+        }
+    }
+    deserializer.deserialize_map(Entries)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn read(text: &str) -> Result<Vec<Endpoint>> {
+        parse(text, Path::new("/etc/certs.d/r.example/hosts.toml"), "r.example")
+    }
+
+    fn names(endpoints: &[Endpoint]) -> Vec<String> {
+        endpoints.iter().map(|e| format!("{:?} {} {:?}", e.scheme, e.authority, e.serves)).collect()
+    }
+
+    #[test]
+    fn without_a_file_it_is_the_registry_itself_over_tls() {
+        let directory = tempfile::tempdir().unwrap();
+        let found = endpoints(directory.path(), "127.0.0.1:5000").unwrap();
+        assert_eq!(names(&found), ["Https 127.0.0.1:5000 TagsAndDigests"]);
+        assert_eq!(endpoints(directory.path(), "docker.io").unwrap()[0].authority, "registry-1.docker.io");
+    }
+
+    #[test]
+    fn the_file_is_found_where_containerd_finds_it() {
+        for name in ["127.0.0.1_5000_", "127.0.0.1:5000", "_default"] {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join(name)).unwrap();
+            fs::write(directory.path().join(name).join("hosts.toml"), "server = \"http://127.0.0.1:5000\"")
+                .unwrap();
+            let found = endpoints(directory.path(), "127.0.0.1:5000").unwrap();
+            assert_eq!(names(&found), ["Http 127.0.0.1:5000 TagsAndDigests"], "{name}");
+        }
+    }
+
+    #[test]
+    fn mirrors_come_first_and_in_the_files_order() {
+        let found = read(
+            "server = \"https://r.example\"\n\
+             [host.\"http://z.example:8080\"]\n capabilities = [\"pull\"]\n\
+             [host.\"https://a.example/v2\"]\n capabilities = [\"pull\", \"resolve\"]\n ca = \"ca.pem\"\n\
+             [host.\"https://push.example\"]\n capabilities = [\"push\"]\n\
+             [host.\"https://m.example\"]\n skip_verify = true\n ca = [\"/a.pem\", \"b.pem\"]\n",
+        );
+        let found = found.unwrap();
+        assert_eq!(
+            names(&found),
+            [
+                "Http z.example:8080 Digests",
+                "Https a.example TagsAndDigests",
+                "Https m.example TagsAndDigests",
+                "Https r.example TagsAndDigests"
+            ]
+        );
+        assert_eq!(found[1].ca, [Path::new("/etc/certs.d/r.example/ca.pem")]);
+        assert_eq!(found[2].ca, [Path::new("/a.pem"), Path::new("/etc/certs.d/r.example/b.pem")]);
+        assert_eq!(found[2].verify, Verify::Nothing);
+    }
+
+    #[test]
+    fn what_we_cannot_honour_is_an_error_that_names_it() {
+        let table = [
+            ("server = 5", "server"),
+            ("[host.\"https://a\"]\nclient = \"x.pem\"", "client"),
+            ("[host.\"https://a\"]\noverride_path = true", "override_path"),
+            ("[host.\"https://a/prefix\"]", "a/prefix"),
+            ("server = \"ftp://a\"", "ftp"),
+            ("server = ", "hosts.toml"),
+        ];
+        for (text, says) in table {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("hosts.toml"), "{text}: {error}");
+        }
+    }
+}

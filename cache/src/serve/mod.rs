@@ -1,0 +1,296 @@
+//! `cowshed serve`: puts the parts together, listens, and stops in order. No behaviour of its own.
+
+mod http;
+mod listen;
+mod lock;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
+use thiserror::Error as ThisError;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+
+use crate::{
+    acquire::Acquirer,
+    admission::Admission,
+    config::{Config, ConfigError},
+    containerd::{Containerd, Snapshots},
+    exit,
+    image::{Images, PullLimits},
+    kernel::{DeviceMapper, Kernel},
+    ledger::{Ledger, OpenError},
+    metrics::Metrics,
+    reclaim::{Reclaimer, Waiting, Wake},
+    registry::Registries,
+    rpc::Api,
+    status::StatusSource,
+    tasks::Tasks,
+};
+
+/// Why the service does not run.
+#[derive(Debug, ThisError)]
+pub enum ServeError {
+    /// See there.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Another process has the state directory.
+    #[error(
+        "another `cowshed serve` (pid {pid}) has the state directory {directory}; stop it, or give this one another [state] directory"
+    )]
+    InUse {
+        /// Its process id, or "unknown".
+        pid: String,
+        /// The directory.
+        directory: String,
+    },
+    /// The state directory cannot be used.
+    #[error(
+        "the state directory {directory} cannot be used: {what}; [state] directory has to be a writable directory on a disk with free space"
+    )]
+    State {
+        /// The directory.
+        directory: String,
+        /// What the system said.
+        what: String,
+    },
+    /// See there.
+    #[error(transparent)]
+    Ledger(#[from] OpenError),
+    /// Somebody else listens there, or it cannot be made.
+    #[error("cannot listen on {address}: {what}")]
+    Listen {
+        /// Path or address.
+        address: String,
+        /// What the system said.
+        what: String,
+    },
+    /// It ran, and broke.
+    #[error("the service stopped: {0}")]
+    Broke(String),
+}
+
+impl ServeError {
+    /// The process's exit status.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Config(_) => exit::CONFIGURATION,
+            Self::InUse { .. } => exit::STATE_IN_USE,
+            Self::State { .. } | Self::Ledger(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
+            Self::Ledger(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
+            Self::Listen { .. } => exit::LISTEN,
+            Self::Broke(_) => exit::FAILURE,
+        }
+    }
+}
+
+/// How long replies under way and the reclaimer's step may take once everything else has stopped.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// The parts, put together.
+struct Parts {
+    api: Api,
+    reclaimer: Arc<Reclaimer>,
+    tasks: Tasks,
+    ledger: Ledger,
+    kernel: Arc<dyn Kernel>,
+    metrics: Metrics,
+}
+
+/// Runs until SIGTERM or SIGINT, then finishes what has begun, within the configured time.
+///
+/// # Errors
+/// If it cannot start; nothing was changed then.
+pub async fn serve(config: Config) -> Result<(), ServeError> {
+    let _lock = lock::take(&config.state.directory)?;
+    let listener = listen::unix(&config.server.socket)?;
+    let tcp = bind(config.server.tcp).await?;
+    let http = bind(config.metrics_address()?).await?;
+    let ledger = Ledger::open(&config.state.directory)?;
+    let parts = assemble(&config, ledger)?;
+    parts.reclaimer.recover().await.map_err(|e| ServeError::Broke(e.to_string()))?;
+
+    let (stop, stopped) = watch::channel(false);
+    let reclaiming = tokio::spawn({
+        let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
+        async move { reclaimer.run(stopped).await }
+    });
+    if let Some(http) = http {
+        let (metrics, ledger, kernel) = (parts.metrics.clone(), parts.ledger.clone(), parts.kernel.clone());
+        tokio::spawn(http::serve(http, metrics, ledger, kernel, stopped.clone()));
+    }
+    announce(&config, &parts.ledger);
+    let limit = Duration::from_secs(config.server.stop_timeout_seconds);
+    let tasks = parts.tasks.clone();
+    let serving = listen_until_stopped(parts.api, listener, tcp, stopped);
+    let stopping = async {
+        wait_for_signal().await?;
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        tracing::info!("stopping: finishing what has begun");
+        let unfinished = tasks.close(limit).await;
+        if unfinished > 0 {
+            tracing::warn!(
+                unfinished,
+                "requests were still running after {limit:?}; the next start clears them away"
+            );
+        }
+        stop.send_replace(true);
+        Ok::<_, ServeError>(())
+    };
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        broken = &mut serving => return broken,
+        signalled = stopping => signalled?,
+    }
+    // Open streams must not hold the stop up for ever.
+    let served = tokio::time::timeout(GOODBYE, serving).await.unwrap_or(Ok(()));
+    let _cancelled = tokio::time::timeout(GOODBYE, reclaiming).await;
+    served
+}
+
+fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
+    let broke = |what: String| ServeError::Broke(what);
+    let metrics = Metrics::new().map_err(|e| broke(e.to_string()))?;
+    let c = &config.containerd;
+    let containerd = Arc::new(Containerd::new(
+        c.address.clone(),
+        c.namespace.clone(),
+        c.snapshotter.clone(),
+        config.call_timeout(),
+    ));
+    let kernel: Arc<dyn Kernel> = Arc::new(DeviceMapper::new(config.pool.name.clone()));
+    let admission = Admission {
+        data_headroom_percent: config.pool.data_headroom_percent,
+        metadata_headroom_percent: config.pool.metadata_headroom_percent,
+    };
+    let images = images(config, &containerd, &ledger, &metrics);
+    let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
+    let snapshots: Arc<dyn Snapshots> = containerd.clone();
+    let reclaimer = Reclaimer {
+        ledger: ledger.clone(),
+        snapshots: snapshots.clone(),
+        kernel: kernel.clone(),
+        running_pulls: Arc::new(images.clone()),
+        wake: wake.clone(),
+        waiting: waiting.clone(),
+        metrics: metrics.clone(),
+        retry: Duration::from_secs(config.reclaim.retry_seconds),
+        interval: Duration::from_secs(config.reclaim.interval_seconds),
+        suspects: Mutex::default(),
+    };
+    let acquirer = Acquirer {
+        ledger: ledger.clone(),
+        images: Arc::new(images.clone()),
+        snapshots,
+        kernel: kernel.clone(),
+        admission,
+        wake: wake.clone(),
+        tasks: tasks.clone(),
+        flights: Mutex::new(HashMap::new()),
+    };
+    let status = StatusSource {
+        ledger: ledger.clone(),
+        containerd,
+        kernel: kernel.clone(),
+        admission,
+        images: images.clone(),
+        started_at: SystemTime::now(),
+    };
+    let api = Api {
+        acquirer: Arc::new(acquirer),
+        ledger: ledger.clone(),
+        images,
+        admission,
+        kernel: kernel.clone(),
+        status,
+        waiting,
+        wake,
+        metrics: metrics.clone(),
+    };
+    Ok(Parts { api, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
+}
+
+fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
+    let r = &config.registry;
+    let registries = Registries::new(
+        r.config_path.clone(),
+        Duration::from_secs(r.connect_timeout_seconds),
+        Duration::from_secs(r.read_timeout_seconds),
+    );
+    let limits = PullLimits {
+        concurrent_downloads: r.concurrent_downloads,
+        unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
+        ..PullLimits::default()
+    };
+    Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)
+}
+
+async fn listen_until_stopped(
+    api: Api,
+    unix: tokio::net::UnixListener,
+    tcp: Option<TcpListener>,
+    stopped: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
+    let broke = |e: &dyn std::fmt::Display| ServeError::Broke(e.to_string());
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_serving::<CowshedServer<Api>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| broke(&e))?;
+    let router =
+        Server::builder().add_service(health).add_service(reflection).add_service(CowshedServer::new(api));
+    let until = |mut stopped: watch::Receiver<bool>| async move {
+        // The sender lives as long as the service: an error means that it has stopped as well.
+        let _stopped = stopped.wait_for(|stop| *stop).await;
+    };
+    let over_unix =
+        router.clone().serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopped.clone()));
+    let Some(tcp) = tcp else {
+        return over_unix.await.map_err(|e| broke(&e));
+    };
+    let over_tcp = router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), until(stopped));
+    tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
+}
+
+async fn bind(address: Option<std::net::SocketAddr>) -> Result<Option<TcpListener>, ServeError> {
+    let Some(address) = address else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    listener.map(Some).map_err(|e| ServeError::Listen { address: address.to_string(), what: e.to_string() })
+}
+
+fn announce(config: &Config, ledger: &Ledger) {
+    let leases = ledger.read(|book| book.after(None).count());
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %config.server.socket.display(),
+        state = %config.state.directory.display(),
+        containerd = %config.containerd.address.display(),
+        snapshotter = %config.containerd.snapshotter,
+        leases,
+        "serving"
+    );
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+}
+
+async fn wait_for_signal() -> Result<(), ServeError> {
+    let broke = |e: std::io::Error| ServeError::Broke(format!("signals cannot be handled: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(broke)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(broke)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
