@@ -247,8 +247,11 @@ impl PullObserver for Metrics {
         self.0.layer_unpack_seconds.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
     }
 
-    fn finished(&self, outcome: &Result<Cache>, took: Duration) {
+    fn ended(&self) {
         self.0.pulls_in_flight.dec();
+    }
+
+    fn finished(&self, outcome: &Result<Cache>, took: Duration) {
         match outcome {
             Ok(cache) => {
                 self.0.pulls.with_label_values(&[cache.as_str()]).inc();

@@ -32,8 +32,11 @@ impl Pull {
     /// Waits for its end.
     pub async fn outcome(self) -> Outcome {
         self.outcome.await.unwrap_or_else(|_| {
-            let message = "the pull was broken off by the service's stop; pull again when it is up";
-            Err(Error::new(Reason::Stopping, message))
+            // Its task is gone: the service stops, or it has panicked, which is logged.
+            Err(Error::new(
+                Reason::Stopping,
+                "the pull was broken off, as by a stop of the service; pull again",
+            ))
         })
     }
 }
@@ -58,8 +61,10 @@ pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) 
     let (sender, outcome) = oneshot::channel();
     let pull = Pull { progress, outcome: outcome.shared() };
     flights.insert(key.clone(), pull.clone());
+    shared.observer.started();
     let span = tracing::info_span!("pull", %image, %platform);
-    tokio::spawn(fly(Landing { shared: shared.clone(), key }, board, sender).instrument(span));
+    let landing = Landing { shared: shared.clone(), key };
+    tokio::spawn(fly(landing, board, sender).instrument(span));
     pull
 }
 
@@ -67,7 +72,6 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let begun = Instant::now();
     let shared = landing.shared.clone();
     let (image, platform) = landing.key.clone();
-    shared.observer.started();
     let outcome = pull::run(&shared, &image, &platform, &board).await.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);
@@ -92,5 +96,6 @@ struct Landing {
 impl Drop for Landing {
     fn drop(&mut self) {
         self.shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.shared.observer.ended();
     }
 }

@@ -123,7 +123,9 @@ pub trait PullObserver: Send + Sync {
     fn fetched(&self, bytes: u64);
     /// A layer was unpacked in this time.
     fn layer_unpacked(&self, took: Duration);
-    /// A pull has ended.
+    /// A pull is over, however it ended.
+    fn ended(&self);
+    /// A pull has come to this.
     fn finished(&self, outcome: &Result<Cache>, took: Duration);
 }
 

@@ -111,6 +111,8 @@ struct Parts {
 /// # Errors
 /// If it cannot start; nothing was changed then.
 pub async fn serve(config: Config) -> Result<(), ServeError> {
+    // The TLS library wants to know whose cryptography to use; that it was told before is no error.
+    let _told_before = rustls::crypto::ring::default_provider().install_default();
     let _lock = lock::take(&config.state.directory)?;
     let listener = listen::unix(&config.server.socket)?;
     let tcp = bind(config.server.tcp).await?;
