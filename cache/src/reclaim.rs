@@ -119,6 +119,11 @@ impl Reclaimer {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) async fn pass_over_everything(&self) {
+        self.pass(Scope::Everything).await;
+    }
+
     /// One look, and what follows from it. Returns how much has to be looked at again soon.
     async fn pass(&self, scope: Scope) -> usize {
         let inventory = self.inventory(scope).await;

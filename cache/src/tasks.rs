@@ -63,13 +63,14 @@ impl Tasks {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_stop_waits_for_what_runs_and_starts_nothing_more() {
         let tasks = Tasks::default();
-        assert!(tasks.spawn(tokio::time::sleep(Duration::from_secs(3))));
-        assert!(tasks.spawn(tokio::time::sleep(Duration::from_secs(60))));
-        assert_eq!(tasks.close(Duration::from_secs(10)).await, 1);
+        let (finish, finished) = tokio::sync::oneshot::channel::<()>();
+        assert!(tasks.spawn(async { drop(finished.await) }));
+        assert_eq!(tasks.close(Duration::ZERO).await, 1, "it is still running");
         assert!(!tasks.spawn(async {}));
-        assert_eq!(tasks.close(Duration::from_secs(100)).await, 0);
+        assert!(finish.send(()).is_ok());
+        assert_eq!(tasks.close(Duration::from_secs(60)).await, 0);
     }
 }

@@ -159,7 +159,7 @@ fn step(book: &mut Book, oracle: &mut Oracle, fresh: u64, command: Command) {
                     oracle.0.push((id(fresh), vm(v), spec(s), "preparing"));
                 }
                 (Some(held), Ok(Acquisition::Existing(lease))) => {
-                    assert_eq!((&held.0, &held.2), (&lease.id, &spec(s)))
+                    assert_eq!((&held.0, &held.2), (&lease.id, &spec(s)));
                 }
                 (Some(held), Err(BookError::Conflict { lease, .. })) => {
                     assert_eq!(held.0, lease);

@@ -78,14 +78,12 @@ impl Containerd {
                 name: name.to_owned(),
                 key: key.to_owned(),
                 labels,
-                ..Default::default()
             },
         );
         self.call("Snapshots.Commit", self.snapshots().commit(request)).await
     }
 
-    /// Whether there is a snapshot `name`, active or committed. The request also adds it to `lease`'s resources if
-    /// one is given.
+    /// Whether there is a snapshot `name`, active or committed.
     pub async fn has_snapshot(&self, name: &str) -> Result<bool, CallError> {
         let message = StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
         match self.call("Snapshots.Stat", self.snapshots().stat(self.request(message))).await {

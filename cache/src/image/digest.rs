@@ -54,7 +54,7 @@ impl<'de> serde::Deserialize<'de> for Digest {
 }
 
 /// The chain id of every layer, the lowest first (OCI image specification, "Layer ChainID").
-pub fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
+pub(super) fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
     let mut chain: Vec<Digest> = Vec::with_capacity(diff_ids.len());
     for diff in diff_ids {
         let id = match chain.last() {

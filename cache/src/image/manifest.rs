@@ -101,11 +101,12 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(String, Document)> {
         (None, Some(config), Some(layers)) => (OCI_MANIFEST, Document::Manifest(checked(config, layers)?)),
         _ => return Err(unsupported("its manifest is neither an index nor an image".to_owned())),
     };
-    let fits = match (&document, raw.media_type.as_str()) {
-        (_, "") | (Document::Index(_), OCI_INDEX | DOCKER_INDEX) => true,
-        (Document::Manifest(_), OCI_MANIFEST | DOCKER_MANIFEST) => true,
-        _ => false,
-    };
+    let fits = matches!(
+        (&document, raw.media_type.as_str()),
+        (_, "")
+            | (Document::Index(_), OCI_INDEX | DOCKER_INDEX)
+            | (Document::Manifest(_), OCI_MANIFEST | DOCKER_MANIFEST)
+    );
     if !fits {
         return Err(unsupported(format!("its manifest has media type {:?}", raw.media_type)));
     }

@@ -13,7 +13,8 @@ fn descriptor(media_type: &str, n: u8) -> Value {
 }
 
 fn manifest(media_type: Option<&str>, layers: &[&str]) -> Value {
-    let layers: Vec<Value> = layers.iter().zip(1..).map(|(kind, n)| descriptor(kind, n)).collect();
+    let layers: Vec<Value> =
+        layers.iter().zip((1..=200).cycle()).map(|(kind, n)| descriptor(kind, n)).collect();
     let mut value = json!({ "schemaVersion": 2, "config": descriptor(CONFIGS[0], 0), "layers": layers });
     if let Some(media_type) = media_type {
         value["mediaType"] = media_type.into();

@@ -53,8 +53,8 @@ pub(super) async fn run(
 
 /// What was found at the registry, or in the content store if the registry does not answer.
 struct Resolved {
-    /// What the name points to, the chosen manifest last; with media type, bytes and gc labels.
-    documents: Vec<(Digest, String, Vec<u8>, HashMap<String, String>)>,
+    /// What the name points to first, the chosen manifest last.
+    documents: Vec<Stored>,
     manifest_digest: Digest,
     manifest: Manifest,
 }
@@ -63,7 +63,7 @@ async fn pull(store: &Store<'_>, platform: &Platform, board: &Board) -> Result<(
     let resolved = resolve(store, platform).await?;
     let mut cache = Cache::Hit;
     // Documents are held from here on; their labels hold nothing before the blobs are there, and need not: the lease does.
-    for (digest, _, bytes, labels) in &resolved.documents {
+    for Stored { digest, bytes, labels, .. } in &resolved.documents {
         cache = either(cache, store.put(digest, bytes.clone(), labels.clone()).await?);
     }
     let manifest = &resolved.manifest;
@@ -77,6 +77,14 @@ async fn pull(store: &Store<'_>, platform: &Platform, board: &Board) -> Result<(
     Ok((image, cache))
 }
 
+/// A document, and the labels that keep what it refers to.
+struct Stored {
+    digest: Digest,
+    media_type: String,
+    bytes: Vec<u8>,
+    labels: HashMap<String, String>,
+}
+
 /// Name to manifest.
 async fn resolve(store: &Store<'_>, platform: &Platform) -> Result<Resolved> {
     let (bytes, mut digest) = top(store).await?;
@@ -86,14 +94,15 @@ async fn resolve(store: &Store<'_>, platform: &Platform) -> Result<Resolved> {
         let (media_type, parsed) = manifest::parse(&bytes)?;
         match parsed {
             Document::Manifest(manifest) => {
-                documents.push((digest.clone(), media_type, bytes, manifest_labels(&manifest)));
+                let labels = manifest_labels(&manifest);
+                documents.push(Stored { digest: digest.clone(), media_type, bytes, labels });
                 return Ok(Resolved { documents, manifest_digest: digest, manifest });
             }
             Document::Index(entries) => {
                 let (position, entry) = manifest::pick(&entries, platform)?;
                 let label = format!("containerd.io/gc.ref.content.m.{position}");
                 let labels = HashMap::from([(label, entry.digest.to_string())]);
-                documents.push((digest, media_type, bytes, labels));
+                documents.push(Stored { digest, media_type, bytes, labels });
                 digest = entry.digest.clone();
                 bytes = document(store, &digest).await?;
             }
@@ -223,7 +232,7 @@ async fn record(store: &Store<'_>, resolved: &Resolved, config: &ImageConfig) ->
     let labels = HashMap::from([(label, facts.chain_id.to_string())]);
     let labelled = containerd.label_blob(resolved.manifest.config.digest.as_str(), labels).await;
     labelled.map_err(|e| containerd.explain(e))?;
-    let (digest, media_type, bytes, _) = resolved
+    let Stored { digest, media_type, bytes, .. } = resolved
         .documents
         .first()
         .ok_or_else(|| Error::new(Reason::ContainerdError, "it has no manifest".to_owned()))?;

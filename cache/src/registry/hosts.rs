@@ -90,7 +90,7 @@ enum OneOrMany {
 ///
 /// # Errors
 /// If a file is there and cannot be used; ignoring it could mean asking the wrong server.
-pub fn endpoints(config_path: &Path, registry: &str) -> Result<Vec<Endpoint>> {
+pub(super) fn endpoints(config_path: &Path, registry: &str) -> Result<Vec<Endpoint>> {
     for directory in directories(registry) {
         let file = config_path.join(&directory).join("hosts.toml");
         match fs::read_to_string(&file) {

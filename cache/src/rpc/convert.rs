@@ -1,6 +1,6 @@
 //! Our values as messages of the API.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use cowshed_leases::{DeviceIdentity, Grant, Lease, Process, State, UnixMicros};
 use cowshed_proto::v1;
@@ -98,5 +98,5 @@ pub(super) fn micros(duration: Duration) -> u64 {
 
 fn timestamp(at: UnixMicros) -> Timestamp {
     let since = Duration::from_micros(u64::try_from(at.0).unwrap_or_default());
-    SystemTime::from(UNIX_EPOCH + since).into()
+    (UNIX_EPOCH + since).into()
 }

@@ -125,7 +125,7 @@ impl Cowshed for Api {
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         self.metered("ListImages", async |_| {
-            let platform = self::platform(request.into_inner().platform.as_deref())?;
+            let platform = platform(request.into_inner().platform.as_deref())?;
             let images = self.images.list(&platform).await?;
             Ok(v1::ListImagesResponse { images: images.into_iter().map(convert::image).collect() })
         })
