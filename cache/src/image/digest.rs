@@ -90,6 +90,19 @@ mod tests {
     }
 
     #[test]
+    fn chain_ids_as_sha256sum_computes_them() {
+        let chain = chain_ids(&["a", "b", "c"].map(|text| Digest::of(text.as_bytes())));
+        assert_eq!(
+            chain[1].as_str(),
+            "sha256:51c0c8ace48498d6f5fee6b0592cc06f2da0f3cbe09c5a34a97dce85c3889676"
+        );
+        assert_eq!(
+            chain[2].as_str(),
+            "sha256:2fce7f8ce91bcf0a1428b36e1024639fdbd9469eea762dba98aa749631885106"
+        );
+    }
+
+    #[test]
     fn a_chain_id_hashes_the_chain_below_and_the_layer() {
         let [a, b, c] = ["a", "b", "c"].map(|text| Digest::of(text.as_bytes()));
         let chain = chain_ids(&[a.clone(), b.clone(), c.clone()]);

@@ -85,7 +85,8 @@ impl Shared {
         Ok(Some(facts))
     }
 
-    async fn stored_manifest(
+    /// The manifest for `platform` that `target` is or leads to, if it is in the content store.
+    pub(super) async fn stored_manifest(
         &self,
         target: &Digest,
         platform: &Platform,
@@ -97,7 +98,7 @@ impl Shared {
             match manifest::parse(&bytes) {
                 Ok((_, Document::Manifest(manifest))) => return Ok(Some((digest, manifest))),
                 Ok((_, Document::Index(entries))) => match manifest::pick(&entries, platform) {
-                    Ok((_, entry)) => digest = entry.digest.clone(),
+                    Ok(entry) => digest = entry.digest.clone(),
                     Err(_) => return Ok(None),
                 },
                 Err(_) => return Ok(None),

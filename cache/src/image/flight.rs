@@ -72,7 +72,8 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let begun = Instant::now();
     let shared = landing.shared.clone();
     let (image, platform) = landing.key.clone();
-    let outcome = pull::run(&shared, &image, &platform, &board).await.map_err(|error| about(&image, error));
+    let outcome =
+        Box::pin(pull::run(&shared, &image, &platform, &board)).await.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);
     match &outcome {

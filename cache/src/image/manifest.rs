@@ -163,12 +163,18 @@ pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageCon
     })
 }
 
-/// The entry of an index that is for `platform`, with its position.
-pub(super) fn pick<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<(usize, &'a Descriptor)> {
-    let accepts =
-        |entry: &Descriptor| entry.platform.as_ref().is_some_and(|declared| platform.accepts(declared));
-    if let Some(found) = entries.iter().enumerate().find(|(_, entry)| accepts(entry)) {
-        return Ok(found);
+/// Whether this is the media type of an index.
+pub(super) fn is_index(media_type: &str) -> bool {
+    [OCI_INDEX, DOCKER_INDEX].contains(&media_type)
+}
+
+/// The entry of an index that is best for `platform`; the first of several.
+pub(super) fn pick<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
+    let distance =
+        |entry: &Descriptor| entry.platform.as_ref().and_then(|declared| platform.distance(declared));
+    let fitting = entries.iter().filter_map(|entry| distance(entry).map(|distance| (distance, entry)));
+    if let Some((_, best)) = fitting.min_by_key(|(distance, _)| *distance) {
+        return Ok(best);
     }
     let mut there: Vec<String> = entries
         .iter()

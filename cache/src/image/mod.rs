@@ -1,8 +1,10 @@
 //! Images: pulled once into containerd, unpacked into its snapshotter, ready to be snapshotted.
 
+mod brake;
 mod digest;
 mod facts;
 mod flight;
+mod labels;
 mod locks;
 mod manifest;
 mod platform;

@@ -76,9 +76,25 @@ impl Platform {
         self.os == other.os && self.architecture == other.architecture
     }
 
-    /// Whether `declared` can run on this platform as it is. (amd64 without variant runs on every amd64.)
-    pub fn accepts(&self, declared: &DeclaredPlatform) -> bool {
-        Self::from(declared) == *self
+    /// How far `declared` is below this platform: 0 if it is the same, more if it is made for an older variant that
+    /// this one can run too. `None` if it does not run here.
+    pub fn distance(&self, declared: &DeclaredPlatform) -> Option<u32> {
+        let declared = Self::from(declared);
+        if declared == *self {
+            return Some(0);
+        }
+        let both = self.is_same_machine(&declared).then(|| (self.version(), declared.version()));
+        both.and_then(|(ours, theirs)| ours?.checked_sub(theirs?))
+    }
+
+    /// The variant as a number, where later ones run what was made for earlier ones.
+    fn version(&self) -> Option<u32> {
+        match (self.architecture.as_str(), self.variant.as_str()) {
+            ("amd64", "") => Some(1),
+            ("arm64", "") => Some(8),
+            ("amd64" | "arm64" | "arm", variant) => variant.strip_prefix('v')?.parse().ok(),
+            _ => None,
+        }
     }
 }
 
@@ -127,9 +143,29 @@ mod tests {
             variant: variant.into(),
         };
         let arm64 = Platform::parse("linux/arm64").unwrap();
-        assert!(arm64.accepts(&declared("arm64", "v8")));
-        assert!(arm64.accepts(&declared("arm64", "")));
-        assert!(!arm64.accepts(&declared("amd64", "")));
-        assert!(!arm64.accepts(&DeclaredPlatform::default()));
+        assert_eq!(arm64.distance(&DeclaredPlatform::default()), None);
+        let table = [
+            ("linux/arm64", "arm64", "v8", Some(0)),
+            ("linux/arm64", "arm64", "", Some(0)),
+            ("linux/arm64", "amd64", "", None),
+            ("linux/arm64", "arm64", "v9", None),
+            ("linux/arm64/v9", "arm64", "", Some(1)),
+            ("linux/amd64", "amd64", "v1", Some(0)),
+            ("linux/amd64", "amd64", "v2", None),
+            ("linux/amd64/v3", "amd64", "", Some(2)),
+            ("linux/amd64/v3", "amd64", "v2", Some(1)),
+            ("linux/arm", "arm", "v6", Some(1)),
+            ("linux/arm/v6", "arm", "v7", None),
+            ("linux/riscv64", "riscv64", "", Some(0)),
+            ("linux/riscv64", "riscv64", "x", None),
+        ];
+        for (ours, architecture, variant, distance) in table {
+            let ours = Platform::parse(ours).unwrap();
+            assert_eq!(
+                ours.distance(&declared(architecture, variant)),
+                distance,
+                "{ours} {architecture} {variant}"
+            );
+        }
     }
 }

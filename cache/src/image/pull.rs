@@ -6,13 +6,15 @@
 use std::{collections::HashMap, sync::PoisonError};
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::oneshot;
 
 use super::{
     Cache, Digest, ImageRef, LayerStage, Platform, ResolvedImage, Shared,
+    brake::Brake,
     digest::chain_ids,
     facts::Facts,
+    labels::{self, Labels},
     manifest::{self, DOCUMENT_MAX_BYTES, Document, ImageConfig, Manifest},
     progress::Board,
     store::Store,
@@ -21,9 +23,10 @@ use super::{
 use crate::{
     containerd::LEASE_LABEL,
     error::{Error, Reason, Result},
+    registry::Source,
 };
 
-/// Pulls under the journal and a containerd lease of its own.
+/// Pulls under the journal and a containerd lease of its own, unless everything is there.
 pub(super) async fn run(
     shared: &Shared,
     image: &ImageRef,
@@ -31,14 +34,21 @@ pub(super) async fn run(
     board: &Board,
 ) -> Result<(ResolvedImage, Cache)> {
     let source = shared.registries.source(image)?;
+    let (bytes, digest) = top(shared, image, &source).await?;
+    if let Some((found, manifest)) = complete(shared, image, platform, &digest).await? {
+        board.layers(sizes(&manifest));
+        (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
+        board.done();
+        return Ok((found, Cache::Hit));
+    }
     let lease = format!("cowshed-pull-{}", uuid::Uuid::new_v4().simple());
     let running = Running::begin(shared, lease.clone());
     shared.journal.begin(&lease, &image.to_string()).await?;
     let labels = HashMap::from([(LEASE_LABEL.to_owned(), "pull".to_owned())]);
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
-            let store = Store { shared, lease: &lease, image, source: &source };
-            pull(&store, platform, board).await
+            let store = Store { shared, lease: &lease, image, source: &source, brake: Brake::default() };
+            Box::pin(pull(&store, bytes, digest, platform, board)).await
         }
         Err(error) => Err(shared.containerd.explain(error)),
     };
@@ -51,6 +61,39 @@ pub(super) async fn run(
     outcome
 }
 
+/// The image, if its record says what the registry says and nothing of it is missing.
+async fn complete(
+    shared: &Shared,
+    image: &ImageRef,
+    platform: &Platform,
+    target: &Digest,
+) -> Result<Option<(ResolvedImage, Manifest)>> {
+    let containerd = &shared.containerd;
+    let record = containerd.image(&image.to_string()).await.map_err(|e| containerd.explain(e))?;
+    let Some(record) = record.filter(|record| record.target.digest == target.as_str()) else {
+        return Ok(None);
+    };
+    let Some(facts) = shared.facts(target, platform).await? else { return Ok(None) };
+    if !shared.has_snapshot(&facts.chain_id).await? {
+        return Ok(None);
+    }
+    let Some((_, manifest)) = shared.stored_manifest(target, platform).await? else { return Ok(None) };
+    let blob =
+        |digest: String| async move { containerd.blob(&digest).await.map_err(|e| containerd.explain(e)) };
+    // Without this label containerd may collect the unpacked layers.
+    let holds = labels::of_config(containerd.snapshotter(), &facts.chain_id);
+    match blob(manifest.config.digest.to_string()).await? {
+        Some((_, present)) if labels::missing(&present, holds).is_empty() => {}
+        _ => return Ok(None),
+    }
+    for layer in &manifest.layers {
+        if blob(layer.digest.to_string()).await?.is_none() {
+            return Ok(None);
+        }
+    }
+    Ok(Some((facts.resolved(image.clone(), target.clone(), record.created_at), manifest)))
+}
+
 /// What was found at the registry, or in the content store if the registry does not answer.
 struct Resolved {
     /// What the name points to first, the chosen manifest last.
@@ -59,17 +102,31 @@ struct Resolved {
     manifest: Manifest,
 }
 
-async fn pull(store: &Store<'_>, platform: &Platform, board: &Board) -> Result<(ResolvedImage, Cache)> {
-    let resolved = resolve(store, platform).await?;
+/// A document, and the labels that keep what it refers to.
+struct Stored {
+    digest: Digest,
+    media_type: String,
+    bytes: Vec<u8>,
+    labels: Labels,
+}
+
+async fn pull(
+    store: &Store<'_>,
+    bytes: Vec<u8>,
+    digest: Digest,
+    platform: &Platform,
+    board: &Board,
+) -> Result<(ResolvedImage, Cache)> {
+    let resolved = resolve(store, bytes, digest, platform).await?;
     let mut cache = Cache::Hit;
     // Documents are held from here on; their labels hold nothing before the blobs are there, and need not: the lease does.
     for Stored { digest, bytes, labels, .. } in &resolved.documents {
-        cache = either(cache, store.put(digest, bytes.clone(), labels.clone()).await?);
+        cache = either(cache, store.put(digest, bytes, labels.clone()).await?);
     }
     let manifest = &resolved.manifest;
-    let fetched = store.fetch(&manifest.config, HashMap::new(), |_| ()).await?;
+    let fetched = store.fetch(&manifest.config, Labels::new(), |_| ()).await?;
     let config = read_config(store, manifest, platform).await?;
-    board.layers(manifest.layers.iter().map(|layer| (layer.digest.clone(), layer.size)));
+    board.layers(sizes(manifest));
     cache = either(cache, fetched);
     cache = either(cache, layers(store, manifest, &config, board).await?);
     let image = record(store, &resolved, &config).await?;
@@ -77,34 +134,27 @@ async fn pull(store: &Store<'_>, platform: &Platform, board: &Board) -> Result<(
     Ok((image, cache))
 }
 
-/// A document, and the labels that keep what it refers to.
-struct Stored {
-    digest: Digest,
-    media_type: String,
-    bytes: Vec<u8>,
-    labels: HashMap<String, String>,
-}
-
-/// Name to manifest.
-async fn resolve(store: &Store<'_>, platform: &Platform) -> Result<Resolved> {
-    let (bytes, mut digest) = top(store).await?;
+/// From what the name points to, to the manifest.
+async fn resolve(
+    store: &Store<'_>,
+    mut bytes: Vec<u8>,
+    mut digest: Digest,
+    platform: &Platform,
+) -> Result<Resolved> {
     let mut documents = Vec::new();
-    let mut bytes = bytes;
     for _ in 0..3 {
         let (media_type, parsed) = manifest::parse(&bytes)?;
         match parsed {
             Document::Manifest(manifest) => {
-                let labels = manifest_labels(&manifest);
+                let labels = labels::of_manifest(&manifest);
                 documents.push(Stored { digest: digest.clone(), media_type, bytes, labels });
                 return Ok(Resolved { documents, manifest_digest: digest, manifest });
             }
             Document::Index(entries) => {
-                let (position, entry) = manifest::pick(&entries, platform)?;
-                let label = format!("containerd.io/gc.ref.content.m.{position}");
-                let labels = HashMap::from([(label, entry.digest.to_string())]);
-                documents.push(Stored { digest, media_type, bytes, labels });
-                digest = entry.digest.clone();
-                bytes = document(store, &digest).await?;
+                let next = manifest::pick(&entries, platform)?.digest.clone();
+                documents.push(Stored { digest, media_type, bytes, labels: labels::of_index(&entries) });
+                bytes = document(store.shared, store.source, &next).await?;
+                digest = next;
             }
         }
     }
@@ -112,20 +162,23 @@ async fn resolve(store: &Store<'_>, platform: &Platform) -> Result<Resolved> {
 }
 
 /// What the image's name points to now. If the registry does not answer and containerd knows the image, what it knows.
-async fn top(store: &Store<'_>) -> Result<(Vec<u8>, Digest)> {
-    let refused = match store.source.document(None, &manifest::ACCEPTED).await {
+async fn top(shared: &Shared, image: &ImageRef, source: &Source) -> Result<(Vec<u8>, Digest)> {
+    if let Some(pinned) = image.digest() {
+        return Ok((document(shared, source, &pinned).await?, pinned));
+    }
+    let refused = match source.document(None, &manifest::ACCEPTED).await {
         Ok(found) => return bounded(found),
         Err(error) => error,
     };
     if refused.reason() != Reason::RegistryUnavailable {
         return Err(refused);
     }
-    let containerd = &store.shared.containerd;
-    let record = containerd.image(&store.image.to_string()).await.map_err(|e| containerd.explain(e))?;
+    let containerd = &shared.containerd;
+    let record = containerd.image(&image.to_string()).await.map_err(|e| containerd.explain(e))?;
     let Some(digest) = record.and_then(|record| record.target.digest.parse::<Digest>().ok()) else {
         return Err(refused);
     };
-    match store.shared.document_in_store(&digest).await? {
+    match shared.document_in_store(&digest).await? {
         Some(bytes) => {
             tracing::warn!(error = %refused, "the registry does not answer; going on with what containerd has");
             Ok((bytes, digest))
@@ -134,11 +187,11 @@ async fn top(store: &Store<'_>) -> Result<(Vec<u8>, Digest)> {
     }
 }
 
-async fn document(store: &Store<'_>, digest: &Digest) -> Result<Vec<u8>> {
-    if let Some(bytes) = store.shared.document_in_store(digest).await? {
+async fn document(shared: &Shared, source: &Source, digest: &Digest) -> Result<Vec<u8>> {
+    if let Some(bytes) = shared.document_in_store(digest).await? {
         return Ok(bytes);
     }
-    Ok(bounded(store.source.document(Some(digest), &manifest::ACCEPTED).await?)?.0)
+    Ok(bounded(source.document(Some(digest), &manifest::ACCEPTED).await?)?.0)
 }
 
 fn bounded((bytes, digest): (Vec<u8>, Digest)) -> Result<(Vec<u8>, Digest)> {
@@ -163,61 +216,69 @@ async fn read_config(store: &Store<'_>, manifest: &Manifest, platform: &Platform
     Ok(config)
 }
 
-/// Fetches layers, several at a time, and unpacks each as soon as it and all below it are there.
+/// Fetches layers, several at a time, and unpacks each as soon as it and all below it are there. If one fails, the
+/// others stop, but none is dropped: each clears up first.
 async fn layers(
     store: &Store<'_>,
     manifest: &Manifest,
     config: &ImageConfig,
     board: &Board,
 ) -> Result<Cache> {
-    let chain = chain_ids(&config.diff_ids);
     let (arrivals, arrived): (Vec<_>, Vec<_>) =
         manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
     let fetching = stream::iter(arrivals.into_iter().enumerate().map(|(at, arrival)| async move {
-        let fetched = fetch_layer(store, manifest, config, board, at).await?;
-        let _unpacking_has_failed = arrival.send(());
-        Ok::<_, Error>(fetched)
+        match Box::pin(fetch_layer(store, manifest, board, at)).await {
+            Ok(fetched) => {
+                let _unpacking_has_failed = arrival.send(());
+                fetched
+            }
+            Err(error) => {
+                store.brake.pull(error);
+                Cache::Miss
+            }
+        }
     }));
     let fetching = fetching
         .buffer_unordered(store.shared.limits.concurrent_downloads.max(1))
-        .try_fold(Cache::Hit, |all, one| async move { Ok(either(all, one)) });
-    let unpacking = async {
-        let mut cache = Cache::Hit;
-        for (at, arrived) in arrived.into_iter().enumerate() {
-            // Dropped only if fetching has failed, which then is the pull's error.
-            if arrived.await.is_err() {
-                return std::future::pending().await;
-            }
-            board.stage(at, LayerStage::Unpacking);
-            let parent = at.checked_sub(1).map(|below| &chain[below]);
-            let (blob, diff_id) = (&manifest.layers[at], &config.diff_ids[at]);
-            let layer = Layer { blob, diff_id, chain_id: &chain[at], parent };
-            cache = either(cache, unpack(store.shared, store.lease, &layer).await?);
-            board.stage(at, LayerStage::Done);
-        }
-        Ok(cache)
-    };
-    let (fetched, unpacked) = tokio::try_join!(fetching, unpacking)?;
-    Ok(either(fetched, unpacked))
+        .fold(Cache::Hit, |all, one| async move { either(all, one) });
+    let (fetched, unpacked) = tokio::join!(fetching, unpack_layers(store, manifest, config, board, arrived));
+    store.brake.check(either(fetched, unpacked))
 }
 
-async fn fetch_layer(
+async fn unpack_layers(
     store: &Store<'_>,
     manifest: &Manifest,
     config: &ImageConfig,
     board: &Board,
-    at: usize,
-) -> Result<Cache> {
+    arrived: Vec<oneshot::Receiver<()>>,
+) -> Cache {
+    let chain = chain_ids(&config.diff_ids);
+    let mut cache = Cache::Hit;
+    for (at, arrived) in arrived.into_iter().enumerate() {
+        // Fails only if fetching has failed, and that has pulled the brake.
+        if arrived.await.is_err() {
+            break;
+        }
+        board.stage(at, LayerStage::Unpacking);
+        let parent = at.checked_sub(1).map(|below| &chain[below]);
+        let (blob, diff_id) = (&manifest.layers[at], &config.diff_ids[at]);
+        match unpack(store, &Layer { blob, diff_id, chain_id: &chain[at], parent }).await {
+            Ok(unpacked) => cache = either(cache, unpacked),
+            Err(error) => {
+                store.brake.pull(error.context(format!("layer {} of {}", at + 1, chain.len())));
+                break;
+            }
+        }
+        board.stage(at, LayerStage::Done);
+    }
+    cache
+}
+
+async fn fetch_layer(store: &Store<'_>, manifest: &Manifest, board: &Board, at: usize) -> Result<Cache> {
     let blob = &manifest.layers[at];
-    let labels = HashMap::from([
-        ("containerd.io/uncompressed".to_owned(), config.diff_ids[at].to_string()),
-        (
-            format!("containerd.io/distribution.source.{}", store.image.registry()),
-            store.image.repository().to_owned(),
-        ),
-    ]);
     board.stage(at, LayerStage::Fetching);
-    let fetched = store.fetch(blob, labels, |bytes| board.bytes(at, bytes)).await?;
+    let fetched = store.fetch(blob, labels::of_layer(store.image), |bytes| board.bytes(at, bytes)).await;
+    let fetched = fetched.map_err(|e| e.context(format!("layer {} of {}", at + 1, manifest.layers.len())))?;
     board.stage(at, LayerStage::Fetched);
     Ok(fetched)
 }
@@ -228,10 +289,9 @@ async fn record(store: &Store<'_>, resolved: &Resolved, config: &ImageConfig) ->
     let facts = Facts::of(resolved.manifest_digest.clone(), &resolved.manifest, config)
         .ok_or_else(|| manifest::unsupported("it has no layers".to_owned()))?;
     // The configuration, which the manifest holds, holds the unpacked layers.
-    let label = format!("containerd.io/gc.ref.snapshot.{}", containerd.snapshotter());
-    let labels = HashMap::from([(label, facts.chain_id.to_string())]);
-    let labelled = containerd.label_blob(resolved.manifest.config.digest.as_str(), labels).await;
-    labelled.map_err(|e| containerd.explain(e))?;
+    store
+        .label(&resolved.manifest.config.digest, labels::of_config(containerd.snapshotter(), &facts.chain_id))
+        .await?;
     let Stored { digest, media_type, bytes, .. } = resolved
         .documents
         .first()
@@ -247,13 +307,8 @@ async fn record(store: &Store<'_>, resolved: &Resolved, config: &ImageConfig) ->
     Ok(facts.resolved(store.image.clone(), digest.clone(), record.created_at))
 }
 
-/// What a manifest holds against containerd's collection; the labels' names are containerd's.
-fn manifest_labels(manifest: &Manifest) -> HashMap<String, String> {
-    let layers = manifest.layers.iter().enumerate();
-    let layers =
-        layers.map(|(at, layer)| (format!("containerd.io/gc.ref.content.l.{at}"), layer.digest.to_string()));
-    let config = ("containerd.io/gc.ref.content.config".to_owned(), manifest.config.digest.to_string());
-    layers.chain([config]).collect()
+fn sizes(manifest: &Manifest) -> impl Iterator<Item = (Digest, u64)> {
+    manifest.layers.iter().map(|layer| (layer.digest.clone(), layer.size))
 }
 
 fn either(a: Cache, b: Cache) -> Cache {

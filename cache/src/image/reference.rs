@@ -27,6 +27,10 @@ impl ImageRef {
             return Err(wrong("it is empty"));
         }
         let reference: Reference = text.parse().map_err(|e: oci_client::ParseError| wrong(&e.to_string()))?;
+        // What stands where a registry could stand is let through by the parser.
+        if reference.repository().contains(|c: char| c.is_ascii_uppercase()) {
+            return Err(wrong("its repository has capital letters"));
+        }
         if let Some(digest) = reference.digest() {
             digest.parse::<super::Digest>().map_err(|e| wrong(&e.to_string()))?;
         }
@@ -41,6 +45,11 @@ impl ImageRef {
     /// The repository within the registry.
     pub fn repository(&self) -> &str {
         self.0.repository()
+    }
+
+    /// The digest that it is pinned to, if it is.
+    pub fn digest(&self) -> Option<super::Digest> {
+        self.0.digest().and_then(|digest| digest.parse().ok())
     }
 
     /// The reference for the registry client, at the same registry.

@@ -1,10 +1,15 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
-use std::{collections::HashMap, time::Duration};
+use std::{io, time::Duration};
 
 use futures_util::StreamExt as _;
 
-use super::{Cache, Digest, ImageRef, Shared, manifest::Descriptor};
+use super::{
+    Cache, Digest, ImageRef, Shared,
+    brake::Brake,
+    labels::{self, Labels},
+    manifest::Descriptor,
+};
 use crate::{
     containerd::{CallError, ContentWriter},
     error::{Error, Reason, Result},
@@ -14,6 +19,7 @@ use crate::{
 /// Bytes per message to containerd.
 const PIECE: usize = 1 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A pull's access to the content store.
 pub(super) struct Store<'a> {
@@ -22,16 +28,13 @@ pub(super) struct Store<'a> {
     pub(super) lease: &'a str,
     pub(super) image: &'a ImageRef,
     pub(super) source: &'a Source,
+    /// Pulled when the pull has failed elsewhere.
+    pub(super) brake: Brake,
 }
 
 impl Store<'_> {
     /// Writes a document, or finds it; labels it either way.
-    pub(super) async fn put(
-        &self,
-        digest: &Digest,
-        bytes: Vec<u8>,
-        labels: HashMap<String, String>,
-    ) -> Result<Cache> {
+    pub(super) async fn put(&self, digest: &Digest, bytes: &[u8], labels: Labels) -> Result<Cache> {
         let _turn = self.shared.locks.lock(digest.to_string()).await;
         if self.is_held(digest).await? {
             self.label(digest, labels).await?;
@@ -61,39 +64,43 @@ impl Store<'_> {
     pub(super) async fn fetch(
         &self,
         blob: &Descriptor,
-        labels: HashMap<String, String>,
+        labels: Labels,
         progress: impl Fn(u64) + Send + Sync,
     ) -> Result<Cache> {
-        let _turn = self.shared.locks.lock(blob.digest.to_string()).await;
+        let _turn = self.brake.or(self.shared.locks.lock(blob.digest.to_string())).await?;
         if self.is_held(&blob.digest).await? {
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
         let mut pause = FIRST_PAUSE;
-        let mut attempt = 1;
+        let mut attempt = 0;
         loop {
-            match self.try_fetch(blob, &labels, &progress).await {
+            let tried = self.brake.or(self.try_fetch(blob, attempt, &labels, &progress)).await;
+            let broken = match tried.unwrap_or_else(|stopped| Err(Broken::ForGood(stopped))) {
                 Ok(()) => return Ok(Cache::Miss),
-                Err(Broken::ForGood(error)) => {
-                    return Err(self.abort(&write_reference(&blob.digest), error).await);
-                }
-                Err(Broken::ForNow(error)) if attempt >= self.shared.limits.attempts => {
-                    return Err(self.abort(&write_reference(&blob.digest), error).await);
-                }
-                Err(Broken::ForNow(error)) => {
-                    tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
+                Err(broken) => broken,
+            };
             attempt += 1;
+            let again = broken.is_worth(attempt, self.shared.limits.attempts, self.source.endpoints());
+            let (Broken::ForNow(error) | Broken::Wrong(error) | Broken::ForGood(error)) = &broken;
+            if !again {
+                return Err(self.abort(&write_reference(&blob.digest), error.clone()).await);
+            }
+            tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
+            if let Broken::Wrong(error) = &broken {
+                self.abort_or(&blob.digest, error).await?;
+            }
+            // If the brake is pulled, the next try says so.
+            let _stopped = self.brake.or(tokio::time::sleep(pause)).await;
+            pause = (pause * 2).min(LAST_PAUSE);
         }
     }
 
     async fn try_fetch(
         &self,
         blob: &Descriptor,
-        labels: &HashMap<String, String>,
+        attempt: u32,
+        labels: &Labels,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
         let mut writer = match self.writer(&blob.digest, blob.size).await {
@@ -107,7 +114,7 @@ impl Store<'_> {
             writer.restart();
         }
         if writer.offset() < blob.size || blob.size == 0 {
-            self.copy(blob, &mut writer, progress).await?;
+            self.copy(blob, attempt, &mut writer, progress).await?;
         }
         writer.commit(labels.clone()).await.map_err(|error| self.refused(blob, error))
     }
@@ -116,21 +123,22 @@ impl Store<'_> {
     async fn copy(
         &self,
         blob: &Descriptor,
+        attempt: u32,
         writer: &mut ContentWriter,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
-        let source = self.source.blob(&blob.digest, writer.offset()).await.map_err(Broken::from)?;
+        let source = self.source.blob(&blob.digest, writer.offset(), attempt).await.map_err(Broken::from)?;
         if source.offset != writer.offset() {
             writer.restart();
         }
         let mut bytes = source.bytes;
         let mut piece = Vec::new();
         while let Some(part) = bytes.next().await {
-            let part = part.map_err(|error| Broken::ForNow(self.interrupted(blob, &error.to_string())))?;
+            let part = part.map_err(|error| self.torn(blob, &source.endpoint, &error))?;
             self.shared.observer.fetched(part.len() as u64);
             piece.extend_from_slice(&part);
             if writer.offset() + piece.len() as u64 > blob.size {
-                return Err(Broken::ForGood(
+                return Err(Broken::Wrong(
                     self.corrupt(blob, "the registry serves more bytes than its manifest says"),
                 ));
             }
@@ -140,7 +148,11 @@ impl Store<'_> {
         }
         self.flush(writer, &mut piece, progress).await?;
         if writer.offset() < blob.size {
-            return Err(Broken::ForNow(self.interrupted(blob, "the connection was closed")));
+            return Err(Broken::ForNow(self.interrupted(
+                blob,
+                &source.endpoint,
+                "the connection was closed",
+            )));
         }
         Ok(())
     }
@@ -166,16 +178,26 @@ impl Store<'_> {
         Ok(containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?.is_some())
     }
 
-    async fn label(&self, digest: &Digest, labels: HashMap<String, String>) -> Result<()> {
-        if labels.is_empty() {
+    /// Labels a blob that is there; each change is a write of containerd's, so only if something changes.
+    pub(super) async fn label(&self, digest: &Digest, labels: Labels) -> Result<()> {
+        let containerd = &self.shared.containerd;
+        let present = containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?;
+        let missing = labels::missing(&present.map(|(_, labels)| labels).unwrap_or_default(), labels);
+        if missing.is_empty() {
             return Ok(());
         }
-        self.shared.containerd.label_blob(digest.as_str(), labels).await.map_err(|e| self.explain(e))
+        containerd.label_blob(digest.as_str(), missing).await.map_err(|e| self.explain(e))
     }
 
     async fn writer(&self, digest: &Digest, size: u64) -> Result<ContentWriter, CallError> {
         let reference = write_reference(digest);
         self.shared.containerd.write_blob(self.lease, reference, digest.to_string(), size).await
+    }
+
+    /// Forgets what was written, so that the next try begins anew.
+    async fn abort_or(&self, digest: &Digest, error: &Error) -> Result<()> {
+        let aborted = self.shared.containerd.abort_write(&write_reference(digest)).await;
+        aborted.map_err(|second| error.clone().context(format!("(and the next try cannot begin: {second})")))
     }
 
     /// Leaves nothing half written behind.
@@ -203,9 +225,18 @@ impl Store<'_> {
     fn refused(&self, blob: &Descriptor, error: CallError) -> Broken {
         let message = error.message();
         if message.contains("unexpected commit digest") || message.contains("unexpected commit size") {
-            return Broken::ForGood(self.corrupt(blob, message));
+            return Broken::Wrong(self.corrupt(blob, message));
         }
         self.broken(error)
+    }
+
+    /// The stream from the registry failed.
+    fn torn(&self, blob: &Descriptor, endpoint: &str, error: &io::Error) -> Broken {
+        let what = error.to_string();
+        if error.kind() == io::ErrorKind::InvalidData {
+            return Broken::Wrong(self.corrupt(blob, &what));
+        }
+        Broken::ForNow(self.interrupted(blob, endpoint, &what))
     }
 
     fn corrupt(&self, blob: &Descriptor, what: &str) -> Error {
@@ -216,21 +247,35 @@ impl Store<'_> {
         Error::new(Reason::ImageCorrupt, message).with("digest", &blob.digest)
     }
 
-    fn interrupted(&self, blob: &Descriptor, what: &str) -> Error {
+    fn interrupted(&self, blob: &Descriptor, endpoint: &str, what: &str) -> Error {
         let message = format!(
-            "registry {} broke off while serving blob {} of {}: {what}; repeat when it is well",
-            self.image.registry(),
-            blob.digest,
-            self.image
+            "registry {endpoint} broke off while serving blob {} of {}: {what}; repeat when it is well",
+            blob.digest, self.image
         );
         Error::new(Reason::RegistryUnavailable, message).with("digest", &blob.digest)
     }
 }
 
 /// Whether it is worth another try.
+#[derive(Debug)]
 enum Broken {
+    /// What has arrived is good.
     ForNow(Error),
+    /// What has arrived is not what was asked for; another endpoint, or a whole download, may serve the right thing.
+    Wrong(Error),
+    /// No.
     ForGood(Error),
+}
+
+impl Broken {
+    /// `tried` counts the tries so far; every endpoint gets one.
+    fn is_worth(&self, tried: u32, limit: u32, endpoints: u32) -> bool {
+        match self {
+            Self::ForNow(_) => tried < limit.max(endpoints),
+            Self::Wrong(_) => tried < endpoints.max(2),
+            Self::ForGood(_) => false,
+        }
+    }
 }
 
 impl From<Error> for Broken {
@@ -242,4 +287,27 @@ impl From<Error> for Broken {
 /// The name under which a blob is written; the same after a restart, so that it goes on.
 fn write_reference(digest: &Digest) -> String {
     format!("cowshed-{digest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_often_it_is_tried() {
+        let error = || Error::new(Reason::RegistryUnavailable, "x");
+        // Tries so far, endpoints: again?
+        let table = [
+            (Broken::ForNow(error()), 1, 1, true),
+            (Broken::ForNow(error()), 4, 1, false),
+            (Broken::ForNow(error()), 4, 6, true),
+            (Broken::Wrong(error()), 1, 1, true),
+            (Broken::Wrong(error()), 2, 1, false),
+            (Broken::Wrong(error()), 2, 3, true),
+            (Broken::ForGood(error()), 1, 3, false),
+        ];
+        for (broken, tried, endpoints, again) in table {
+            assert_eq!(broken.is_worth(tried, 4, endpoints), again, "{broken:?} {tried} {endpoints}");
+        }
+    }
 }

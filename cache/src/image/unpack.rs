@@ -5,7 +5,7 @@ use std::{collections::HashMap, time::Instant};
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
 
-use super::{Cache, Digest, Shared, manifest::Descriptor};
+use super::{Cache, Digest, Shared, labels, manifest::Descriptor, store::Store};
 use crate::{
     containerd::{CallError, Mount},
     error::{Error, Reason, Result},
@@ -23,9 +23,10 @@ pub(super) struct Layer<'a> {
     pub(super) parent: Option<&'a Digest>,
 }
 
-/// Unpacks `layer` unless it is there; its snapshot is held by `lease`.
-pub(super) async fn unpack(shared: &Shared, lease: &str, layer: &Layer<'_>) -> Result<Cache> {
-    let _turn = shared.locks.lock(format!("unpack {}", layer.chain_id)).await;
+/// Unpacks `layer` unless it is there; its snapshot is held by the store's lease.
+pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>) -> Result<Cache> {
+    let (shared, lease) = (store.shared, store.lease);
+    let _turn = store.brake.or(shared.locks.lock(format!("unpack {}", layer.chain_id))).await?;
     if is_held(shared, lease, layer.chain_id).await? {
         return Ok(Cache::Hit);
     }
@@ -33,6 +34,8 @@ pub(super) async fn unpack(shared: &Shared, lease: &str, layer: &Layer<'_>) -> R
     let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
     match apply(shared, lease, &key, layer).await {
         Ok(()) => {
+            // Only now: until it was applied, it was but what the image's configuration claims.
+            store.label(&layer.blob.digest, labels::of_applied(layer.diff_id)).await?;
             shared.observer.layer_unpacked(begun.elapsed());
             Ok(Cache::Miss)
         }
@@ -52,7 +55,7 @@ pub(super) async fn unpack(shared: &Shared, lease: &str, layer: &Layer<'_>) -> R
 }
 
 /// Whether the layer is unpacked, and from now on held.
-pub(super) async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> Result<bool> {
+async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> Result<bool> {
     let containerd = &shared.containerd;
     if !shared.has_snapshot(chain_id).await? {
         return Ok(false);
@@ -65,10 +68,8 @@ async fn apply(shared: &Shared, lease: &str, key: &str, layer: &Layer<'_>) -> Re
     let containerd = &shared.containerd;
     let parent = layer.parent.map(Digest::as_str).unwrap_or_default();
     let labels = HashMap::from([("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string())]);
-    let mounts = match containerd.prepare_snapshot(lease, key, parent, labels).await {
-        Ok(mounts) => mounts,
-        Err(error) => return Err(containerd.explain(error)),
-    };
+    let prepared = containerd.prepare_snapshot(lease, key, parent, labels.clone()).await;
+    let mounts = prepared.map_err(|e| containerd.explain(e))?;
     let applied = apply_diff(shared, layer, mounts).await?;
     if applied != layer.diff_id.as_str() {
         let message = format!(
@@ -77,7 +78,7 @@ async fn apply(shared: &Shared, lease: &str, key: &str, layer: &Layer<'_>) -> Re
         );
         return Err(Error::new(Reason::ImageCorrupt, message).with("digest", &layer.blob.digest));
     }
-    let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, HashMap::new()).await;
+    let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await;
     committed.map_err(|e| containerd.explain(e))
 }
 

@@ -9,6 +9,9 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::error::{Error, Reason, Result};
 
+/// Where the images of docker.io are served.
+pub(super) const HUB: &str = "registry-1.docker.io";
+
 /// One place to fetch from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
@@ -95,11 +98,30 @@ pub(super) fn endpoints(config_path: &Path, registry: &str) -> Result<Vec<Endpoi
         let file = config_path.join(&directory).join("hosts.toml");
         match fs::read_to_string(&file) {
             Ok(text) => return parse(&text, &file, registry),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                refuse_bare_certificates(&config_path.join(&directory), &file)?;
+            }
             Err(error) => return Err(wrong(&file, &error.to_string())),
         }
     }
     Ok(vec![itself(registry)])
+}
+
+/// Without a `hosts.toml`, containerd takes certificates and keys that lie in the directory, as Docker does.
+fn refuse_bare_certificates(directory: &Path, file: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    let is_one = |path: &PathBuf| {
+        path.extension()
+            .is_some_and(|extension| ["crt", "cert", "key"].iter().any(|known| extension == *known))
+    };
+    match entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).find(is_one) {
+        None => Ok(()),
+        Some(path) => {
+            let what =
+                format!("it is not there, and {} is not used without it: name it in `ca`", path.display());
+            Err(wrong(file, &what))
+        }
+    }
 }
 
 /// containerd's search order.
@@ -114,7 +136,7 @@ fn directories(registry: &str) -> Vec<String> {
 
 /// The registry as it is called, over TLS.
 fn itself(registry: &str) -> Endpoint {
-    let authority = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let authority = if registry == "docker.io" { HUB } else { registry };
     Endpoint {
         authority: authority.to_owned(),
         scheme: Scheme::Https,
@@ -147,8 +169,16 @@ fn endpoint(url: &str, host: Host, file: &Path) -> Result<Endpoint> {
         Some(_) => return Err(wrong(file, &format!("{url:?} is neither http:// nor https://"))),
     };
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-    if authority.is_empty() || !matches!(path.trim_end_matches('/'), "" | "v2") {
-        return Err(wrong(file, &format!("{url:?} has a path, or no host: only host[:port] is supported")));
+    if authority.is_empty()
+        || authority.contains(['@', '?', '#'])
+        || !matches!(path.trim_end_matches('/'), "" | "v2")
+    {
+        // The part before "@" may be a password.
+        let shown = authority.rsplit('@').next().unwrap_or_default();
+        let what = format!(
+            "a URL at {shown:?} has a path or a user, or no host: it has to be [scheme://]host[:port]"
+        );
+        return Err(wrong(file, &what));
     }
     let beside = |path: PathBuf| file.parent().unwrap_or(Path::new("/")).join(path);
     Ok(Endpoint {
@@ -234,6 +264,16 @@ mod tests {
     }
 
     #[test]
+    fn certificates_without_a_file_are_not_ignored() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("r.example")).unwrap();
+        assert_eq!(endpoints(directory.path(), "r.example").unwrap().len(), 1);
+        fs::write(directory.path().join("r.example/ca.crt"), "x").unwrap();
+        let error = endpoints(directory.path(), "r.example").unwrap_err();
+        assert!(error.to_string().contains("ca.crt"), "{error}");
+    }
+
+    #[test]
     fn mirrors_come_first_and_in_the_files_order() {
         let found = read(
             "server = \"https://r.example\"\n\
@@ -263,7 +303,8 @@ mod tests {
             ("server = 5", "server"),
             ("[host.\"https://a\"]\nclient = \"x.pem\"", "client"),
             ("[host.\"https://a\"]\noverride_path = true", "override_path"),
-            ("[host.\"https://a/prefix\"]", "a/prefix"),
+            ("[host.\"https://a/prefix\"]", "path"),
+            ("[host.\"https://user:word@a\"]", "host[:port]"),
             ("server = \"ftp://a\"", "ftp"),
             ("server = ", "hosts.toml"),
         ];
