@@ -1,1 +1,46 @@
-fn main() {}
+//! The end-to-end suite. Runs inside the test host, as root, after `cowshed-host up`; what it asks of Cowshed it asks as
+//! its users do, and what it believes it has seen in containerd, device-mapper or the registry's log.
+
+mod bad_input;
+mod broken_pool;
+mod broken_state;
+mod held;
+mod images;
+mod lifecycle;
+mod odd_registries;
+mod pulls;
+mod release;
+mod service;
+mod stampede;
+mod support;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+use support::{Outcome, audit};
+
+type Test = (&'static str, fn() -> Outcome);
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // All tests share one host.
+    arguments.test_threads = Some(1);
+    let groups: [(&str, &[Test]); 11] = [
+        ("lifecycle", lifecycle::TESTS),
+        ("held", held::TESTS),
+        ("release", release::TESTS),
+        ("images", images::TESTS),
+        ("pulls", pulls::TESTS),
+        ("bad_input", bad_input::TESTS),
+        ("odd_registries", odd_registries::TESTS),
+        ("broken_pool", broken_pool::TESTS),
+        ("broken_state", broken_state::TESTS),
+        ("service", service::TESTS),
+        ("stampede", stampede::TESTS),
+    ];
+    let trials = groups.iter().flat_map(|(group, tests)| {
+        tests.iter().map(move |(name, test)| Trial::test(format!("{group}::{name}"), || audit::around(*test)))
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}

@@ -1,0 +1,225 @@
+//! Registries that serve wrong bytes, stop in the middle, say nothing, or refuse.
+
+use crate::{
+    Test,
+    support::{
+        Outcome,
+        audit::nothing_left,
+        check,
+        command::{lines, run},
+        cow::{acquire_as, cowshed, evict, refused, release, wait_gone},
+        fake_image::{FakeImage, digest, gzip, noise, tar},
+        fake_registry::{Answer, FakeRegistry, Hosts},
+        same,
+        second::Plan,
+        wait_for,
+    },
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("good_one_works", good_one_works),
+    ("wrong_bytes_of_a_layer", wrong_bytes_of_a_layer),
+    ("wrong_bytes_of_a_configuration", wrong_bytes_of_a_configuration),
+    ("more_bytes_than_promised", more_bytes_than_promised),
+    ("layer_is_gone", layer_is_gone),
+    ("broken_off_download_goes_on", broken_off_download_goes_on),
+    ("stalled_download_ends", stalled_download_ends),
+    ("denied", denied),
+    ("server_error", server_error),
+    ("manifest_of_another_digest", manifest_of_another_digest),
+    ("manifest_that_is_none", manifest_that_is_none),
+    ("layer_of_another_diff_id", layer_of_another_diff_id),
+    ("layer_of_garbage", layer_of_garbage),
+    ("layer_that_ends_too_early", layer_that_ends_too_early),
+];
+
+fn registry_with(tag: &str, image: &FakeImage) -> Outcome<FakeRegistry> {
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    registry.serve(tag, image);
+    Ok(registry)
+}
+
+/// Refused with this, and neither the image nor any of its blobs is left.
+fn refused_without_a_trace(
+    name: &str,
+    image: &FakeImage,
+    status: i32,
+    reason: &str,
+    words: &[&str],
+) -> Outcome {
+    refused("odd", name, status, reason, words)?;
+    nothing_left()?;
+    check!(!lines("ctr images ls -q")?.iter().any(|listed| listed == name), "{name} is listed");
+    wait_for("its blobs to go", || {
+        let blobs = lines("ctr content ls -q")?;
+        for digest in [&image.manifest, &image.config, &image.layer].map(|bytes| digest(bytes)) {
+            check!(!blobs.contains(&digest), "{digest} is left");
+        }
+        Ok(())
+    })
+}
+
+fn good_one_works() -> Outcome {
+    let image = FakeImage::new(1, 100_000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    let disk = acquire_as("miss", "odd-good", &name)?;
+    let mount = format!("d=$(mktemp -d /tmp/e2e-mount.XXXXXX); mount -o ro {} $d", disk.path);
+    let size = lines(&format!("{mount}; stat -c %s $d/etc/noise; umount $d; rmdir $d"))?;
+    same!(size, ["100000"], "the size of the file");
+    release("odd-good")?;
+    wait_gone("odd-good")?;
+    evict(&[&name])
+}
+
+fn wrong_bytes_of_a_layer() -> Outcome {
+    let image = FakeImage::new(2, 200_000)?;
+    let registry = registry_with("1", &image)?;
+    let mut wrong = image.layer.clone();
+    wrong[150_000] ^= 1;
+    registry.blob(&digest(&image.layer), Answer::Bytes(wrong));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name, &digest(&image.layer)])?;
+    // Repaired, it can be had.
+    registry.serve("1", &image);
+    acquire_as("miss", "odd-repaired", &name)?;
+    release("odd-repaired")?;
+    wait_gone("odd-repaired")?;
+    evict(&[&name])
+}
+
+fn wrong_bytes_of_a_configuration() -> Outcome {
+    let image = FakeImage::new(3, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let mut wrong = image.config.clone();
+    wrong[5] ^= 1;
+    registry.blob(&digest(&image.config), Answer::Bytes(wrong));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name, &digest(&image.config)])
+}
+
+fn more_bytes_than_promised() -> Outcome {
+    let image = FakeImage::new(4, 50_000)?;
+    let registry = registry_with("1", &image)?;
+    let more = [image.layer.clone(), noise(5, 3_000_000)].concat();
+    registry.blob(&digest(&image.layer), Answer::Bytes(more));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name, &digest(&image.layer)])
+}
+
+fn layer_is_gone() -> Outcome {
+    let image = FakeImage::new(6, 1000)?;
+    let registry = registry_with("1", &image)?;
+    registry.blob(&digest(&image.layer), Answer::Status(404));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 3, "IMAGE_NOT_FOUND", &[&name, &digest(&image.layer)])
+}
+
+fn broken_off_download_goes_on() -> Outcome {
+    let image = FakeImage::new(7, 5_000_000)?;
+    let registry = registry_with("1", &image)?;
+    let layer = digest(&image.layer);
+    registry.blob(&layer, Answer::CutOnce(image.layer.clone(), 3_000_000));
+    let name = registry.image("1");
+    acquire_as("miss", "odd-cut", &name)?;
+    let asked = registry.requests(&layer);
+    same!(asked.len(), 2, "the requests {asked:?}");
+    same!(asked[0].range, None, "the range of the first request");
+    let from = asked[1]
+        .range
+        .as_ref()
+        .and_then(|r| r.strip_prefix("bytes=")?.split('-').next()?.parse::<u64>().ok());
+    check!(from.is_some_and(|from| (1 << 20..=3_000_000).contains(&from)), "it did not go on: {asked:?}");
+    release("odd-cut")?;
+    wait_gone("odd-cut")?;
+    evict(&[&name])
+}
+
+fn stalled_download_ends() -> Outcome {
+    let image = FakeImage::new(8, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let layer = digest(&image.layer);
+    registry.blob(&layer, Answer::Stall);
+    registry.manifest("stalled", Answer::Stall);
+    let second = Plan::new("[registry]\nread_timeout_seconds = 2\n")?.start()?;
+    let name = registry.image("1");
+    second.refuses("odd", &name, 8, "REGISTRY_UNAVAILABLE", &[&name, &layer])?;
+    let name = registry.image("stalled");
+    second.refuses("odd", &name, 8, "REGISTRY_UNAVAILABLE", &[&name])?;
+    same!(second.stop()?, 0, "the exit status of the second service");
+    Ok(())
+}
+
+fn denied() -> Outcome {
+    let image = FakeImage::new(9, 1000)?;
+    let registry = registry_with("1", &image)?;
+    for code in [401, 403] {
+        registry.manifest("1", Answer::Status(code));
+        let name = registry.image("1");
+        refused_without_a_trace(&name, &image, 5, "REGISTRY_DENIED", &[&name, &registry.authority])?;
+    }
+    registry.serve("1", &image);
+    registry.blob(&digest(&image.layer), Answer::Status(403));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 5, "REGISTRY_DENIED", &[&name, &registry.authority])
+}
+
+fn server_error() -> Outcome {
+    let image = FakeImage::new(10, 1000)?;
+    let registry = registry_with("1", &image)?;
+    registry.manifest("1", Answer::Status(500));
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 8, "REGISTRY_UNAVAILABLE", &[&name, &registry.authority])?;
+    registry.serve("1", &image);
+    registry.blob(&digest(&image.layer), Answer::Status(500));
+    refused_without_a_trace(&name, &image, 8, "REGISTRY_UNAVAILABLE", &[&name, &registry.authority])
+}
+
+fn manifest_of_another_digest() -> Outcome {
+    let (image, other) = (FakeImage::new(21, 1000)?, FakeImage::new(22, 1000)?);
+    let registry = registry_with("1", &image)?;
+    let wanted = digest(&image.manifest);
+    registry.manifest(&wanted, Answer::Bytes(other.manifest.clone()));
+    let name = registry.image(&wanted);
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&wanted])
+}
+
+fn manifest_that_is_none() -> Outcome {
+    let image = FakeImage::new(23, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    for text in ["<html>not found</html>", "{}", r#"{"schemaVersion":1,"fsLayers":[]}"#] {
+        registry.manifest("1", Answer::Bytes(text.as_bytes().to_vec()));
+        let ran = cowshed(&["acquire", "odd", &name])?;
+        ran.fails(6, &["[IMAGE_UNSUPPORTED]", &name])?;
+    }
+    nothing_left()
+}
+
+fn layer_of_another_diff_id() -> Outcome {
+    let tar = tar("etc/noise", &noise(24, 1000));
+    let image = FakeImage::of(gzip(&tar)?, &digest(b"something else"));
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    let words = [name.as_str(), &digest(b"something else"), &digest(&tar)];
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &words)
+}
+
+fn layer_of_garbage() -> Outcome {
+    let garbage = noise(25, 100_000);
+    let image = FakeImage::of(garbage.clone(), &digest(&garbage));
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name, &digest(&garbage)])
+}
+
+fn layer_that_ends_too_early() -> Outcome {
+    let tar = tar("etc/noise", &noise(26, 100_000));
+    let mut layer = gzip(&tar)?;
+    layer.truncate(60_000);
+    let image = FakeImage::of(layer, &digest(&tar));
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name, &digest(&image.layer)])?;
+    run("cowshed", &["status"])?.ok().map(drop)
+}

@@ -1,0 +1,112 @@
+//! Crowds, and services that die in the middle of them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    thread,
+};
+
+use cowshed_proto::v1::Lease;
+
+use crate::{
+    Test,
+    support::{
+        Outcome,
+        api::{acquire_all, block_on},
+        check,
+        command::sh,
+        cow::{evict_all, host, image, leases, release, snapshots, thin_devices, wait_serving},
+        registry_log::{describe, mark},
+        same, wait_for,
+    },
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("twenty_vms_one_cold_image", twenty_vms_one_cold_image),
+    ("killed_while_it_pulls", || killed("cowshed", "a-pull", pulling)),
+    ("killed_at_the_first_disk", || killed("cowshed", "first", || devices(1))),
+    ("killed_at_the_eighth_disk", || killed("cowshed", "eighth", || devices(8))),
+    ("containerd_killed_at_the_fourth_disk", || killed("containerd", "cd", || devices(4))),
+    ("containerd_killed_while_it_pulls", || killed("containerd", "cd-pull", pulling)),
+];
+
+fn crowd(name: &str) -> Vec<String> {
+    (0..20).map(|n| format!("crowd-{name}-{n}")).collect()
+}
+
+fn device(lease: &Lease) -> String {
+    lease.device.as_ref().map(|device| device.dm_name.clone()).unwrap_or_default()
+}
+
+fn twenty_vms_one_cold_image() -> Outcome {
+    evict_all()?;
+    let start = mark()?;
+    let vms = crowd("cold");
+    let mut devices = BTreeSet::new();
+    for (vm, reply) in block_on(acquire_all(&vms, &image("app:1"))) {
+        let lease = reply.map_err(|status| format!("{vm}: {status:?}"))?;
+        devices.insert(device(&lease));
+    }
+    same!(devices.len(), 20, "the devices of twenty VMs: {devices:?}");
+    start.each_once(&describe("app:1")?.blobs())?;
+    same!(thin_devices()?, devices, "the devices of the kernel");
+    same!(snapshots("Active")?.len(), 20, "the snapshots");
+    vms.iter().try_for_each(|vm| release(vm))
+}
+
+fn pulling() -> Outcome {
+    check!(sh("ctr leases ls")?.contains("cowshed-pull-"), "no pull is under way");
+    Ok(())
+}
+
+fn devices(at_least: usize) -> Outcome {
+    let there = thin_devices()?.iter().filter(|name| name.contains("-snap-")).count();
+    let granted = snapshots("Active")?.iter().filter(|key| key.starts_with("cowshed-vm-")).count();
+    check!(granted >= at_least, "{granted} disks, {there} devices");
+    Ok(())
+}
+
+/// A crowd of VMs; when `moment` comes, the service is killed; when it is back, all ask again.
+fn killed(service: &str, name: &str, moment: fn() -> Outcome) -> Outcome {
+    evict_all()?;
+    let vms = crowd(name);
+    let asking = thread::spawn({
+        let vms = vms.clone();
+        move || block_on(acquire_all(&vms, &image("tiny:1")))
+    });
+    wait_for("the moment", moment)?;
+    host("kill", service)?;
+    let answers = asking.join().map_err(|_| "the crowd panicked")?;
+    let granted: BTreeMap<String, Lease> =
+        answers.into_iter().filter_map(|(vm, reply)| Some((vm, reply.ok()?))).collect();
+    wait_for("containerd", || sh("ctr version").map(drop))?;
+    wait_serving()?;
+    let held = ask_until_all_are_granted(&vms)?;
+    for (vm, lease) in &granted {
+        let now = held.get(vm).ok_or_else(|| format!("{vm} has no lease any more"))?;
+        same!(
+            (&now.lease_id, device(now)),
+            (&lease.lease_id, device(lease)),
+            "the lease of {vm} from before"
+        );
+    }
+    let devices: BTreeSet<String> = held.values().map(device).collect();
+    same!(devices.len(), vms.len(), "the devices of {} VMs: {devices:?}", vms.len());
+    wait_for("what was half made to go", || {
+        same!(leases()?.len(), vms.len(), "the leases");
+        same!(snapshots("Active")?.len(), vms.len(), "the snapshots");
+        same!(thin_devices()?, devices, "the devices of the kernel");
+        Ok(())
+    })?;
+    vms.iter().try_for_each(|vm| release(vm))
+}
+
+fn ask_until_all_are_granted(vms: &[String]) -> Outcome<BTreeMap<String, Lease>> {
+    wait_for("all VMs to be granted a disk", || {
+        let mut held = BTreeMap::new();
+        for (vm, reply) in block_on(acquire_all(vms, &image("tiny:1"))) {
+            let lease = reply.map_err(|status| format!("{vm}: {status:?}"))?;
+            held.insert(vm, lease);
+        }
+        Ok(held)
+    })
+}

@@ -1,0 +1,167 @@
+//! Cowshed as its command line has it, and the host's services.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::{
+    Outcome, check,
+    command::{Ran, lines, number, run, sh, text},
+    same, wait_for,
+};
+
+pub(crate) const REGISTRY: &str = "127.0.0.1:5000";
+pub(crate) const SOCKET: &str = "/run/cowshed/cowshed.sock";
+
+/// A test image of the host's registry by its short name, such as "tiny:1".
+pub(crate) fn image(name: &str) -> String {
+    format!("{REGISTRY}/cowshed/{name}")
+}
+
+/// A granted disk, as `cowshed acquire` printed it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub(crate) vm: String,
+    pub(crate) lease: String,
+    pub(crate) generation: u64,
+    pub(crate) path: String,
+    pub(crate) dm_name: String,
+    pub(crate) thin_id: u64,
+}
+
+impl Disk {
+    pub(crate) fn of(lease: &Value) -> Outcome<Self> {
+        Ok(Self {
+            vm: text(lease, "/vm_id")?,
+            lease: text(lease, "/lease_id")?,
+            generation: number(lease, "/generation")?,
+            path: text(lease, "/device/path")?,
+            dm_name: text(lease, "/device/dm_name")?,
+            thin_id: number(lease, "/device/thin_id")?,
+        })
+    }
+}
+
+/// `cowshed …`, whatever comes of it.
+pub(crate) fn cowshed(arguments: &[&str]) -> Outcome<Ran> {
+    run("cowshed", arguments)
+}
+
+/// `cowshed acquire`, to be granted; the whole reply.
+pub(crate) fn acquire_reply(vm: &str, image: &str) -> Outcome<Value> {
+    cowshed(&["acquire", vm, image, "-o", "json"])?.json()
+}
+
+/// `cowshed acquire`, to be granted.
+pub(crate) fn acquire(vm: &str, image: &str) -> Outcome<Disk> {
+    let reply = acquire_reply(vm, image)?;
+    same!(text(&reply, "/lease/state")?, "granted", "the state of {reply}");
+    Disk::of(&reply["lease"])
+}
+
+/// `cowshed acquire`, with the hit or miss that it has to be.
+pub(crate) fn acquire_as(cache: &str, vm: &str, image: &str) -> Outcome<Disk> {
+    let reply = acquire_reply(vm, image)?;
+    same!(text(&reply, "/cache")?, cache, "whether {image} was there: {reply}");
+    Disk::of(&reply["lease"])
+}
+
+/// `cowshed acquire`, to be refused with this status and reason, naming all of `words`.
+pub(crate) fn refused(vm: &str, image: &str, status: i32, reason: &str, words: &[&str]) -> Outcome {
+    let ran = cowshed(&["acquire", vm, image])?;
+    ran.fails(status, &[&format!("[{reason}]")])?;
+    ran.fails(status, words)
+}
+
+pub(crate) fn release(vm: &str) -> Outcome {
+    cowshed(&["release", vm])?.ok().map(drop)
+}
+
+/// Releases, and waits until the disk is gone.
+pub(crate) fn release_fully(vm: &str) -> Outcome {
+    release(vm)?;
+    wait_gone(vm)
+}
+
+/// Waits until the VM has no lease in any state.
+pub(crate) fn wait_gone(vm: &str) -> Outcome {
+    wait_for("the lease to go", || {
+        let ran = cowshed(&["leases", vm])?;
+        ran.fails(3, &["LEASE_NOT_FOUND"])
+    })
+}
+
+/// The VM's lease.
+pub(crate) fn lease(vm: &str) -> Outcome<Value> {
+    Ok(cowshed(&["leases", vm, "-o", "json"])?.json()?["lease"].clone())
+}
+
+/// All leases.
+pub(crate) fn leases() -> Outcome<Vec<Value>> {
+    let all = cowshed(&["leases", "-o", "json"])?.json()?;
+    all["leases"].as_array().cloned().ok_or_else(|| format!("no leases in {all}").into())
+}
+
+/// Removes images from containerd, and what only they held.
+pub(crate) fn evict(images: &[&str]) -> Outcome {
+    for name in images {
+        sh(&format!("ctr images rm --sync {name}"))?;
+    }
+    Ok(())
+}
+
+/// Leaves no image in containerd, no layer and no blob.
+pub(crate) fn evict_all() -> Outcome {
+    sh("ctr images ls -q | xargs -r ctr images rm --sync")?;
+    wait_for("an empty content store", || {
+        // A collection that is under way may have begun before the last removal.
+        let left = lines("ctr content ls -q; ctr snapshots --snapshotter devmapper ls | sed 1d")?;
+        if !left.is_empty() {
+            collect()?;
+        }
+        check!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+}
+
+/// Has containerd collect what nothing holds.
+pub(crate) fn collect() -> Outcome {
+    sh("ctr leases create --id e2e-nudge > /dev/null; ctr leases delete --sync e2e-nudge").map(drop)
+}
+
+/// Pulls, so that it is there.
+pub(crate) fn pull(image: &str) -> Outcome<Value> {
+    let printed = cowshed(&["pull", image, "-o", "json"])?.ok()?;
+    let last = printed.lines().last().unwrap_or_default();
+    let last: Value = serde_json::from_str(last).map_err(|e| format!("{last:?} is no JSON: {e}"))?;
+    same!(text(&last, "/image/name")?, image, "the name of what was pulled");
+    Ok(last)
+}
+
+/// Names of the thin devices that there are, besides LVM's own.
+pub(crate) fn thin_devices() -> Outcome<BTreeSet<String>> {
+    let listed = lines("dmsetup ls --target thin | sed '/^No devices/d'")?;
+    Ok(listed.iter().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+}
+
+/// Keys of the devmapper snapshots whose lines in `ctr snapshots ls` have this kind.
+pub(crate) fn snapshots(kind: &str) -> Outcome<BTreeSet<String>> {
+    let listed = lines("ctr snapshots --snapshotter devmapper ls | sed 1d")?;
+    let of_kind = listed.iter().filter(|line| line.trim_end().ends_with(kind));
+    Ok(of_kind.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+}
+
+/// `cowshed-host VERB SERVICE`
+pub(crate) fn host(verb: &str, service: &str) -> Outcome {
+    run("cowshed-host", &[verb, service])?.ok().map(drop)
+}
+
+/// Waits until the service serves.
+pub(crate) fn wait_serving() -> Outcome {
+    wait_for("cowshed to serve", || cowshed(&["status"])?.ok().map(drop))
+}
+
+/// The service's process id.
+pub(crate) fn service_pid() -> Outcome<String> {
+    Ok(sh("cat /var/lib/cowshed/lock")?.trim().to_owned())
+}

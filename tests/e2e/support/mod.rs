@@ -1,0 +1,67 @@
+//! What the tests share: commands and their results, polling, the audit, clients, second services, fake registries.
+
+pub(crate) mod api;
+pub(crate) mod audit;
+pub(crate) mod command;
+pub(crate) mod cow;
+pub(crate) mod fake_image;
+pub(crate) mod fake_registry;
+pub(crate) mod registry_log;
+pub(crate) mod second;
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+
+/// What tests and their helpers return.
+pub(crate) type Outcome<T = ()> = Result<T, Failed>;
+
+/// Fails the test unless the condition holds.
+macro_rules! check {
+    ($holds:expr, $($what:tt)+) => {
+        let holds: bool = $holds;
+        if !holds {
+            return Err(libtest_mimic::Failed::from(format!($($what)+)));
+        }
+    };
+}
+pub(crate) use check;
+
+/// Fails the test unless both are the same, and shows them.
+macro_rules! same {
+    ($left:expr, $right:expr, $($what:tt)+) => {
+        match (&$left, &$right) {
+            (left, right) => {
+                if left != right {
+                    let what = format!($($what)+);
+                    return Err(libtest_mimic::Failed::from(format!("{what}: {left:?} is not {right:?}")));
+                }
+            }
+        }
+    };
+}
+pub(crate) use same;
+
+/// Long enough for an emulated host; what is waited for is a condition.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Asks until there is an answer. The last refusal is the failure's text.
+pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Outcome<T>) -> Outcome<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask() {
+            Ok(answer) => return Ok(answer),
+            Err(refusal) if Instant::now() > deadline => {
+                let refusal = refusal.message().unwrap_or_default();
+                return Err(format!("waited {PATIENCE:?} in vain for {what}: {refusal}").into());
+            }
+            Err(_) => pause(),
+        }
+    }
+}
+
+/// The pause between two looks at a condition.
+#[allow(clippy::disallowed_methods, reason = "tests block; no runtime's thread is held up")]
+pub(crate) fn pause() {
+    std::thread::sleep(Duration::from_millis(50));
+}
