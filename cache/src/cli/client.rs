@@ -104,7 +104,9 @@ pub(super) fn refused(status: &Status) -> Failure {
     if status.code() == tonic::Code::Unavailable || status.message() == "transport error" {
         if status.get_details_error_info().is_none() {
             let what = status.message();
-            let message = format!("the connection to the service broke ({what}): it stopped or crashed; repeat, which is safe");
+            let message = format!(
+                "the connection to the service broke ({what}): it stopped or crashed; repeat, which is safe"
+            );
             return Failure { message, status: exit::for_code(tonic::Code::Unavailable) };
         }
     }
