@@ -100,17 +100,16 @@ async fn connect(socket: &Path) -> Result<CowshedClient<Channel>, Failure> {
 
 pub(super) fn refused(status: &Status) -> Failure {
     use tonic_types::StatusExt as _;
+    let info = status.get_details_error_info();
     // What did not come from the service is about the connection to it.
-    if status.code() == tonic::Code::Unavailable || status.message() == "transport error" {
-        if status.get_details_error_info().is_none() {
-            let what = status.message();
-            let message = format!(
-                "the connection to the service broke ({what}): it stopped or crashed; repeat, which is safe"
-            );
-            return Failure { message, status: exit::for_code(tonic::Code::Unavailable) };
-        }
+    let broke = status.code() == tonic::Code::Unavailable || status.message() == "transport error";
+    if broke && info.is_none() {
+        let what = status.message();
+        let message = format!(
+            "the connection to the service broke ({what}): it stopped or crashed; repeat, it is safe"
+        );
+        return Failure { message, status: exit::for_code(tonic::Code::Unavailable) };
     }
-    let reason =
-        status.get_details_error_info().map(|info| format!(" [{}]", info.reason)).unwrap_or_default();
+    let reason = info.map(|info| format!(" [{}]", info.reason)).unwrap_or_default();
     Failure { message: format!("{}{reason}", status.message()), status: exit::for_code(status.code()) }
 }
