@@ -18,7 +18,7 @@ use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, UnixMicros,
 use tokio::sync::{mpsc, oneshot};
 
 pub use error::OpenError;
-use writer::{Batch, Job};
+use writer::{Batch, Job, Order};
 
 use crate::error::{Error, Reason, Result};
 
@@ -28,7 +28,7 @@ const QUEUE: usize = 4096;
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
 pub struct Ledger {
-    jobs: mpsc::Sender<Job>,
+    orders: mpsc::Sender<Order>,
     published: Arc<RwLock<Published>>,
     path: PathBuf,
 }
@@ -51,9 +51,9 @@ impl Ledger {
         let connection = schema::open(&path)?;
         let stored = schema::load(&connection, &path)?;
         let published = Arc::new(RwLock::new(stored.clone()));
-        let jobs = writer::start(connection, stored, published.clone(), path.clone(), QUEUE)
+        let orders = writer::start(connection, stored, published.clone(), path.clone(), QUEUE)
             .map_err(|source| OpenError::io(&path, source))?;
-        Ok(Self { jobs, published, path })
+        Ok(Self { orders, published, path })
     }
 
     /// Where it is.
@@ -154,6 +154,15 @@ impl Ledger {
         .await
     }
 
+    /// Finishes the writes that have begun and closes the file; later ones are refused. To be called once, at the end.
+    pub async fn close(&self) {
+        let (closed, answer) = oneshot::channel();
+        if self.orders.send(Order::Close(closed)).await.is_ok() {
+            // An error means that the writer is gone, and the file is closed with it.
+            let _closed = answer.await;
+        }
+    }
+
     async fn write<T: Send + 'static>(
         &self,
         decide: impl FnOnce(&mut Batch<'_>) -> Result<T> + Send + 'static,
@@ -166,7 +175,7 @@ impl Ledger {
                 let _gone = reply.send(committed.and(decided));
             })
         });
-        self.jobs.try_send(job).map_err(|error| match error {
+        self.orders.try_send(Order::Write(job)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Error::new(
                 Reason::NotReady,
                 format!("{QUEUE} ledger writes are waiting; try again in a second"),

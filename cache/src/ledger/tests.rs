@@ -53,6 +53,28 @@ async fn what_was_answered_is_there_after_a_restart() {
 }
 
 #[tokio::test]
+async fn closing_leaves_one_file_with_all_that_was_queued() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let writes: Vec<_> = (0..50)
+        .map(|n| {
+            let ledger = ledger.clone();
+            tokio::spawn(async move { ledger.acquire(vm(n), spec(), id(n), UnixMicros(0)).await })
+        })
+        .collect();
+    for write in writes {
+        write.await.unwrap().unwrap();
+    }
+    ledger.close().await;
+    let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["ledger.db"]);
+    let refused = ledger.acquire(vm(51), spec(), id(51), UnixMicros(0)).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::Stopping);
+    ledger.close().await;
+    assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 50);
+}
+
+#[tokio::test]
 async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ledger.db");

@@ -9,7 +9,7 @@ use std::{
 
 use cowshed_leases::{Book, Change, Lease, LeaseId};
 use rusqlite::{Connection, ErrorCode, params};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{Published, schema::state_name};
 use crate::error::{Error, Reason, Result};
@@ -70,16 +70,23 @@ impl Batch<'_> {
     }
 }
 
-/// Starts the thread. It ends when all senders are gone.
+/// What the thread is told.
+pub(super) enum Order {
+    Write(Job),
+    /// Finish what is queued, close the file, answer.
+    Close(oneshot::Sender<()>),
+}
+
+/// Starts the thread. It ends when it is told to, or when all senders are gone.
 pub(super) fn start(
     connection: Connection,
     stored: Published,
     published: Arc<RwLock<Published>>,
     path: PathBuf,
     queue: usize,
-) -> io::Result<mpsc::Sender<Job>> {
+) -> io::Result<mpsc::Sender<Order>> {
     let (sender, receiver) = mpsc::channel(queue);
-    let mut writer = Writer { connection, state: stored, published, path };
+    let writer = Writer { connection, state: stored, published, path };
     thread::Builder::new().name("ledger".to_owned()).spawn(move || writer.run(receiver))?;
     Ok(sender)
 }
@@ -92,10 +99,33 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&mut self, mut jobs: mpsc::Receiver<Job>) {
+    fn run(mut self, mut orders: mpsc::Receiver<Order>) {
         let mut queued = Vec::new();
-        while jobs.blocking_recv_many(&mut queued, BATCH) > 0 {
-            self.commit_together(std::mem::take(&mut queued));
+        let mut closing = Vec::new();
+        while orders.blocking_recv_many(&mut queued, BATCH) > 0 {
+            let mut jobs = Vec::new();
+            for order in queued.drain(..) {
+                match order {
+                    Order::Write(job) => jobs.push(job),
+                    Order::Close(closed) => closing.push(closed),
+                }
+            }
+            if !closing.is_empty() {
+                // What is queued already is still taken; nothing more is.
+                orders.close();
+            }
+            self.commit_together(jobs);
+        }
+        self.close();
+        for closed in closing {
+            let _gone = closed.send(());
+        }
+    }
+
+    /// Moves the write-ahead log into the file, so that what lies there between two runs is one file.
+    fn close(self) {
+        if let Err((_, error)) = self.connection.close() {
+            tracing::warn!(ledger = %self.path.display(), %error, "the ledger was not closed; its write-ahead log is read at the next start");
         }
     }
 

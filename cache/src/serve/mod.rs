@@ -132,7 +132,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     }
     announce(&config, &parts.ledger);
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
-    let tasks = parts.tasks.clone();
+    let (tasks, ledger) = (parts.tasks.clone(), parts.ledger.clone());
     let serving = listen_until_stopped(parts.api, listener, tcp, stopped);
     let stopping = async {
         wait_for_signal().await?;
@@ -156,6 +156,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     // Open streams must not hold the stop up for ever.
     let served = tokio::time::timeout(GOODBYE, serving).await.unwrap_or(Ok(()));
     let _cancelled = tokio::time::timeout(GOODBYE, reclaiming).await;
+    if tokio::time::timeout(GOODBYE, ledger.close()).await.is_err() {
+        tracing::warn!("the ledger was still writing after {GOODBYE:?}");
+    }
     served
 }
 

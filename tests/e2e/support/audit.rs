@@ -1,12 +1,17 @@
 //! After every test the host has to be as before it: nobody holds anything, and nothing is left over.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
 use libtest_mimic::Failed;
 
 use super::{
-    Outcome, check,
+    Outcome, PATIENCE, check,
     command::{lines, sh},
     cow::{cowshed, host, leases, thin_devices, wait_serving},
-    wait_for,
+    wait_at_most,
 };
 
 /// Runs the test, gives back whatever it holds if it failed, and audits.
@@ -42,7 +47,10 @@ fn mend() -> Outcome {
 
 /// Waits until there is no lease, no snapshot of a VM, nothing half pulled and no thin device (images have none).
 pub(crate) fn nothing_left() -> Outcome {
-    wait_for("a clean host", || {
+    // What once did not go will not go after the next tests either.
+    static LEFTOVERS: AtomicBool = AtomicBool::new(false);
+    let patience = if LEFTOVERS.load(Ordering::Relaxed) { Duration::from_secs(10) } else { PATIENCE };
+    let audited = wait_at_most(patience, "a clean host", || {
         let leases = leases()?;
         check!(leases.is_empty(), "leases: {leases:?}");
         let held = lines("ctr leases ls | sed 1d | { grep cowshed- || true; }")?;
@@ -59,7 +67,9 @@ pub(crate) fn nothing_left() -> Outcome {
         let mounts = lines("grep -E '/dev/mapper/vg-pool-snap|/tmp/e2e' /proc/mounts || true")?;
         check!(mounts.is_empty(), "mounts: {mounts:?}");
         Ok(())
-    })
+    });
+    LEFTOVERS.store(audited.is_err(), Ordering::Relaxed);
+    audited
 }
 
 /// Bytes of the pool that are in use.

@@ -46,14 +46,23 @@ pub(crate) use same;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Asks until there is an answer. The last refusal is the failure's text.
-pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Outcome<T>) -> Outcome<T> {
-    let deadline = Instant::now() + PATIENCE;
+pub(crate) fn wait_for<T>(what: &str, ask: impl FnMut() -> Outcome<T>) -> Outcome<T> {
+    wait_at_most(PATIENCE, what, ask)
+}
+
+/// The same with another patience.
+pub(crate) fn wait_at_most<T>(
+    patience: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> Outcome<T>,
+) -> Outcome<T> {
+    let deadline = Instant::now() + patience;
     loop {
         match ask() {
             Ok(answer) => return Ok(answer),
             Err(refusal) if Instant::now() > deadline => {
                 let refusal = refusal.message().unwrap_or_default();
-                return Err(format!("waited {PATIENCE:?} in vain for {what}: {refusal}").into());
+                return Err(format!("waited {patience:?} in vain for {what}: {refusal}").into());
             }
             Err(_) => pause(),
         }
