@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use cowshed_pool::Bytes;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
@@ -63,6 +64,8 @@ pub struct Config {
     pub containerd: Containerd,
     /// Which thin pool.
     pub pool: Pool,
+    /// Cowshed's own snapshotter.
+    pub snapshotter: Snapshotter,
     /// How to fetch images.
     pub registry: Registry,
     /// When to look after released disks.
@@ -125,6 +128,32 @@ pub struct Pool {
     pub data_headroom_percent: u8,
     /// New disks are refused when less than this share of the pool's metadata is free, in percent.
     pub metadata_headroom_percent: u8,
+}
+
+/// `[snapshotter]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Snapshotter {
+    /// Whether `cowshed serve` serves it.
+    pub serve: ServeSnapshotter,
+    /// Unix socket that containerd's `[proxy_plugins.cowshed]` names.
+    pub socket: PathBuf,
+    /// Size of disks whose image or snapshot has no size of its own.
+    pub base_size: Bytes,
+    /// Whether a pool is used that does not zero new blocks: one disk's old bytes may then be read from another.
+    pub allow_unzeroed: bool,
+}
+
+/// Whether `cowshed serve` serves the snapshotter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServeSnapshotter {
+    /// If [containerd] snapshotter is "cowshed".
+    Auto,
+    /// Yes.
+    Always,
+    /// No: there is none, or `cowshed snapshotter` serves it.
+    Never,
 }
 
 /// `[registry]`
@@ -208,6 +237,17 @@ impl Default for Pool {
     }
 }
 
+impl Default for Snapshotter {
+    fn default() -> Self {
+        Self {
+            serve: ServeSnapshotter::Auto,
+            socket: "/run/cowshed/snapshotter.sock".into(),
+            base_size: Bytes(10 << 30),
+            allow_unzeroed: false,
+        }
+    }
+}
+
 impl Default for Registry {
     fn default() -> Self {
         Self {
@@ -274,6 +314,7 @@ impl Config {
             ("state", "directory", &self.state.directory),
             ("containerd", "address", &self.containerd.address),
             ("registry", "config_path", &self.registry.config_path),
+            ("snapshotter", "socket", &self.snapshotter.socket),
         ] {
             if !path.is_absolute() {
                 return Err(value(section, field, format!("{:?} is not an absolute path", path.display())));
@@ -312,7 +353,27 @@ impl Config {
                 return Err(value("pool", field, format!("{percent} is not between 0 and 90")));
             }
         }
+        self.snapshotter.base_size.of_disk().map_err(|what| value("snapshotter", "base_size", what))?;
         Ok(())
+    }
+
+    /// Whether `cowshed serve` serves a snapshotter of its own.
+    pub fn serves_snapshotter(&self) -> bool {
+        match self.snapshotter.serve {
+            ServeSnapshotter::Auto => self.containerd.snapshotter == "cowshed",
+            ServeSnapshotter::Always => true,
+            ServeSnapshotter::Never => false,
+        }
+    }
+
+    /// What the snapshotter is told.
+    pub fn snapshotter_settings(&self) -> cowshed_pool::Settings {
+        cowshed_pool::Settings {
+            store: self.state.directory.join("snapshots.db"),
+            pool: self.pool.name.clone(),
+            base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
+            allow_unzeroed: self.snapshotter.allow_unzeroed,
+        }
     }
 
     /// Deadline of one call to containerd.
@@ -363,6 +424,9 @@ mod tests {
         "name",
         "data_headroom_percent",
         "metadata_headroom_percent",
+        "serve",
+        "base_size",
+        "allow_unzeroed",
         "config_path",
         "concurrent_downloads",
         "connect_timeout_seconds",
@@ -385,6 +449,9 @@ mod tests {
             ("[containerd]\ncall_timeout_seconds = 0", "[containerd] call_timeout_seconds"),
             ("[metrics]\nlisten = \"9850\"", "[metrics] listen"),
             ("[pool]\ndata_headroom_percent = 91", "[pool] data_headroom_percent"),
+            ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
+            ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
+            ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),
         ];

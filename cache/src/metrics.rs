@@ -211,9 +211,12 @@ impl Metrics {
             m.leases.with_label_values(&[state]).set(i64::from(count));
         }
         self.read_pool(kernel);
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&m.registry.gather(), &mut text)?;
-        Ok(text)
+        encode(&m.registry)
+    }
+
+    /// For the metrics of other parts.
+    pub fn registry(&self) -> &Registry {
+        &self.0.registry
     }
 
     fn read_pool(&self, kernel: &dyn Kernel) {
@@ -264,6 +267,16 @@ impl PullObserver for Metrics {
 
 fn result(error: &Error) -> &'static str {
     error.reason().as_str()
+}
+
+/// All of a registry, as Prometheus reads it.
+///
+/// # Errors
+/// If a metric cannot be encoded.
+pub fn encode(registry: &Registry) -> prometheus::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    TextEncoder::new().encode(&registry.gather(), &mut text)?;
+    Ok(text)
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {

@@ -42,7 +42,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Status { reach } => status(&reach).await,
         // Answered without a service, by the caller.
-        Command::Serve { .. } | Command::Version { .. } => Ok(()),
+        Command::Serve { .. } | Command::Snapshotter { .. } | Command::Version { .. } => Ok(()),
     }
 }
 

@@ -59,6 +59,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Run only the snapshotter, for containerd's other clients.
+    Snapshotter {
+        /// Configuration file; the default one need not exist.
+        #[arg(long, short)]
+        config: Option<PathBuf>,
+    },
     /// Give a VM a root disk, and print its device.
     Acquire {
         /// The VM's id.
@@ -125,14 +131,20 @@ impl Cli {
             Err(error) => return fail(&format!("no threads can be had: {error}"), exit::FAILURE),
         };
         match self.command {
-            Command::Serve { config, check } => run_service(&runtime, config, check),
+            Command::Serve { config, check } => run_service(&runtime, config, check, serve::serve),
+            Command::Snapshotter { config } => run_service(&runtime, config, false, serve::serve_snapshotter),
             Command::Version { output } => finish(print(&show::version(output))),
             command => finish(runtime.block_on(client::run(command))),
         }
     }
 }
 
-fn run_service(runtime: &tokio::runtime::Runtime, path: Option<PathBuf>, check: bool) -> ExitCode {
+fn run_service<F: Future<Output = Result<(), ServeError>>>(
+    runtime: &tokio::runtime::Runtime,
+    path: Option<PathBuf>,
+    check: bool,
+    serve: impl FnOnce(Config) -> F,
+) -> ExitCode {
     let config = match Config::read(path.as_deref()) {
         Ok(config) => config,
         Err(error) => return stopped(&ServeError::from(error)),
@@ -143,7 +155,7 @@ fn run_service(runtime: &tokio::runtime::Runtime, path: Option<PathBuf>, check: 
     if check {
         return finish(print("the configuration is right\n"));
     }
-    match runtime.block_on(serve::serve(config)) {
+    match runtime.block_on(serve(config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => stopped(&error),
     }

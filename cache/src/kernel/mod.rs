@@ -1,7 +1,5 @@
 //! What the kernel says of thin devices and their pool. Asked, never cached: it is the authority.
 
-mod table;
-
 use std::{
     fs, io,
     os::{linux::fs::MetadataExt as _, unix::fs::FileTypeExt as _},
@@ -9,11 +7,12 @@ use std::{
 };
 
 use cowshed_leases::{DeviceIdentity, DeviceNumber};
+use cowshed_pool::device::table;
 use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, errors};
 use nix::{errno::Errno, sys::stat};
 use thiserror::Error as ThisError;
 
-pub use table::{PoolMode, PoolUsage};
+pub use cowshed_pool::device::{PoolMode, PoolUsage};
 
 /// The seam to device-mapper; tests put a fake here. Calls block for microseconds.
 pub trait Kernel: Send + Sync {
@@ -127,7 +126,7 @@ impl Kernel for DeviceMapper {
             dm_name,
             dm_uuid: Some(uuid).filter(|uuid| !uuid.is_empty()),
             thin_id: thin.id,
-            pool: thin.pool,
+            pool: DeviceNumber { major: thin.pool.major, minor: thin.pool.minor },
             size_bytes: thin.size_bytes,
         })
     }

@@ -1,7 +1,5 @@
 //! `GET /metrics`.
 
-use std::sync::Arc;
-
 use axum::{
     Router,
     http::{StatusCode, header},
@@ -10,20 +8,17 @@ use axum::{
 };
 use tokio::{net::TcpListener, sync::watch};
 
-use crate::{kernel::Kernel, ledger::Ledger, metrics::Metrics};
-
+/// Serves what `scrape` gives until `stopped`.
 pub(super) async fn serve(
     listener: TcpListener,
-    metrics: Metrics,
-    ledger: Ledger,
-    kernel: Arc<dyn Kernel>,
+    scrape: impl Fn() -> prometheus::Result<Vec<u8>> + Clone + Send + Sync + 'static,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let scrape = move || {
-        let (metrics, ledger, kernel) = (metrics.clone(), ledger.clone(), kernel.clone());
-        async move { reply(metrics.scrape(&ledger, &*kernel)) }
+    let answer = move || {
+        let scrape = scrape.clone();
+        async move { reply(scrape()) }
     };
-    let router = Router::new().route("/metrics", get(scrape));
+    let router = Router::new().route("/metrics", get(answer));
     let until = async move {
         let _stopped = stopped.wait_for(|stop| *stop).await;
     };

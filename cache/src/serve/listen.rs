@@ -18,8 +18,13 @@ pub(super) fn unix(path: &Path) -> Result<UnixListener, ServeError> {
     };
     match inherited().map_err(refused)? {
         Some(listener) => Ok(listener),
-        None => own(path).map_err(refused),
+        None => own(path),
     }
+}
+
+/// Makes the socket `path` with mode 0600.
+pub(super) fn own(path: &Path) -> Result<UnixListener, ServeError> {
+    bind(path).map_err(|e| ServeError::Listen { address: path.display().to_string(), what: e.to_string() })
 }
 
 /// The socket that systemd listens on for us.
@@ -35,7 +40,7 @@ fn inherited() -> io::Result<Option<UnixListener>> {
     UnixListener::from_std(listener).map(Some)
 }
 
-fn own(path: &Path) -> io::Result<UnixListener> {
+fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }

@@ -3,6 +3,7 @@
 mod http;
 mod listen;
 mod lock;
+mod snapshotter;
 
 use std::{
     collections::HashMap,
@@ -10,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use cowshed_pool::store::file::OpenError as SnapshotsError;
 use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
 use thiserror::Error as ThisError;
 use tokio::{
@@ -74,6 +76,9 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
+    /// See there.
+    #[error(transparent)]
+    Snapshots(#[from] SnapshotsError),
     /// It ran, and broke.
     #[error("the service stopped: {0}")]
     Broke(String),
@@ -87,6 +92,8 @@ impl ServeError {
             Self::InUse { .. } => exit::STATE_IN_USE,
             Self::State { .. } | Self::Ledger(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
             Self::Ledger(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
+            Self::Snapshots(SnapshotsError::Io { .. }) => exit::STATE_UNUSABLE,
+            Self::Snapshots(_) => exit::LEDGER_DAMAGED,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }
@@ -115,10 +122,17 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let _told_before = rustls::crypto::ring::default_provider().install_default();
     let _lock = lock::take(&config.state.directory)?;
     let listener = listen::unix(&config.server.socket)?;
+    let plugin =
+        if config.serves_snapshotter() { Some(listen::own(&config.snapshotter.socket)?) } else { None };
     let tcp = bind(config.server.tcp).await?;
     let http = bind(config.metrics_address()?).await?;
     let ledger = Ledger::open(&config.state.directory)?;
     let parts = assemble(&config, ledger)?;
+    // containerd asks it when we ask containerd: it is the first to start, and the last to stop.
+    let plugin = match plugin {
+        Some(listener) => Some(snapshotter::start(&config, parts.metrics.registry(), listener).await?),
+        None => None,
+    };
     parts.reclaimer.recover().await.map_err(|e| ServeError::Broke(e.to_string()))?;
 
     let (stop, stopped) = watch::channel(false);
@@ -128,7 +142,12 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     });
     if let Some(http) = http {
         let (metrics, ledger, kernel) = (parts.metrics.clone(), parts.ledger.clone(), parts.kernel.clone());
-        tokio::spawn(http::serve(http, metrics, ledger, kernel, stopped.clone()));
+        let look = plugin.as_ref().map(snapshotter::Served::looker);
+        let scrape = move || {
+            look.iter().for_each(|look| look());
+            metrics.scrape(&ledger, &*kernel)
+        };
+        tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
     announce(&config, &parts.ledger);
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
@@ -158,6 +177,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let _cancelled = tokio::time::timeout(GOODBYE, reclaiming).await;
     if tokio::time::timeout(GOODBYE, ledger.close()).await.is_err() {
         tracing::warn!("the ledger was still writing after {GOODBYE:?}");
+    }
+    if let Some(plugin) = plugin {
+        plugin.stop().await;
     }
     served
 }
@@ -287,6 +309,33 @@ fn announce(config: &Config, ledger: &Ledger) {
     );
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+}
+
+/// `cowshed snapshotter`: only the snapshotter, for containerd's other clients.
+///
+/// # Errors
+/// If it cannot start; nothing was changed then.
+pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
+    let _lock = lock::take(&config.state.directory)?;
+    let listener = listen::own(&config.snapshotter.socket)?;
+    let http = bind(config.metrics_address()?).await?;
+    let registry = prometheus::Registry::new();
+    let plugin = snapshotter::start(&config, &registry, listener).await?;
+    let (stop, stopped) = watch::channel(false);
+    if let Some(http) = http {
+        let look = plugin.looker();
+        let scrape = move || {
+            look();
+            crate::metrics::encode(&registry)
+        };
+        tokio::spawn(http::serve(http, scrape, stopped));
+    }
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    wait_for_signal().await?;
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    stop.send_replace(true);
+    plugin.stop().await;
+    Ok(())
 }
 
 async fn wait_for_signal() -> Result<(), ServeError> {

@@ -2,7 +2,14 @@
 
 use std::fmt;
 
-use cowshed_leases::DeviceNumber;
+/// A device's numbers in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceNumber {
+    /// Of its driver.
+    pub major: u32,
+    /// Of the device.
+    pub minor: u32,
+}
 
 const SECTOR_BYTES: u64 = 512;
 /// dm-thin's metadata blocks have this size, whatever the pool's.
@@ -54,16 +61,23 @@ impl fmt::Display for PoolMode {
 
 /// What the table of a thin device says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Thin {
-    pub(super) pool: DeviceNumber,
-    pub(super) id: u32,
-    pub(super) size_bytes: u64,
+pub struct Thin {
+    /// Its pool.
+    pub pool: DeviceNumber,
+    /// Its id there.
+    pub id: u32,
+    /// Its size.
+    pub size_bytes: u64,
 }
 
-type Target = (u64, u64, String, String);
+/// Start and length in sectors, kind, parameters: as device-mapper gives a target.
+pub type Target = (u64, u64, String, String);
 
-/// `thin` table: `POOL-DEVICE DEVICE-ID [ORIGIN-DEVICE]`.
-pub(super) fn parse_thin(targets: &[Target]) -> Result<Thin, String> {
+/// Reads a `thin` table: `POOL-DEVICE DEVICE-ID [ORIGIN-DEVICE]`.
+///
+/// # Errors
+/// Says what it is instead.
+pub fn parse_thin(targets: &[Target]) -> Result<Thin, String> {
     let [(_, sectors, kind, params)] = targets else {
         return Err(format!("its table has {} targets", targets.len()));
     };
@@ -79,9 +93,12 @@ pub(super) fn parse_thin(targets: &[Target]) -> Result<Thin, String> {
     }
 }
 
-/// `thin-pool` table: `METADATA-DEVICE DATA-DEVICE BLOCK-SECTORS …`; status: `TRANSACTION META-USED/META-TOTAL
+/// Reads a `thin-pool`'s table: `METADATA-DEVICE DATA-DEVICE BLOCK-SECTORS …`; status: `TRANSACTION META-USED/META-TOTAL
 /// DATA-USED/DATA-TOTAL HELD-ROOT MODE … NEEDS-CHECK …`, or `Fail`.
-pub(super) fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<PoolUsage, String> {
+///
+/// # Errors
+/// Says what it is instead.
+pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<PoolUsage, String> {
     let ([(_, _, kind, table)], [(_, _, _, status)]) = (tables, status) else {
         return Err(format!("its table has {} targets", tables.len()));
     };
@@ -123,6 +140,38 @@ fn mode(words: &[&str]) -> PoolMode {
     }
 }
 
+/// The metadata device of a `thin-pool` table, and whether it zeroes new blocks.
+///
+/// # Errors
+/// Says what it is instead.
+pub fn parse_pool_table(targets: &[Target]) -> Result<(DeviceNumber, bool), String> {
+    let [(_, _, kind, table)] = targets else {
+        return Err(format!("its table has {} targets", targets.len()));
+    };
+    let metadata = table.split_ascii_whitespace().next().and_then(device_number);
+    match metadata {
+        Some(metadata) if kind == "thin-pool" => {
+            Ok((metadata, !table.split_ascii_whitespace().any(|word| word == "skip_block_zeroing")))
+        }
+        _ => Err(format!("its target is {kind:?} {table:?}")),
+    }
+}
+
+/// The mapped bytes in a `thin` status: `MAPPED-SECTORS HIGHEST-MAPPED-SECTOR`.
+///
+/// # Errors
+/// Says what it is instead.
+pub fn parse_thin_status(targets: &[Target]) -> Result<u64, String> {
+    let [(_, _, kind, status)] = targets else {
+        return Err(format!("its table has {} targets", targets.len()));
+    };
+    let mapped = status.split_ascii_whitespace().next().and_then(|n| n.parse::<u64>().ok());
+    match mapped {
+        Some(mapped) if kind == "thin" => Ok(mapped * SECTOR_BYTES),
+        _ => Err(format!("its status is {kind:?} {status:?}")),
+    }
+}
+
 fn device_number(text: &str) -> Option<DeviceNumber> {
     let (major, minor) = text.split_once(':')?;
     Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
@@ -154,6 +203,18 @@ mod tests {
             assert!(parse_thin(&target(8, kind, params)).is_err(), "{kind} {params}");
         }
         assert!(parse_thin(&[]).is_err());
+    }
+
+    #[test]
+    fn pool_tables_and_thin_status() {
+        let pool = |params: &str| parse_pool_table(&target(8, "thin-pool", params));
+        let metadata = DeviceNumber { major: 252, minor: 1 };
+        assert_eq!(pool("252:1 252:2 128 0 0 "), Ok((metadata, true)));
+        assert_eq!(pool("252:1 252:2 128 0 1 skip_block_zeroing"), Ok((metadata, false)));
+        assert!(pool("").is_err());
+        assert_eq!(parse_thin_status(&target(8, "thin", "2048 2047")), Ok(1 << 20));
+        assert_eq!(parse_thin_status(&target(8, "thin", "0 -")), Ok(0));
+        assert!(parse_thin_status(&target(8, "thin", "Fail")).is_err());
     }
 
     #[test]

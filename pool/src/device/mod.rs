@@ -1,0 +1,178 @@
+//! The kernel's side: thin devices and their pool. The authority for what exists; asked, never cached across an effect.
+
+mod audit;
+mod dm;
+mod format;
+mod ioctl;
+pub mod table;
+
+use std::{collections::BTreeSet, fmt};
+
+use thiserror::Error as ThisError;
+
+pub use audit::superblock_time;
+pub use dm::DeviceMapper;
+pub(crate) use format::{Filesystem, Tools};
+pub use table::{PoolMode, PoolUsage};
+
+use crate::{
+    size::Bytes,
+    tree::{SnapshotId, ThinId},
+};
+
+/// Names of devices begin so, and their uuids (in capitals): what a udev rule and an operator know them by.
+pub const PREFIX: &str = "cowshed-";
+
+/// The name of a snapshot's device, and its uuid; made here and nowhere else.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceName(String);
+
+impl DeviceName {
+    /// `store_id` tells this store's devices from those of any other, `id` is never used again.
+    pub fn new(store_id: &str, id: SnapshotId) -> Self {
+        Self(format!("{PREFIX}{store_id}-{}", id.0))
+    }
+
+    /// The snapshot of a name that [`Self::new`] made with this store id.
+    pub fn parse(name: &str, store_id: &str) -> Option<SnapshotId> {
+        let id = name.strip_prefix(PREFIX)?.strip_prefix(store_id)?.strip_prefix('-')?.parse().ok()?;
+        Some(SnapshotId(id)).filter(|id| Self::new(store_id, *id).0 == name)
+    }
+
+    /// As device-mapper has it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The uuid of this device.
+    pub fn uuid(&self) -> String {
+        self.0.to_ascii_uppercase()
+    }
+
+    /// Where it can be opened.
+    pub fn path(&self) -> String {
+        format!("/dev/mapper/{}", self.0)
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whether a device can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It can.
+    ReadWrite,
+    /// The kernel refuses writes.
+    ReadOnly,
+}
+
+/// A thin device that is to be active.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Activation {
+    /// Its name.
+    pub name: DeviceName,
+    /// Its thin id.
+    pub thin: ThinId,
+    /// Its size.
+    pub bytes: Bytes,
+    /// Whether it can be written.
+    pub access: Access,
+}
+
+/// What became of a deactivation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deactivated {
+    /// There is no such device (any more).
+    Gone,
+    /// Somebody has it open.
+    InUse,
+}
+
+/// An active device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Live {
+    /// How often it is open, mounted or held.
+    pub open: u32,
+    /// Whether its I/O stands still.
+    pub suspended: bool,
+    /// Bytes of the blocks that it maps, shared ones too.
+    pub mapped: u64,
+}
+
+/// What the pool is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolFacts {
+    /// How full, and whether it works.
+    pub usage: PoolUsage,
+    /// Uuid of its device: tells it from another pool of the same name.
+    pub uuid: String,
+    /// Whether new blocks are zeroed before a disk reads them.
+    pub zeroing: bool,
+}
+
+/// Why device-mapper, or a helper, did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum DeviceError {
+    /// The pool has this thin id already.
+    #[error("thin id {} is in the pool already", .0.0)]
+    ThinExists(ThinId),
+    /// The pool does not have this thin id.
+    #[error("thin id {} is not in the pool", .0.0)]
+    ThinMissing(ThinId),
+    /// The pool is not there, or not one.
+    #[error("{0}")]
+    NoPool(String),
+    /// The pool is there and does not write.
+    #[error("the thin pool {name} is in mode {mode}: {advice}")]
+    PoolStopped {
+        /// Its name.
+        name: String,
+        /// Its mode.
+        mode: PoolMode,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The kernel refused.
+    #[error("device-mapper, {what}: {error}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Its answer.
+        error: String,
+    },
+    /// A program failed.
+    #[error("{0}")]
+    Helper(String),
+}
+
+/// The seam to the kernel; tests put a fake here. Calls block: milliseconds, and longer if the pool is suspended.
+pub trait Pool: Send + Sync {
+    /// Looks at the pool.
+    fn facts(&self) -> Result<PoolFacts, DeviceError>;
+    /// Makes an empty thin device.
+    fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError>;
+    /// Makes a snapshot of `origin`, which is inactive, or suspended.
+    fn create_snap(&self, thin: ThinId, origin: ThinId) -> Result<(), DeviceError>;
+    /// Deletes a thin device that is not active. Succeeds if it is not there.
+    fn delete(&self, thin: ThinId) -> Result<(), DeviceError>;
+    /// Makes a device that can be opened at its path when this returns. Succeeds if it is there.
+    fn activate(&self, activation: &Activation) -> Result<(), DeviceError>;
+    /// Removes a device that nobody has open.
+    fn deactivate(&self, name: &DeviceName) -> Result<Deactivated, DeviceError>;
+    /// Stops a device's I/O, with what is mounted of it flushed and frozen.
+    fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError>;
+    /// Lets it go on.
+    fn resume(&self, name: &DeviceName) -> Result<(), DeviceError>;
+    /// Looks at a device; `None` if there is none.
+    fn look(&self, name: &DeviceName) -> Result<Option<Live>, DeviceError>;
+    /// Names of all devices that begin with [`PREFIX`].
+    fn names(&self) -> Result<BTreeSet<String>, DeviceError>;
+    /// All thin ids of the pool. Starts a process: for start-up and audits.
+    fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError>;
+    /// How many snapshots were ever made in the pool, as its superblock counts them.
+    fn creations(&self) -> Result<u32, DeviceError>;
+}

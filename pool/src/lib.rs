@@ -1,0 +1,24 @@
+//! A containerd snapshotter on a thin pool.
+//!
+//! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
+//! intent → effect → confirmation, `service` speaks containerd's Snapshots API.
+
+pub mod device;
+mod error;
+mod filter;
+mod ids;
+mod metrics;
+mod reclaim;
+mod service;
+mod size;
+mod snapshotter;
+mod start;
+pub mod store;
+mod tree;
+
+pub use error::{Code, Error, Result};
+pub use metrics::Metrics;
+pub use service::{Api, SnapshotsServer};
+pub use size::Bytes;
+pub use snapshotter::{Health, Settings, Snapshotter};
+pub use tree::{Kind, Snapshot, SnapshotId, ThinId};

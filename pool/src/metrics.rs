@@ -1,0 +1,122 @@
+//! What the snapshotter tells Prometheus.
+
+use std::time::Duration;
+
+use prometheus::{
+    Counter, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    core::Collector,
+};
+
+use crate::{
+    error::Result,
+    tree::{Kind, State, Tree},
+};
+
+/// Counters and gauges of one snapshotter. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    operations: IntCounterVec,
+    seconds: HistogramVec,
+    snapshots: IntGaugeVec,
+    thin_ids: IntGauge,
+    creations: IntGauge,
+    backlog: IntGauge,
+    oldest: IntGauge,
+    reclaimed: Counter,
+    healthy: IntGauge,
+}
+
+impl Metrics {
+    /// Registers them.
+    ///
+    /// # Errors
+    /// If they are registered already.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        fn on<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> prometheus::Result<C> {
+            registry.register(Box::new(collector.clone()))?;
+            Ok(collector)
+        }
+        let gauge = |name: &str, help: &str| on(registry, IntGauge::new(name, help)?);
+        Ok(Self {
+            operations: on(
+                registry,
+                IntCounterVec::new(
+                    Opts::new("cowshed_snapshotter_operations_total", "Operations, by kind and result"),
+                    &["operation", "result"],
+                )?,
+            )?,
+            seconds: on(
+                registry,
+                HistogramVec::new(
+                    HistogramOpts::new("cowshed_snapshotter_operation_seconds", "How long operations took")
+                        .buckets(prometheus::exponential_buckets(0.0005, 2.0, 16)?),
+                    &["operation"],
+                )?,
+            )?,
+            snapshots: on(
+                registry,
+                IntGaugeVec::new(
+                    Opts::new("cowshed_snapshotter_snapshots", "Snapshots, by kind"),
+                    &["kind"],
+                )?,
+            )?,
+            thin_ids: gauge("cowshed_snapshotter_thin_ids_used", "Thin ids in use, of 16777215")?,
+            creations: gauge(
+                "cowshed_snapshotter_pool_creation_time",
+                "Snapshots ever made in the pool; at 16777216 its mappings are corrupted",
+            )?,
+            backlog: gauge(
+                "cowshed_snapshotter_reclaim_backlog",
+                "Removed snapshots that are still in the pool",
+            )?,
+            oldest: gauge(
+                "cowshed_snapshotter_reclaim_oldest_seconds",
+                "How long ago the oldest of them was removed",
+            )?,
+            reclaimed: on(
+                registry,
+                Counter::new(
+                    "cowshed_snapshotter_deleted_bytes_total",
+                    "Bytes that deleted snapshots mapped, shared ones too",
+                )?,
+            )?,
+            healthy: gauge("cowshed_snapshotter_up", "1 if snapshots can be made")?,
+        })
+    }
+
+    pub(crate) fn operation<T>(&self, name: &str, took: Duration, result: &Result<T>) {
+        let outcome = match result {
+            Ok(_) => "ok".to_owned(),
+            Err(error) => format!("{:?}", error.code),
+        };
+        self.operations.with_label_values(&[name, outcome.as_str()]).inc();
+        self.seconds.with_label_values(&[name]).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn creations(&self, time: u32) {
+        self.creations.set(i64::from(time));
+    }
+
+    pub(crate) fn deleted(&self, bytes: u64) {
+        #[allow(clippy::cast_precision_loss)]
+        self.reclaimed.inc_by(bytes as f64);
+    }
+
+    pub(crate) fn healthy(&self, healthy: bool) {
+        self.healthy.set(i64::from(healthy));
+    }
+
+    /// To be called before a scrape.
+    pub(crate) fn look_at(&self, tree: &Tree, now_nanos: i64) {
+        for kind in [Kind::Active, Kind::View, Kind::Committed, Kind::Blank, Kind::Grown] {
+            let count = tree.all().filter(|s| s.state == State::Ready && s.kind == kind).count();
+            self.snapshots.with_label_values(&[kind.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.thin_ids.set(i64::try_from(tree.thin_ids_used()).unwrap_or(i64::MAX));
+        let removing: Vec<i64> =
+            tree.all().filter(|s| s.state == State::Removing).map(|s| s.updated.0).collect();
+        self.backlog.set(i64::try_from(removing.len()).unwrap_or(i64::MAX));
+        let oldest = removing.iter().min().map_or(0, |since| (now_nanos - since).max(0) / 1_000_000_000);
+        self.oldest.set(oldest);
+    }
+}

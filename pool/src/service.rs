@@ -1,0 +1,166 @@
+//! containerd's Snapshots API (`containerd.services.snapshots.v1`), as a proxy plugin serves it.
+
+use std::{collections::BTreeMap, pin::Pin};
+
+use containerd_client::{services::v1::snapshots as api, types::Mount as ApiMount};
+use futures_util::Stream;
+use prost_types::Timestamp;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    filter::Filters,
+    snapshotter::{Mount, Snapshotter, timed},
+    tree::{Kind, Snapshot, UnixNanos},
+};
+
+#[allow(missing_docs, clippy::all, unused_qualifications, unreachable_pub)]
+mod generated {
+    tonic::include_proto!("containerd.services.snapshots.v1.Snapshots");
+}
+
+use generated::snapshots_server::Snapshots;
+pub use generated::snapshots_server::SnapshotsServer;
+
+/// A List's answer comes in messages of so many snapshots.
+const PAGE: usize = 100;
+
+/// The API of a snapshotter.
+#[derive(Clone)]
+pub struct Api(Snapshotter);
+
+impl Api {
+    /// Serves `snapshotter`.
+    pub fn new(snapshotter: Snapshotter) -> Self {
+        Self(snapshotter)
+    }
+
+    async fn make(
+        &self,
+        operation: &str,
+        key: String,
+        parent: String,
+        kind: Kind,
+        labels: Labels,
+    ) -> Result<Vec<ApiMount>, Status> {
+        let making = self.0.make(key, parent, kind, labels.into_iter().collect());
+        Ok(mounts(timed(&self.0.0.metrics, operation, making).await?))
+    }
+}
+
+/// `google.protobuf.Empty`, as prost has it.
+pub(crate) type Empty = ();
+type Labels = std::collections::HashMap<String, String>;
+type Reply<T> = Result<Response<T>, Status>;
+
+#[async_trait::async_trait]
+impl Snapshots for Api {
+    type ListStream = Pin<Box<dyn Stream<Item = Result<api::ListSnapshotsResponse, Status>> + Send>>;
+
+    async fn prepare(
+        &self,
+        request: Request<api::PrepareSnapshotRequest>,
+    ) -> Reply<api::PrepareSnapshotResponse> {
+        let r = request.into_inner();
+        let mounts = self.make("prepare", r.key, r.parent, Kind::Active, r.labels).await?;
+        Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
+    }
+
+    async fn view(&self, request: Request<api::ViewSnapshotRequest>) -> Reply<api::ViewSnapshotResponse> {
+        let r = request.into_inner();
+        let mounts = self.make("view", r.key, r.parent, Kind::View, r.labels).await?;
+        Ok(Response::new(api::ViewSnapshotResponse { mounts }))
+    }
+
+    async fn mounts(&self, request: Request<api::MountsRequest>) -> Reply<api::MountsResponse> {
+        let key = request.into_inner().key;
+        let mount = timed(&self.0.0.metrics, "mounts", self.0.mounts(&key)).await?;
+        Ok(Response::new(api::MountsResponse { mounts: mounts(mount) }))
+    }
+
+    async fn commit(&self, request: Request<api::CommitSnapshotRequest>) -> Reply<()> {
+        let r = request.into_inner();
+        let committing = self.0.commit(r.name, r.key, r.labels.into_iter().collect());
+        timed(&self.0.0.metrics, "commit", committing).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn remove(&self, request: Request<api::RemoveSnapshotRequest>) -> Reply<()> {
+        timed(&self.0.0.metrics, "remove", self.0.remove(request.into_inner().key)).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn stat(&self, request: Request<api::StatSnapshotRequest>) -> Reply<api::StatSnapshotResponse> {
+        let (snapshot, parent) = self.0.stat(&request.into_inner().key)?;
+        Ok(Response::new(api::StatSnapshotResponse { info: Some(info(&snapshot, &parent)) }))
+    }
+
+    async fn update(
+        &self,
+        request: Request<api::UpdateSnapshotRequest>,
+    ) -> Reply<api::UpdateSnapshotResponse> {
+        let r = request.into_inner();
+        let wanted = r.info.ok_or_else(|| Status::invalid_argument("info: it is missing"))?;
+        let paths = r.update_mask.map(|mask| mask.paths).unwrap_or_default();
+        let labels: BTreeMap<_, _> = wanted.labels.into_iter().collect();
+        let updating = self.0.update(wanted.name, labels, paths);
+        let (snapshot, parent) = timed(&self.0.0.metrics, "update", updating).await?;
+        Ok(Response::new(api::UpdateSnapshotResponse { info: Some(info(&snapshot, &parent)) }))
+    }
+
+    async fn list(&self, request: Request<api::ListSnapshotsRequest>) -> Reply<Self::ListStream> {
+        let filters = Filters::parse(&request.into_inner().filters)?;
+        let found: Vec<api::Info> = self.0.0.store.read(|tree| {
+            let all = tree.listed().map(|snapshot| (snapshot, tree.parent_key(snapshot)));
+            let matching = all.filter(|(snapshot, parent)| filters.match_snapshot(snapshot, parent));
+            matching.map(|(snapshot, parent)| info(snapshot, parent)).collect()
+        });
+        let pages: Vec<_> =
+            found.chunks(PAGE).map(|page| Ok(api::ListSnapshotsResponse { info: page.to_vec() })).collect();
+        Ok(Response::new(Box::pin(futures_util::stream::iter(pages))))
+    }
+
+    async fn usage(&self, request: Request<api::UsageRequest>) -> Reply<api::UsageResponse> {
+        let key = request.into_inner().key;
+        let bytes = timed(&self.0.0.metrics, "usage", self.0.usage(&key)).await?;
+        // Which inodes are in use only the filesystem knows, and that may be a guest's.
+        Ok(Response::new(api::UsageResponse { size: i64::try_from(bytes).unwrap_or(i64::MAX), inodes: 0 }))
+    }
+
+    async fn cleanup(&self, _request: Request<api::CleanupRequest>) -> Reply<()> {
+        self.0.cleanup();
+        Ok(Response::new(()))
+    }
+}
+
+fn mounts(mount: Mount) -> Vec<ApiMount> {
+    vec![ApiMount {
+        r#type: mount.kind.to_owned(),
+        source: mount.source,
+        target: String::new(),
+        options: mount.options,
+    }]
+}
+
+fn info(snapshot: &Snapshot, parent: &str) -> api::Info {
+    let kind = match snapshot.kind {
+        Kind::Active => api::Kind::Active,
+        Kind::View => api::Kind::View,
+        Kind::Committed => api::Kind::Committed,
+        Kind::Blank | Kind::Grown => api::Kind::Unknown,
+    };
+    api::Info {
+        name: snapshot.key.clone(),
+        parent: parent.to_owned(),
+        kind: kind.into(),
+        created_at: Some(timestamp(snapshot.created)),
+        updated_at: Some(timestamp(snapshot.updated)),
+        labels: snapshot.labels.clone().into_iter().collect(),
+    }
+}
+
+fn timestamp(at: UnixNanos) -> Timestamp {
+    Timestamp {
+        seconds: at.0.div_euclid(1_000_000_000),
+        nanos: i32::try_from(at.0.rem_euclid(1_000_000_000)).unwrap_or(0),
+    }
+}

@@ -1,0 +1,304 @@
+//! Start-up: compares store, pool and kernel, and repairs in that order of trust.
+//!
+//! | found | done |
+//! |---|---|
+//! | a record Preparing | it was half made: marked Removing |
+//! | a record Ready, Active or View | its device is activated |
+//! | a record Ready, of another kind, its device active | deactivated when nobody has it open |
+//! | a record Removing | left to the reclaimer |
+//! | one of our devices, suspended | resumed: a snapshot of it was being made |
+//! | one of our devices without a record | deactivated if closed: its name is ours, and says so |
+//! | a thin id in the pool without a record | reported, avoided, left alone |
+//! | a record without a thin id in the pool | reported; its use fails |
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use rusqlite::Connection;
+
+use crate::{
+    device::{DeviceError, DeviceMapper, DeviceName, Pool, PoolMode},
+    metrics::Metrics,
+    reclaim,
+    snapshotter::{Health, Inner, Settings, Snapshotter},
+    store::{self, Store, file::OpenError},
+    tree::{Change, Kind, SnapshotId, State, ThinId, Tree},
+};
+
+/// Pause before a pool that is not there is looked for again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Why snapshots cannot be made.
+enum Hindrance {
+    /// It may go away by itself.
+    Passing(String),
+    /// Somebody has to do something.
+    Lasting(String),
+}
+
+impl Snapshotter {
+    /// Opens the store, and starts to look for the pool; answers reads from now on, and writes when all is reconciled.
+    ///
+    /// # Errors
+    /// If there is no store and none can be made, or not even reading it is possible. Nothing was changed then.
+    pub fn start(settings: Settings, metrics: Metrics) -> Result<Self, OpenError> {
+        let (inner, damaged) = match store::open(&settings.store) {
+            Ok((connection, tree, store_id)) => {
+                let path = settings.store.clone();
+                let store = start_writer(connection, tree, &path)?;
+                (Inner::new(settings, store_id, store, metrics), None)
+            }
+            Err(damage @ OpenError::Damaged { .. }) => {
+                tracing::error!(%damage, "nothing is changed; what can be read is answered");
+                // No writer of the damaged file; the gate in front of every write is `Health::Refusing`.
+                let (tree, store_id) =
+                    store::open_for_reading(&settings.store).map_err(|_| damage.clone())?;
+                let nowhere = Connection::open_in_memory().map_err(|_| damage.clone())?;
+                let store = start_writer(nowhere, tree, &settings.store)?;
+                (Inner::new(settings, store_id, store, metrics), Some(damage.to_string()))
+            }
+            Err(error) => return Err(error),
+        };
+        let inner = Arc::new(inner);
+        match damaged {
+            Some(why) => set(&inner, Health::Refusing(why)),
+            None => drop(tokio::spawn(bring_up(inner.clone()))),
+        }
+        tokio::spawn(reclaim::run(inner.clone()));
+        Ok(Self(inner))
+    }
+
+    /// Waits until it serves, or refuses to.
+    pub async fn settled(&self, limit: Duration) -> Health {
+        let settle = async {
+            while matches!(self.health(), Health::Waiting(_)) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let _timed_out = tokio::time::timeout(limit, settle).await;
+        self.health()
+    }
+}
+
+fn start_writer(connection: Connection, tree: Tree, path: &Path) -> Result<Store<Tree>, OpenError> {
+    Store::start(connection, tree, path.to_owned()).map_err(|e| OpenError::Io {
+        noun: "snapshot store",
+        path: path.display().to_string(),
+        what: e.to_string(),
+    })
+}
+
+fn set(inner: &Inner, health: Health) {
+    inner.metrics.healthy(health == Health::Serving);
+    *inner.health.write().unwrap_or_else(PoisonError::into_inner) = health;
+}
+
+async fn bring_up(inner: Arc<Inner>) {
+    let mut said = String::new();
+    loop {
+        match attempt(&inner).await {
+            Ok(()) => return,
+            Err(Hindrance::Lasting(why)) => {
+                tracing::error!(why, "the snapshotter changes nothing; it answers reads");
+                set(&inner, Health::Refusing(why));
+                return;
+            }
+            Err(Hindrance::Passing(why)) => {
+                if why != said {
+                    tracing::warn!(why, "no snapshots yet; trying again");
+                    said.clone_from(&why);
+                }
+                set(&inner, Health::Waiting(why));
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn attempt(inner: &Arc<Inner>) -> Result<(), Hindrance> {
+    let settings = inner.settings.clone();
+    let known = inner.store.read(|tree| tree.pool().to_owned());
+    let looked = tokio::task::spawn_blocking(move || look_at_pool(&settings, &known)).await;
+    let (pool, found) = looked.map_err(|e| Hindrance::Passing(e.to_string()))??;
+    reconcile(inner, Arc::new(pool), found).await.map_err(Hindrance::Passing)
+}
+
+/// What the pool itself tells.
+pub(crate) struct Found {
+    /// Its uuid, if the store does not know it yet.
+    pub(crate) new_uuid: Option<String>,
+    /// `None` if they could not be listed.
+    pub(crate) thin_ids: Option<BTreeSet<ThinId>>,
+    pub(crate) creations: u32,
+}
+
+fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found), Hindrance> {
+    let pool = DeviceMapper::new(&settings.pool).map_err(passing)?;
+    let facts = pool.facts().map_err(passing)?;
+    let name = &facts.usage.name;
+    match facts.usage.mode {
+        PoolMode::ReadWrite | PoolMode::OutOfDataSpace => {}
+        mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
+            return Err(Hindrance::Lasting(format!(
+                "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses \
+                 the pool, deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and \
+                 start again"
+            )));
+        }
+    }
+    if !facts.zeroing && !settings.allow_unzeroed {
+        return Err(Hindrance::Lasting(format!(
+            "the thin pool {name} does not zero new blocks, so bytes of one disk could be read from another: \
+             `lvchange --zero y`, or allow it in the configuration"
+        )));
+    }
+    if !known.is_empty() && known != facts.uuid {
+        return Err(Hindrance::Lasting(format!(
+            "the snapshot store {} is of the thin pool with uuid {known}, but {name} has {}: name the right pool, or give \
+             this one a state directory of its own",
+            settings.store.display(),
+            facts.uuid
+        )));
+    }
+    let thin_ids = pool.thin_ids().inspect_err(|error| {
+        tracing::warn!(%error, "what else is in the pool cannot be told");
+    });
+    let creations = pool.creations().map_err(passing)?;
+    let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
+    Ok((pool, Found { new_uuid, thin_ids: thin_ids.ok(), creations }))
+}
+
+fn passing(error: DeviceError) -> Hindrance {
+    Hindrance::Passing(error.to_string())
+}
+
+/// Brings store, pool and kernel together, then lets requests in.
+pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Found) -> Result<(), String> {
+    inner.creations.store(found.creations, Ordering::Relaxed);
+    inner.metrics.creations(found.creations);
+    half_made(inner, found.new_uuid).await.map_err(|e| e.to_string())?;
+    if let Some(ids) = found.thin_ids {
+        compare_ids(inner, ids).await;
+    }
+    *inner.pool.write().unwrap_or_else(PoisonError::into_inner) = Some(pool.clone());
+    let store_id = inner.store_id.clone();
+    let tree = inner.store.read(Clone::clone);
+    let seen = tree.clone();
+    let in_kernel = tokio::task::spawn_blocking(move || kernel_side(&*pool, &store_id, &seen)).await;
+    let awake = in_kernel.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    // Before the first request: whoever makes a snapshot of one of these has to know.
+    for id in &awake {
+        inner.active_origins().entry(*id).or_default();
+    }
+    set(inner, Health::Serving);
+    activate_all(inner, &tree).await;
+    for snapshot in tree.all().filter(|s| s.state == State::Ready && s.kind == Kind::Committed) {
+        if snapshot.mapped.is_none() || awake.contains(&snapshot.id) {
+            inner.active_origins().entry(snapshot.id).or_default();
+            let (inner, id) = (inner.clone(), snapshot.id);
+            tokio::spawn(async move { inner.put_to_rest(id).await });
+        }
+    }
+    inner.wake.notify_one();
+    let count = |kind: Kind| tree.listed().filter(|s| s.kind == kind).count();
+    tracing::info!(
+        active = count(Kind::Active),
+        views = count(Kind::View),
+        committed = count(Kind::Committed),
+        removed = tree.all().filter(|s| s.state == State::Removing).count(),
+        creations = found.creations,
+        "snapshotter ready"
+    );
+    Ok(())
+}
+
+async fn half_made(inner: &Inner, new_uuid: Option<String>) -> crate::error::Result<()> {
+    let count = inner
+        .write(move |tree| {
+            let half: Vec<SnapshotId> =
+                tree.all().filter(|s| s.state == State::Preparing).map(|s| s.id).collect();
+            let mut changes: Vec<Change> = half.iter().filter_map(|id| tree.give_up(*id)).collect();
+            changes.extend(new_uuid.map(Change::Pool));
+            Ok((changes, half.len()))
+        })
+        .await?;
+    if count > 0 {
+        tracing::warn!(
+            count,
+            "snapshots were being made when the service stopped; their remains are cleared away"
+        );
+    }
+    Ok(())
+}
+
+async fn compare_ids(inner: &Inner, in_pool: BTreeSet<ThinId>) {
+    let (foreign, missing) = inner.store.read(|tree| {
+        let ours: BTreeSet<ThinId> = tree.all().map(|s| s.thin).collect();
+        let missing: Vec<String> = tree
+            .all()
+            .filter(|s| s.state == State::Ready && !in_pool.contains(&s.thin))
+            .map(|s| format!("{:?} (thin id {})", s.key, s.thin.0))
+            .collect();
+        (in_pool.difference(&ours).copied().collect::<Vec<_>>(), missing)
+    });
+    if !foreign.is_empty() {
+        let ids: Vec<String> = foreign.iter().take(20).map(|id| id.0.to_string()).collect();
+        tracing::warn!(
+            count = foreign.len(),
+            ids = ids.join(" "),
+            "thin devices in the pool that are in no record: left alone; another snapshotter's, or delete them by hand"
+        );
+        let avoid = move |tree: &mut Tree| foreign.iter().for_each(|id| tree.avoid(*id));
+        if let Err(error) = inner.store.note(avoid).await {
+            tracing::warn!(%error, "their thin ids are not avoided");
+        }
+    }
+    if !missing.is_empty() {
+        tracing::error!(
+            count = missing.len(),
+            snapshots = missing.iter().take(20).cloned().collect::<Vec<_>>().join(", "),
+            "snapshots are in the store and not in the pool: remove them, or put back the pool's metadata"
+        );
+    }
+}
+
+/// Resumes and deactivates what a crash has left; returns the bases and committed ones that are active.
+fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<SnapshotId>, DeviceError> {
+    let mut awake = BTreeSet::new();
+    for name in pool.names()? {
+        let Some(id) = DeviceName::parse(&name, store_id) else {
+            tracing::warn!(name, "a device of another snapshot store: left alone");
+            continue;
+        };
+        let name = DeviceName::new(store_id, id);
+        if pool.look(&name)?.is_some_and(|live| live.suspended) {
+            pool.resume(&name)?;
+        }
+        match tree.get(id) {
+            None => {
+                let became = pool.deactivate(&name)?;
+                tracing::warn!(%name, ?became, "a device of ours without a record");
+            }
+            Some(s) if s.state == State::Ready && !matches!(s.kind, Kind::Active | Kind::View) => {
+                awake.insert(id);
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(awake)
+}
+
+async fn activate_all(inner: &Inner, tree: &Tree) {
+    let to_be_active =
+        tree.listed().filter(|s| matches!(s.kind, Kind::Active | Kind::View)).map(|snapshot| async move {
+            if let Err(error) = inner.ensure_active(snapshot).await {
+                tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
+            }
+        });
+    join_all(to_be_active).await;
+}

@@ -1,0 +1,166 @@
+//! A store's file: how it is made, recognised and checked.
+
+use std::{fs, io, path::Path};
+
+use rusqlite::{Connection, OpenFlags};
+use thiserror::Error as ThisError;
+
+/// What a kind of store is.
+#[derive(Clone, Copy, Debug)]
+pub struct Format {
+    /// What people call it.
+    pub noun: &'static str,
+    /// Tells it from any other SQLite file.
+    pub application_id: i64,
+    /// Counts incompatible changes.
+    pub version: i64,
+    /// SQL that makes its tables.
+    pub tables: &'static str,
+    /// What to do if it is damaged.
+    pub advice: &'static str,
+}
+
+/// A store that cannot be opened. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum OpenError {
+    /// Its contents are not what was written.
+    #[error("the {noun} {path} is damaged: {what}. It is left as it is: {advice}")]
+    Damaged {
+        /// What kind of store.
+        noun: &'static str,
+        /// The file.
+        path: String,
+        /// What was found.
+        what: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// A later version has written it.
+    #[error(
+        "the {noun} {path} has format {found}, this version knows {known}: install the version that wrote it"
+    )]
+    Newer {
+        /// What kind of store.
+        noun: &'static str,
+        /// The file.
+        path: String,
+        /// Its format.
+        found: i64,
+        /// Ours.
+        known: i64,
+    },
+    /// The operating system refused.
+    #[error("the {noun} {path} cannot be opened: {what}; check that its directory is writable and not full")]
+    Io {
+        /// What kind of store.
+        noun: &'static str,
+        /// The file.
+        path: String,
+        /// What the system said.
+        what: String,
+    },
+}
+
+impl Format {
+    /// The error for contents that are not what was written.
+    pub fn damaged(&self, path: &Path, what: impl ToString) -> OpenError {
+        OpenError::Damaged {
+            noun: self.noun,
+            path: path.display().to_string(),
+            what: what.to_string(),
+            advice: self.advice,
+        }
+    }
+
+    /// The error for a file that cannot be reached.
+    pub fn io(&self, path: &Path, source: impl ToString) -> OpenError {
+        OpenError::Io { noun: self.noun, path: path.display().to_string(), what: source.to_string() }
+    }
+
+    /// Tells a damaged file from one that cannot be reached.
+    pub fn sqlite(&self, path: &Path, error: &rusqlite::Error) -> OpenError {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        match error.sqlite_error_code() {
+            Some(DatabaseCorrupt | NotADatabase) | None => self.damaged(path, error),
+            Some(_) => self.io(path, error),
+        }
+    }
+
+    /// Opens the store, making it if the file is not there. A file without contents is damaged, not new.
+    ///
+    /// # Errors
+    /// If it is damaged, newer, of another kind, or cannot be read and written.
+    pub fn open(&self, path: &Path) -> Result<Connection, OpenError> {
+        match fs::metadata(path) {
+            Ok(found) if found.len() == 0 => return Err(self.damaged(path, "it is empty")),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.create(path)?,
+            Err(error) => return Err(self.io(path, error)),
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))?;
+        self.check(&connection, path)?;
+        settings(&connection).map_err(|e| self.sqlite(path, &e))?;
+        // Finds out now, not at the first request, that nothing can be written.
+        let written = connection
+            .execute_batch(&format!("BEGIN IMMEDIATE; PRAGMA user_version = {}; COMMIT", self.version));
+        written.map_err(|e| self.sqlite(path, &e))?;
+        Ok(connection)
+    }
+
+    /// Opens a store to read what can be read of it.
+    ///
+    /// # Errors
+    /// If it is no SQLite file.
+    pub fn open_for_reading(&self, path: &Path) -> Result<Connection, OpenError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))
+    }
+
+    /// Made whole beside its name and then renamed: a crash leaves either no store or a good one.
+    fn create(&self, path: &Path) -> Result<(), OpenError> {
+        let fresh = path.with_extension("db.new");
+        for leftover in [fresh.clone(), path.with_extension("db.new-journal")] {
+            match fs::remove_file(&leftover) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.io(path, error)),
+                _ => {}
+            }
+        }
+        let made = Connection::open(&fresh).and_then(|connection| {
+            connection.execute_batch(&format!(
+                "PRAGMA synchronous = FULL; BEGIN; {} PRAGMA application_id = {}; PRAGMA user_version = {}; COMMIT;",
+                self.tables, self.application_id, self.version
+            ))
+        });
+        made.map_err(|e| self.sqlite(path, &e))?;
+        fs::rename(&fresh, path).map_err(|e| self.io(path, e))?;
+        let directory = path.parent().unwrap_or(Path::new("."));
+        fs::File::open(directory).and_then(|d| d.sync_all()).map_err(|e| self.io(path, e))
+    }
+
+    fn check(&self, connection: &Connection, path: &Path) -> Result<(), OpenError> {
+        let number = |pragma: &str| {
+            connection
+                .pragma_query_value(None, pragma, |row| row.get::<_, i64>(0))
+                .map_err(|e| self.sqlite(path, &e))
+        };
+        if number("application_id")? != self.application_id {
+            return Err(self.damaged(path, format!("it is a SQLite file, but no {}", self.noun)));
+        }
+        let found = number("user_version")?;
+        if found > self.version {
+            let path = path.display().to_string();
+            return Err(OpenError::Newer { noun: self.noun, path, found, known: self.version });
+        }
+        let verdict: String = connection
+            .pragma_query_value(None, "integrity_check", |row| row.get(0))
+            .map_err(|e| self.sqlite(path, &e))?;
+        if verdict == "ok" { Ok(()) } else { Err(self.damaged(path, verdict)) }
+    }
+}
+
+fn settings(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "busy_timeout", 5000)
+}

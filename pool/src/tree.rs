@@ -1,0 +1,558 @@
+//! The snapshot tree: which names there are, on which thin device, of which parent. Decides every operation; pure.
+//!
+//! ```text
+//!            Prepare, View                confirmed                Remove
+//!   (none) ───────────────► Preparing ──────────────► Ready ────────────────► Removing ─────► (none)
+//!                               │                       │ Commit: Active → Committed   ▲ reclaimed
+//!                               └───────────────────────┴──── failed, or found so at start
+//! ```
+//!
+//! Only what is Ready is known to containerd. A thin id belongs to its record until the record is deleted, which is
+//! after the pool has deleted the thin device. dm-thin's snapshots do not need their origins, so what is Removing can
+//! go in any order.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::{
+    error::{Code, Error, Result},
+    ids::ThinIds,
+    size::Bytes,
+};
+
+/// Identifies a snapshot for ever; never used again, and part of its device's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId(pub u64);
+
+/// A thin device's id in the pool (24 bits).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ThinId(pub u32);
+
+/// Nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnixNanos(pub i64);
+
+/// What a snapshot is. The last two are ours, and never listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Writable, on its way to be committed, or a VM's.
+    Active,
+    /// Read-only.
+    View,
+    /// Unchangeable, a parent of others.
+    Committed,
+    /// A formatted, empty filesystem, the origin of what has no parent.
+    Blank,
+    /// Its parent, grown to another size.
+    Grown,
+}
+
+/// Where a snapshot is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Intended: there may be a thin device, and a device of it.
+    Preparing,
+    /// There.
+    Ready,
+    /// To be deleted as soon as nobody has its device open.
+    Removing,
+}
+
+impl Kind {
+    /// As it stands in filters and in the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::View => "view",
+            Self::Committed => "committed",
+            Self::Blank => "blank",
+            Self::Grown => "grown",
+        }
+    }
+
+    /// Reads what [`Self::as_str`] wrote.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Active, Self::View, Self::Committed, Self::Blank, Self::Grown]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+    }
+
+    /// Whether containerd knows of such snapshots.
+    pub fn is_listed(self) -> bool {
+        matches!(self, Self::Active | Self::View | Self::Committed)
+    }
+}
+
+impl State {
+    /// As it stands in the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Ready => "ready",
+            Self::Removing => "removing",
+        }
+    }
+
+    /// Reads what [`Self::as_str`] wrote.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Preparing, Self::Ready, Self::Removing].into_iter().find(|state| state.as_str() == text)
+    }
+}
+
+/// A snapshot's record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// For ever.
+    pub id: SnapshotId,
+    /// containerd's name for it; empty for ours.
+    pub key: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Where it is in its life.
+    pub state: State,
+    /// Which committed snapshot it is of.
+    pub parent: Option<SnapshotId>,
+    /// Its thin device.
+    pub thin: ThinId,
+    /// Size of its device.
+    pub bytes: Bytes,
+    /// Bytes of blocks that it maps, shared ones too; known once it was committed and closed.
+    pub mapped: Option<u64>,
+    /// Whether it was unpacked from an image's layer: then no guest has written it.
+    pub layer: bool,
+    /// As containerd gave them.
+    pub labels: BTreeMap<String, String>,
+    /// When it was made, or committed.
+    pub created: UnixNanos,
+    /// When its record changed last.
+    pub updated: UnixNanos,
+}
+
+/// A change of the tree, and of the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Makes or replaces the record of this id.
+    Put(Box<Snapshot>),
+    /// Deletes the record.
+    Delete(SnapshotId),
+    /// Says of which pool the tree is.
+    Pool(String),
+}
+
+/// What Prepare and View ask for.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    /// Name of the new snapshot.
+    pub key: String,
+    /// Name of its parent; empty for none.
+    pub parent: String,
+    /// Active or View.
+    pub kind: Kind,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Size, where it has no parent and no label.
+    pub base_size: Bytes,
+    /// The time.
+    pub now: UnixNanos,
+}
+
+/// A snapshot of ours that others are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Base {
+    /// Grown from this; a blank if `None`.
+    pub of: Option<SnapshotId>,
+    /// Size.
+    pub bytes: Bytes,
+}
+
+/// What is to be done for a [`Wish`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// First this base has to be made.
+    Needs(Base),
+    /// The record to write, and the snapshot whose thin device is its origin.
+    Make(Box<Snapshot>, Box<Snapshot>),
+}
+
+/// The record of a base that is to be made, and the snapshot that it is grown from.
+pub(crate) type BasePlan = (Box<Snapshot>, Option<Box<Snapshot>>);
+
+/// All snapshots.
+#[derive(Clone, Debug)]
+pub(crate) struct Tree {
+    all: BTreeMap<SnapshotId, Snapshot>,
+    /// Those that are not Removing.
+    keys: HashMap<String, SnapshotId>,
+    /// How many children that are listed and not Removing.
+    children: HashMap<SnapshotId, usize>,
+    bases: HashMap<Base, SnapshotId>,
+    thins: ThinIds,
+    next: u64,
+    /// Uuid of the pool's device; empty until it was first seen.
+    pool: String,
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Self {
+            all: BTreeMap::new(),
+            keys: HashMap::new(),
+            children: HashMap::new(),
+            bases: HashMap::new(),
+            thins: ThinIds::default(),
+            next: 1,
+            pool: String::new(),
+        }
+    }
+}
+
+const SIZE_LABELS: [&str; 2] = ["containerd.io/snapshot/cowshed.size", "containerd.io/snapshot/max-size"];
+/// containerd and Cowshed set it on what a layer is unpacked into.
+const LAYER_LABEL: &str = "containerd.io/snapshot.ref";
+
+impl Tree {
+    /// Puts together what was stored. `next` is the lowest id that was never used, `pool` the pool's uuid.
+    ///
+    /// # Errors
+    /// Says what does not fit together.
+    pub(crate) fn load(snapshots: Vec<Snapshot>, next: u64, pool: String) -> Result<Self, String> {
+        let mut tree = Self { next, pool, ..Self::default() };
+        let mut seen = HashSet::new();
+        for snapshot in snapshots {
+            let (id, thin) = (snapshot.id, snapshot.thin);
+            if id.0 >= next {
+                return Err(format!("snapshot {} has an id that is still to be given out ({next})", id.0));
+            }
+            if thin.0 == 0 || thin.0 > crate::ids::LAST || !seen.insert(thin) {
+                return Err(format!("snapshot {}: thin id {} is not possible or taken twice", id.0, thin.0));
+            }
+            if snapshot.state != State::Removing
+                && tree.keys.contains_key(&snapshot.key)
+                && !snapshot.key.is_empty()
+            {
+                return Err(format!("two snapshots are called {:?}", snapshot.key));
+            }
+            tree.apply(Change::Put(Box::new(snapshot)));
+        }
+        for snapshot in tree.all.values().filter(|s| s.state != State::Removing) {
+            if let Some(parent) = snapshot.parent
+                && tree.all.get(&parent).is_none_or(|parent| parent.kind != Kind::Committed)
+            {
+                return Err(format!(
+                    "snapshot {} ({:?}) has no parent {}",
+                    snapshot.id.0, snapshot.key, parent.0
+                ));
+            }
+        }
+        Ok(tree)
+    }
+
+    /// A snapshot's record, in any state.
+    pub(crate) fn get(&self, id: SnapshotId) -> Option<&Snapshot> {
+        self.all.get(&id)
+    }
+
+    /// All records, by id.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Snapshot> {
+        self.all.values()
+    }
+
+    /// What containerd knows, by id.
+    pub(crate) fn listed(&self) -> impl Iterator<Item = &Snapshot> {
+        self.all().filter(|s| s.state == State::Ready && s.kind.is_listed())
+    }
+
+    /// The name of its parent; empty if it has none.
+    pub(crate) fn parent_key(&self, snapshot: &Snapshot) -> &str {
+        snapshot.parent.and_then(|id| self.get(id)).map_or("", |parent| parent.key.as_str())
+    }
+
+    /// A snapshot that containerd knows.
+    pub(crate) fn ready(&self, key: &str) -> Result<&Snapshot> {
+        let found = self.keys.get(key).and_then(|id| self.get(*id));
+        found
+            .filter(|s| s.state == State::Ready)
+            .ok_or_else(|| Error::new(Code::NotFound, format!("there is no snapshot {key:?}")))
+    }
+
+    /// How many thin ids are in use.
+    pub(crate) fn thin_ids_used(&self) -> usize {
+        self.thins.used()
+    }
+
+    /// Never gives out `thin`: it is in the pool, and not ours.
+    pub(crate) fn avoid(&mut self, thin: ThinId) {
+        self.thins.take(thin);
+    }
+
+    /// Uuid of its pool's device; empty until it was first seen.
+    pub(crate) fn pool(&self) -> &str {
+        &self.pool
+    }
+
+    /// Decides a Prepare or View.
+    pub(crate) fn prepare(&self, wish: &Wish) -> Result<Plan> {
+        if wish.key.is_empty() {
+            return Err(Error::new(Code::InvalidArgument, "key: a snapshot needs a name"));
+        }
+        if self.keys.contains_key(&wish.key) {
+            return Err(Error::new(
+                Code::AlreadyExists,
+                format!("there is a snapshot {:?} already", wish.key),
+            ));
+        }
+        let wanted = wanted_size(wish)?;
+        let (base, parent) = if wish.parent.is_empty() {
+            (Base { of: None, bytes: wanted.unwrap_or(wish.base_size) }, None)
+        } else {
+            let parent = self.ready(&wish.parent)?;
+            if parent.kind != Kind::Committed {
+                let what = format!("parent {:?} is not committed, but {}", wish.parent, parent.kind.as_str());
+                return Err(Error::new(Code::InvalidArgument, what));
+            }
+            let bytes = wanted.unwrap_or(parent.bytes);
+            if bytes < parent.bytes {
+                let what = format!(
+                    "{:?} would have {bytes}, its parent {:?} has {}: ask for as much or more",
+                    wish.key, wish.parent, parent.bytes
+                );
+                return Err(Error::new(Code::InvalidArgument, what));
+            }
+            (Base { of: Some(parent.id), bytes }, Some(parent))
+        };
+        let origin = match parent {
+            // Never is a filesystem grown that a guest has written; the guest can do it.
+            Some(parent) if base.bytes == parent.bytes || !parent.layer => parent,
+            _ => match self.ready_base(base) {
+                Some(origin) => origin,
+                None => return Ok(Plan::Needs(base)),
+            },
+        };
+        let new = Snapshot {
+            key: wish.key.clone(),
+            kind: wish.kind,
+            labels: wish.labels.clone(),
+            layer: wish.labels.contains_key(LAYER_LABEL),
+            created: wish.now,
+            updated: wish.now,
+            ..self.intent(parent.map(|p| p.id), base.bytes)?
+        };
+        Ok(Plan::Make(Box::new(new), Box::new(origin.clone())))
+    }
+
+    /// Decides how a base that is not there is made: its record, and its origin (none for a blank). `None` if another
+    /// has made it in the meantime.
+    pub(crate) fn make_base(&self, base: Base, now: UnixNanos) -> Result<Option<BasePlan>> {
+        if self.ready_base(base).is_some() {
+            return Ok(None);
+        }
+        let gone = || Error::new(Code::NotFound, "the parent was removed in the meantime");
+        let parent = match base.of {
+            Some(id) => Some(self.get(id).filter(|p| p.state == State::Ready).ok_or_else(gone)?),
+            None => None,
+        };
+        let kind = if parent.is_some() { Kind::Grown } else { Kind::Blank };
+        let new = Snapshot { kind, created: now, updated: now, ..self.intent(base.of, base.bytes)? };
+        Ok(Some((Box::new(new), parent.cloned().map(Box::new))))
+    }
+
+    fn ready_base(&self, base: Base) -> Option<&Snapshot> {
+        self.bases.get(&base).and_then(|id| self.get(*id)).filter(|s| s.state == State::Ready)
+    }
+
+    fn intent(&self, parent: Option<SnapshotId>, bytes: Bytes) -> Result<Snapshot> {
+        let none = || {
+            Error::new(Code::ResourceExhausted, "all 2^24 thin ids of the pool are in use: remove snapshots")
+        };
+        Ok(Snapshot {
+            id: SnapshotId(self.next),
+            key: String::new(),
+            kind: Kind::Active,
+            state: State::Preparing,
+            parent,
+            thin: self.thins.lowest_free().ok_or_else(none)?,
+            bytes,
+            mapped: None,
+            layer: false,
+            labels: BTreeMap::new(),
+            created: UnixNanos::default(),
+            updated: UnixNanos::default(),
+        })
+    }
+
+    /// Confirms a snapshot that was made.
+    pub(crate) fn confirm(&self, id: SnapshotId) -> Result<Change> {
+        let gone = || Error::new(Code::Internal, format!("snapshot {} has no record any more", id.0));
+        let snapshot = self.get(id).filter(|s| s.state == State::Preparing).ok_or_else(gone)?;
+        Ok(Change::Put(Box::new(Snapshot { state: State::Ready, ..snapshot.clone() })))
+    }
+
+    /// Gives a snapshot that is being made another thin id: the pool has the one that it had.
+    pub(crate) fn another_thin(&self, id: SnapshotId) -> Result<Change> {
+        let gone = || Error::new(Code::Internal, format!("snapshot {} has no record any more", id.0));
+        let snapshot = self.get(id).filter(|s| s.state == State::Preparing).ok_or_else(gone)?;
+        let thin = self.intent(None, snapshot.bytes)?.thin;
+        Ok(Change::Put(Box::new(Snapshot { thin, ..snapshot.clone() })))
+    }
+
+    /// Gives up a snapshot that could not be made.
+    pub(crate) fn give_up(&self, id: SnapshotId) -> Option<Change> {
+        self.get(id).map(|snapshot| removing(snapshot, snapshot.updated))
+    }
+
+    /// Decides a Commit.
+    pub(crate) fn commit(
+        &self,
+        name: &str,
+        key: &str,
+        labels: BTreeMap<String, String>,
+        now: UnixNanos,
+    ) -> Result<Change> {
+        if name.is_empty() {
+            return Err(Error::new(Code::InvalidArgument, "name: a committed snapshot needs a name"));
+        }
+        let snapshot = self.ready(key)?;
+        if snapshot.kind != Kind::Active {
+            let what = format!("snapshot {key:?} is not active, but {}", snapshot.kind.as_str());
+            return Err(Error::new(Code::FailedPrecondition, what));
+        }
+        if self.keys.contains_key(name) {
+            return Err(Error::new(Code::AlreadyExists, format!("there is a snapshot {name:?} already")));
+        }
+        let layer = snapshot.layer || labels.contains_key(LAYER_LABEL);
+        let committed = Snapshot {
+            key: name.to_owned(),
+            kind: Kind::Committed,
+            labels,
+            layer,
+            created: now,
+            updated: now,
+            ..snapshot.clone()
+        };
+        Ok(Change::Put(Box::new(committed)))
+    }
+
+    /// Decides a Remove. Nothing changes if there is no such snapshot.
+    pub(crate) fn remove(&self, key: &str, now: UnixNanos) -> Result<Vec<Change>> {
+        let Some(snapshot) = self.keys.get(key).and_then(|id| self.get(*id)) else { return Ok(Vec::new()) };
+        if snapshot.state == State::Preparing {
+            return Err(Error::new(Code::Unavailable, format!("snapshot {key:?} is being made; try again")));
+        }
+        let children = self.children.get(&snapshot.id).copied().unwrap_or(0);
+        if children > 0 {
+            let what = format!("snapshot {key:?} has {children} snapshots on it: remove them first");
+            return Err(Error::new(Code::FailedPrecondition, what));
+        }
+        // A grown base that is being made finds at its confirmation that it is not wanted any more.
+        let grown = self
+            .bases
+            .iter()
+            .filter(|(base, _)| base.of == Some(snapshot.id))
+            .filter_map(|(_, id)| self.get(*id));
+        Ok([snapshot].into_iter().chain(grown).map(|s| removing(s, now)).collect())
+    }
+
+    /// Decides an Update of the labels that `paths` name ("labels" or "labels.NAME"; all of them if there is none).
+    pub(crate) fn update(
+        &self,
+        key: &str,
+        labels: &BTreeMap<String, String>,
+        paths: &[String],
+        now: UnixNanos,
+    ) -> Result<Change> {
+        let mut snapshot = self.ready(key)?.clone();
+        if paths.is_empty() {
+            snapshot.labels.clone_from(labels);
+        }
+        for path in paths {
+            if path == "labels" {
+                snapshot.labels.clone_from(labels);
+            } else if let Some(name) = path.strip_prefix("labels.") {
+                match labels.get(name) {
+                    Some(value) => snapshot.labels.insert(name.to_owned(), value.clone()),
+                    None => snapshot.labels.remove(name),
+                };
+            } else {
+                let what = format!("field {path:?} of snapshot {key:?} cannot be changed; labels can");
+                return Err(Error::new(Code::InvalidArgument, what));
+            }
+        }
+        snapshot.updated = now;
+        Ok(Change::Put(Box::new(snapshot)))
+    }
+
+    /// Makes a change; returns the one that takes it back.
+    pub(crate) fn apply(&mut self, change: Change) -> Change {
+        match change {
+            Change::Put(snapshot) => {
+                let id = snapshot.id;
+                let before = self.all.remove(&id);
+                if let Some(before) = &before {
+                    self.unindex(before);
+                }
+                self.index(&snapshot);
+                self.next = self.next.max(id.0 + 1);
+                self.all.insert(id, *snapshot);
+                before.map_or(Change::Delete(id), |before| Change::Put(Box::new(before)))
+            }
+            Change::Delete(id) => match self.all.remove(&id) {
+                Some(before) => {
+                    self.unindex(&before);
+                    Change::Put(Box::new(before))
+                }
+                None => Change::Delete(id),
+            },
+            Change::Pool(pool) => Change::Pool(std::mem::replace(&mut self.pool, pool)),
+        }
+    }
+
+    fn index(&mut self, snapshot: &Snapshot) {
+        self.thins.take(snapshot.thin);
+        if snapshot.state == State::Removing {
+            return;
+        }
+        if snapshot.kind.is_listed() {
+            self.keys.insert(snapshot.key.clone(), snapshot.id);
+            if let Some(parent) = snapshot.parent {
+                *self.children.entry(parent).or_default() += 1;
+            }
+        } else {
+            self.bases.insert(Base { of: snapshot.parent, bytes: snapshot.bytes }, snapshot.id);
+        }
+    }
+
+    fn unindex(&mut self, snapshot: &Snapshot) {
+        self.thins.free(snapshot.thin);
+        if snapshot.state == State::Removing {
+            return;
+        }
+        if snapshot.kind.is_listed() {
+            self.keys.remove(&snapshot.key);
+            if let Some(parent) = snapshot.parent
+                && let Some(count) = self.children.get_mut(&parent)
+            {
+                *count -= 1;
+                if *count == 0 {
+                    self.children.remove(&parent);
+                }
+            }
+        } else {
+            self.bases.remove(&Base { of: snapshot.parent, bytes: snapshot.bytes });
+        }
+    }
+}
+
+fn removing(snapshot: &Snapshot, now: UnixNanos) -> Change {
+    Change::Put(Box::new(Snapshot { state: State::Removing, updated: now, ..snapshot.clone() }))
+}
+
+fn wanted_size(wish: &Wish) -> Result<Option<Bytes>> {
+    let Some((label, text)) = SIZE_LABELS.iter().find_map(|label| wish.labels.get_key_value(*label)) else {
+        return Ok(None);
+    };
+    let bad = |what: String| Error::new(Code::InvalidArgument, format!("label {label}: {what}"));
+    text.parse::<Bytes>().and_then(Bytes::of_disk).map(Some).map_err(bad)
+}
+
+#[cfg(test)]
+#[path = "tree_tests.rs"]
+pub(crate) mod tests;

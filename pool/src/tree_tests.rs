@@ -1,0 +1,227 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+const GIB: Bytes = Bytes(1 << 30);
+
+pub(crate) fn snapshot(id: u64, key: &str, kind: Kind) -> Snapshot {
+    Snapshot {
+        id: SnapshotId(id),
+        key: key.to_owned(),
+        kind,
+        state: State::Ready,
+        parent: None,
+        thin: ThinId(u32::try_from(id).unwrap()),
+        bytes: GIB,
+        mapped: None,
+        layer: false,
+        labels: BTreeMap::new(),
+        created: UnixNanos(1),
+        updated: UnixNanos(1),
+    }
+}
+
+fn wish(key: &str, parent: &str) -> Wish {
+    Wish {
+        key: key.to_owned(),
+        parent: parent.to_owned(),
+        kind: Kind::Active,
+        labels: BTreeMap::new(),
+        base_size: GIB,
+        now: UnixNanos(5),
+    }
+}
+
+fn label(name: &str, value: &str) -> BTreeMap<String, String> {
+    BTreeMap::from([(name.to_owned(), value.to_owned())])
+}
+
+/// Makes what is wished, with all the bases that it needs.
+fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
+    loop {
+        match tree.prepare(wish)? {
+            Plan::Needs(base) => {
+                let (new, _) = tree.make_base(base, wish.now)?.unwrap();
+                let id = new.id;
+                tree.apply(Change::Put(new));
+                tree.apply(tree.confirm(id)?);
+            }
+            Plan::Make(new, _) => {
+                let id = new.id;
+                tree.apply(Change::Put(new));
+                tree.apply(tree.confirm(id)?);
+                return Ok(id);
+            }
+        }
+    }
+}
+
+fn commit(tree: &mut Tree, name: &str, key: &str, labels: BTreeMap<String, String>) -> Result<()> {
+    tree.commit(name, key, labels, UnixNanos(6)).map(|change| drop(tree.apply(change)))
+}
+
+fn remove(tree: &mut Tree, key: &str) -> Result<usize> {
+    let changes = tree.remove(key, UnixNanos(7))?;
+    let count = changes.len();
+    changes.into_iter().for_each(|change| drop(tree.apply(change)));
+    Ok(count)
+}
+
+#[test]
+fn refusals() {
+    let mut tree = Tree::default();
+    make(&mut tree, &wish("a", "")).unwrap();
+    commit(&mut tree, "base", "a", BTreeMap::new()).unwrap();
+    make(&mut tree, &wish("b", "base")).unwrap();
+    let code = |result: Result<()>| result.unwrap_err().code;
+    let prepare = |wish: Wish| tree.prepare(&wish).map(drop);
+    let sized = |parent: &str, size: &str| Wish { labels: label(SIZE_LABELS[0], size), ..wish("c", parent) };
+    assert_eq!(code(prepare(wish("", ""))), Code::InvalidArgument);
+    assert_eq!(code(prepare(wish("b", ""))), Code::AlreadyExists);
+    assert_eq!(code(prepare(wish("base", ""))), Code::AlreadyExists);
+    assert_eq!(code(prepare(wish("c", "nobody"))), Code::NotFound);
+    assert_eq!(code(prepare(wish("c", "b"))), Code::InvalidArgument);
+    assert_eq!(code(prepare(sized("base", "512M"))), Code::InvalidArgument);
+    assert_eq!(code(prepare(sized("", "1M"))), Code::InvalidArgument);
+    assert_eq!(code(prepare(sized("", "much"))), Code::InvalidArgument);
+    let commit = |name: &str, key: &str| tree.commit(name, key, BTreeMap::new(), UnixNanos(1)).map(drop);
+    assert_eq!(code(commit("base", "b")), Code::AlreadyExists);
+    assert_eq!(code(commit("c", "base")), Code::FailedPrecondition);
+    assert_eq!(code(commit("c", "nobody")), Code::NotFound);
+    assert_eq!(code(commit("", "b")), Code::InvalidArgument);
+    assert_eq!(code(tree.remove("base", UnixNanos(1)).map(drop)), Code::FailedPrecondition);
+    assert_eq!(tree.remove("nobody", UnixNanos(1)), Ok(vec![]));
+    let update = |path: &str| tree.update("b", &BTreeMap::new(), &[path.to_owned()], UnixNanos(1)).map(drop);
+    assert_eq!(code(update("parent")), Code::InvalidArgument);
+    assert_eq!(update("labels"), Ok(()));
+}
+
+#[test]
+fn a_removed_name_is_free_at_once_and_its_thin_id_only_when_it_is_gone() {
+    let mut tree = Tree::default();
+    let first = make(&mut tree, &wish("a", "")).unwrap();
+    let thin = tree.get(first).unwrap().thin;
+    assert_eq!(remove(&mut tree, "a"), Ok(1));
+    assert_eq!(remove(&mut tree, "a"), Ok(0));
+    assert_eq!(tree.ready("a").unwrap_err().code, Code::NotFound);
+    let second = make(&mut tree, &wish("a", "")).unwrap();
+    assert_ne!(tree.get(second).unwrap().thin, thin);
+    tree.apply(Change::Delete(first));
+    let third = make(&mut tree, &wish("c", "")).unwrap();
+    assert_eq!(tree.get(third).unwrap().thin, thin);
+    assert!(third > second && second > first, "ids are never used again");
+}
+
+#[test]
+fn what_the_pool_has_is_avoided() {
+    let mut tree = Tree::default();
+    tree.avoid(ThinId(1));
+    let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
+    let (blank, _) = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let (id, taken) = (blank.id, blank.thin);
+    assert_eq!(taken, ThinId(2));
+    tree.apply(Change::Put(blank));
+    tree.apply(tree.another_thin(id).unwrap());
+    tree.avoid(taken);
+    assert_eq!(tree.get(id).unwrap().thin, ThinId(3));
+    assert_eq!(tree.thin_ids_used(), 3);
+}
+
+#[test]
+fn sizes_and_bases() {
+    let mut tree = Tree::default();
+    let layer = Wish { labels: label(LAYER_LABEL, "sha256:1"), ..wish("l", "") };
+    make(&mut tree, &layer).unwrap();
+    commit(&mut tree, "layer", "l", BTreeMap::new()).unwrap();
+    let large = Wish { labels: label(SIZE_LABELS[1], "2G"), ..wish("vm", "layer") };
+    let parent = tree.ready("layer").unwrap().id;
+    assert_eq!(tree.prepare(&large), Ok(Plan::Needs(Base { of: Some(parent), bytes: Bytes(2 << 30) })));
+    let vm = make(&mut tree, &large).unwrap();
+    assert_eq!(tree.get(vm).unwrap().bytes, Bytes(2 << 30));
+    assert_eq!(tree.get(vm).unwrap().parent, Some(parent), "containerd sees the layer as its parent");
+    // What a guest has written is not grown by us.
+    commit(&mut tree, "written", "vm", BTreeMap::new()).unwrap();
+    let larger = Wish { labels: label(SIZE_LABELS[0], "3G"), ..wish("vm2", "written") };
+    let Plan::Make(new, origin) = tree.prepare(&larger).unwrap() else { unreachable!("it would be grown") };
+    assert_eq!((new.bytes, origin.key.as_str()), (Bytes(3 << 30), "written"));
+    // A grown base goes with what it is grown from.
+    assert_eq!(remove(&mut tree, "written"), Ok(1));
+    assert_eq!(remove(&mut tree, "layer"), Ok(2));
+    assert_eq!(tree.listed().count(), 0);
+}
+
+#[test]
+fn updates() {
+    let mut tree = Tree::default();
+    make(&mut tree, &Wish { labels: label("a", "1"), ..wish("s", "") }).unwrap();
+    let mut update = |labels: &[(&str, &str)], paths: &[&str]| {
+        let labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let paths: Vec<String> = paths.iter().map(|p| (*p).to_owned()).collect();
+        let change = tree.update("s", &labels, &paths, UnixNanos(9)).unwrap();
+        tree.apply(change);
+        let labels = &tree.ready("s").unwrap().labels;
+        labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(update(&[("b", "2"), ("c", "3")], &["labels.b"]), "a=1 b=2");
+    assert_eq!(update(&[], &["labels.a"]), "b=2");
+    assert_eq!(update(&[("x.y/z", "1")], &["labels.x.y/z", "labels.b"]), "x.y/z=1");
+    assert_eq!(update(&[("q", "1")], &["labels"]), "q=1");
+    assert_eq!(update(&[("r", "1")], &[]), "r=1");
+}
+
+#[test]
+fn what_does_not_fit_together_is_not_loaded() {
+    let good = snapshot(1, "a", Kind::Committed);
+    let child = Snapshot { parent: Some(SnapshotId(1)), ..snapshot(2, "b", Kind::Active) };
+    assert!(Tree::load(vec![good.clone(), child.clone()], 3, String::new()).is_ok());
+    let table = [
+        (vec![good.clone()], 1, "still to be given out"),
+        (vec![good.clone(), Snapshot { key: "a".into(), ..child.clone() }], 3, "two snapshots"),
+        (vec![good.clone(), Snapshot { thin: ThinId(1), ..child.clone() }], 3, "taken twice"),
+        (vec![Snapshot { thin: ThinId(0), ..good.clone() }], 3, "not possible"),
+        (vec![child.clone()], 3, "no parent"),
+        (vec![Snapshot { kind: Kind::Active, ..good }, child], 3, "no parent"),
+    ];
+    for (snapshots, next, what) in table {
+        let error = Tree::load(snapshots, next, String::new()).unwrap_err();
+        assert!(error.contains(what), "{error} is not {what}");
+    }
+}
+
+proptest! {
+    /// Whatever is asked in whatever order: the indexes are those of the records, and every change can be taken back.
+    #[test]
+    fn indexes_are_those_of_the_records(steps in prop::collection::vec((0u8..6, 0u8..6, 0u8..6), 0..60)) {
+        let mut tree = Tree::default();
+        for (what, a, b) in steps {
+            let (a, b) = (format!("s{a}"), format!("s{b}"));
+            let before = tree.clone();
+            let _refused = match what {
+                0 => make(&mut tree, &wish(&a, "")).map(drop),
+                1 => make(&mut tree, &wish(&a, &b)).map(drop),
+                2 | 3 => commit(&mut tree, &a, &b, label(LAYER_LABEL, "x")),
+                4 => remove(&mut tree, &a).map(drop),
+                _ => {
+                    let gone = tree.all().find(|s| s.state == State::Removing).map(|s| s.id);
+                    if let Some(id) = gone { tree.apply(Change::Delete(id)); }
+                    Ok(())
+                }
+            };
+            let again = Tree::load(tree.all().cloned().collect(), tree.next, String::new()).map_err(TestCaseError::fail)?;
+            prop_assert_eq!(&again.keys, &tree.keys);
+            prop_assert_eq!(&again.children, &tree.children);
+            prop_assert_eq!(&again.bases, &tree.bases);
+            prop_assert_eq!(again.thins.used(), tree.thins.used());
+            for snapshot in before.all() {
+                let mut undone = tree.clone();
+                let back = undone.apply(Change::Put(Box::new(Snapshot { updated: UnixNanos(99), ..snapshot.clone() })));
+                undone.apply(back);
+                prop_assert_eq!(&undone.all, &tree.all);
+                prop_assert_eq!(&undone.keys, &tree.keys);
+                prop_assert_eq!(&undone.children, &tree.children);
+            }
+        }
+    }
+}
