@@ -181,7 +181,7 @@ fn metrics_address_in_use() -> Outcome {
     let plan = Plan::new("")?;
     let config = plan.directory.path().join("own.toml");
     let text = format!(
-        "[server]\nsocket = {:?}\n[state]\ndirectory = {:?}\n[metrics]\nlisten = \"127.0.0.1:9850\"\n",
+        "[server]\nsocket = {:?}\n[state]\ndirectory = {:?}\n[metrics]\nlisten = \"127.0.0.1:9850\"\n[snapshotter]\nserve = \"never\"\n",
         plan.socket, plan.state
     );
     fs::write(&config, text)?;

@@ -14,7 +14,7 @@ use crate::{
         command::{lines, number, sh, text},
         cow::{
             acquire_as, acquire_reply, collect, cowshed, evict, evict_all, image, pull, release,
-            release_fully,
+            release_fully, snapshotter,
         },
         registry_log::{describe, mark},
         same,
@@ -63,7 +63,7 @@ fn containerd_knows_what_was_pulled() -> Outcome {
     let mib: f64 = mib.unwrap_or_default().parse()?;
     let expected = content as f64 / f64::from(1 << 20);
     check!((mib - expected).abs() < 0.2, "its size is {expected} MiB, containerd lists {mib}");
-    let checked = sh(&format!("ctr images check --snapshotter devmapper name=={name} | sed 1d"))?;
+    let checked = sh(&format!("ctr images check --snapshotter {} name=={name} | sed 1d", snapshotter()))?;
     check!(checked.contains("complete (5/5)") && checked.contains("true"), "ctr images check: {checked}");
     Ok(())
 }
@@ -71,7 +71,7 @@ fn containerd_knows_what_was_pulled() -> Outcome {
 fn containerd_runs_what_was_pulled() -> Outcome {
     let name = image("tiny:1");
     pull(&name)?;
-    let run = format!("ctr run --rm --snapshotter devmapper {name} e2e-run");
+    let run = format!("ctr run --rm --snapshotter {} {name} e2e-run", snapshotter());
     same!(sh(&format!("{run} /bin/busybox cat /etc/tiny"))?.trim(), "a tiny image", "what a container says");
     Ok(())
 }

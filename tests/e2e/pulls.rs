@@ -16,7 +16,7 @@ use crate::{
         api::{acquire_request, block_on, client, pull_request},
         check,
         command::{lines, spawn},
-        cow::{acquire_as, cowshed, evict_all, image, pull, release, wait_serving},
+        cow::{acquire_as, cowshed, evict_all, image, pull, release, snapshotter, wait_serving},
         fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
         registry_log::{describe, mark},
@@ -94,7 +94,7 @@ fn images_pulled_together_share_their_layers() -> Outcome {
         puller.join().map_err(|_| "a pull panicked")??;
     }
     start.each_once(&[describe("app:1")?.blobs(), describe("app:2")?.blobs()].concat())?;
-    let unpacked = lines("ctr snapshots --snapshotter devmapper ls | grep -c Committed")?;
+    let unpacked = lines(&format!("ctr snapshots --snapshotter {} ls | grep -c Committed", snapshotter()))?;
     same!(unpacked, ["5"], "the layers that were unpacked: two shared, two of app:1, one of app:2");
     Ok(())
 }

@@ -22,6 +22,7 @@ use crate::{
         command::{number, run, sh, text},
         cow::{
             REGISTRY, SOCKET, acquire, acquire_as, cowshed, evict_all, image, leases, refused, release_fully,
+            snapshotter,
         },
         fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
@@ -89,7 +90,7 @@ fn status_is_true() -> Outcome {
     same!(number(&status, "/pool/data_total_bytes")?, 10 << 30, "the bytes of the pool");
     let version = sh("ctr version | awk '/^Server/ { server = 1 } server && /Version:/ { print $2 }'")?;
     same!(text(&status, "/containerd/version")?, version.trim(), "containerd's version");
-    same!(text(&status, "/containerd/snapshotter")?, "devmapper", "the snapshotter");
+    same!(text(&status, "/containerd/snapshotter")?, snapshotter(), "the snapshotter");
     check!(cowshed(&["status"])?.ok()?.contains("vg-pool"), "the text has no pool");
     release_fully("service-status")
 }

@@ -10,7 +10,7 @@ use libtest_mimic::Failed;
 use super::{
     Outcome, PATIENCE, check,
     command::{lines, sh},
-    cow::{cowshed, host, leases, thin_devices, wait_serving},
+    cow::{cowshed, host, leases, snapshotter, thin_devices, wait_serving},
     wait_at_most,
 };
 
@@ -55,7 +55,7 @@ pub(crate) fn nothing_left() -> Outcome {
         check!(leases.is_empty(), "leases: {leases:?}");
         let held = lines("ctr leases ls | sed 1d | { grep cowshed- || true; }")?;
         check!(held.is_empty(), "containerd leases: {held:?}");
-        for snapshotter in ["devmapper", "overlayfs"] {
+        for snapshotter in [snapshotter(), "overlayfs"] {
             let list = format!("ctr snapshots --snapshotter {snapshotter} ls");
             let left = lines(&format!("{list} | {{ grep -E '^(cowshed-vm-|extract-)|Active' || true; }}"))?;
             check!(left.is_empty(), "snapshots of {snapshotter}: {left:?}");
@@ -64,7 +64,7 @@ pub(crate) fn nothing_left() -> Outcome {
         check!(writes.is_empty(), "unfinished writes: {writes:?}");
         let devices = thin_devices()?;
         check!(devices.is_empty(), "thin devices: {devices:?}");
-        let mounts = lines("grep -E '/dev/mapper/vg-pool-snap|/tmp/e2e' /proc/mounts || true")?;
+        let mounts = lines("grep -E '/dev/mapper/(vg-pool-snap|cowshed-)|/tmp/e2e' /proc/mounts || true")?;
         check!(mounts.is_empty(), "mounts: {mounts:?}");
         Ok(())
     });

@@ -1,6 +1,6 @@
 //! Cowshed as its command line has it, and the host's services.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::LazyLock};
 
 use serde_json::Value;
 
@@ -12,6 +12,13 @@ use super::{
 
 pub(crate) const REGISTRY: &str = "127.0.0.1:5000";
 pub(crate) const SOCKET: &str = "/run/cowshed/cowshed.sock";
+
+/// The snapshotter that this host's cowshed works with: SNAPSHOTTER, or cowshed's own default.
+pub(crate) fn snapshotter() -> &'static str {
+    static NAME: LazyLock<String> =
+        LazyLock::new(|| std::env::var("SNAPSHOTTER").unwrap_or_else(|_| "cowshed".to_owned()));
+    &NAME
+}
 
 /// A test image of the host's registry by its short name, such as "tiny:1".
 pub(crate) fn image(name: &str) -> String {
@@ -115,7 +122,8 @@ pub(crate) fn evict_all() -> Outcome {
     sh("ctr images ls -q | xargs -r ctr images rm --sync")?;
     wait_for("an empty content store", || {
         // A collection that is under way may have begun before the last removal.
-        let left = lines("ctr content ls -q; ctr snapshots --snapshotter devmapper ls | sed 1d")?;
+        let left =
+            lines(&format!("ctr content ls -q; ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
         if !left.is_empty() {
             collect()?;
         }
@@ -144,9 +152,9 @@ pub(crate) fn thin_devices() -> Outcome<BTreeSet<String>> {
     Ok(listed.iter().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
 }
 
-/// Keys of the devmapper snapshots whose lines in `ctr snapshots ls` have this kind.
+/// Keys of the snapshots whose lines in `ctr snapshots ls` have this kind.
 pub(crate) fn snapshots(kind: &str) -> Outcome<BTreeSet<String>> {
-    let listed = lines("ctr snapshots --snapshotter devmapper ls | sed 1d")?;
+    let listed = lines(&format!("ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
     let of_kind = listed.iter().filter(|line| line.trim_end().ends_with(kind));
     Ok(of_kind.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
 }

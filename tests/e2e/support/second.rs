@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use super::{
     Outcome, check,
     command::{Ran, run},
+    cow::snapshotter,
     wait_for,
 };
 
@@ -34,10 +35,19 @@ impl Plan {
 
     fn write(&self) -> Outcome<PathBuf> {
         let path = self.directory.path().join("cowshed.toml");
-        let text = format!(
+        let mut text = format!(
             "[server]\nsocket = {:?}\n{}\n[state]\ndirectory = {:?}\n[metrics]\nlisten = \"\"\n{}",
             self.socket, self.server, self.state, self.extra
         );
+        // The host's own service serves the snapshotter of both.
+        for (section, line) in [
+            ("[containerd]", format!("snapshotter = {:?}", snapshotter())),
+            ("[snapshotter]", "serve = \"never\"".to_owned()),
+        ] {
+            if !self.extra.contains(section) {
+                text.push_str(&format!("\n{section}\n{line}\n"));
+            }
+        }
         fs::write(&path, text)?;
         Ok(path)
     }
