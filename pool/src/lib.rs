@@ -3,8 +3,12 @@
 //! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
 //! intent → effect → confirmation, `service` speaks containerd's Snapshots API.
 
+#[cfg(test)]
+mod crash_tests;
 pub mod device;
 mod error;
+#[cfg(test)]
+mod fake;
 mod filter;
 mod ids;
 mod metrics;

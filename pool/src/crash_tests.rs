@@ -1,0 +1,356 @@
+//! The crash matrix: the snapshotter is stopped before and after every single effect, started again on the same pool and
+//! store, and everything is compared.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use prometheus::Registry;
+
+use crate::{
+    error::{Code, Error, Result},
+    fake::{FakePool, Fuse},
+    metrics::Metrics,
+    reclaim,
+    size::Bytes,
+    snapshotter::{Inner, Settings, Snapshotter},
+    start::{Found, reconcile},
+    store::{self, Store},
+    tree::{Kind, State, ThinId},
+};
+
+const SIZE: &str = "containerd.io/snapshot/cowshed.size";
+const LAYER: &str = "containerd.io/snapshot.ref";
+
+async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
+    let path = directory.join("snapshots.db");
+    let (connection, tree, store_id) = store::open(&path).unwrap();
+    let settings = Settings {
+        store: path.clone(),
+        pool: String::new(),
+        base_size: Bytes(1 << 30),
+        allow_unzeroed: false,
+    };
+    let store = Store::start(connection, tree, path).unwrap();
+    let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
+    inner.filesystem = Arc::new(pool.clone());
+    let inner = Arc::new(inner);
+    let found = Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0 };
+    tokio::spawn(reclaim::run(inner.clone()));
+    reconcile(&inner, Arc::new(pool.clone()), found).await.unwrap();
+    Snapshotter(inner)
+}
+
+fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+async fn make(
+    s: &Snapshotter,
+    key: &str,
+    parent: &str,
+    kind: Kind,
+    pairs: &[(&str, &str)],
+) -> Result<String> {
+    s.make(key.to_owned(), parent.to_owned(), kind, labels(pairs)).await.map(|mount| mount.source)
+}
+
+/// What was answered with success so far, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Promised(Vec<&'static str>);
+
+/// All kinds of operations, each once; tells what it was promised as it goes.
+async fn scenario(s: &Snapshotter, told: &tokio::sync::mpsc::UnboundedSender<&'static str>) -> Result<()> {
+    let tell = |what| {
+        let _deaf = told.send(what);
+    };
+    make(s, "a", "", Kind::Active, &[(LAYER, "x")]).await?;
+    tell("a");
+    s.commit("base".into(), "a".into(), BTreeMap::new()).await?;
+    tell("base");
+    make(s, "b", "base", Kind::Active, &[]).await?;
+    tell("b");
+    make(s, "large", "base", Kind::Active, &[(SIZE, "2GiB")]).await?;
+    tell("large");
+    make(s, "v", "base", Kind::View, &[]).await?;
+    tell("v");
+    s.remove("v".into()).await?;
+    tell("no v");
+    s.remove("b".into()).await?;
+    tell("no b");
+    quiet(s).await;
+    Ok(())
+}
+
+/// Waits until nothing is to be reclaimed or put to rest.
+async fn quiet(s: &Snapshotter) {
+    for _ in 0..2000 {
+        let removing = s.0.store.read(|tree| tree.all().any(|s| s.state == State::Removing));
+        if !removing && s.0.active_origins().is_empty() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    panic!("it does not come to rest");
+}
+
+/// Store, pool and kernel say the same, and what was promised is there.
+async fn audit(s: &Snapshotter, pool: &FakePool, promised: &Promised, what: &str) {
+    quiet(s).await;
+    let (ours, to_be_active, keys) = s.0.store.read(|tree| {
+        let ours: BTreeSet<ThinId> = tree.all().map(|s| s.thin).collect();
+        let active = tree.listed().filter(|s| matches!(s.kind, Kind::Active | Kind::View));
+        let active: BTreeSet<String> = active.map(|one| s.0.name(one.id).as_str().to_owned()).collect();
+        let keys: BTreeSet<String> = tree.listed().map(|s| s.key.clone()).collect();
+        (ours, active, keys)
+    });
+    let in_pool: BTreeSet<ThinId> = pool.thins().into_keys().collect();
+    assert_eq!(in_pool, ours, "{what}: thin ids of pool and store");
+    assert_eq!(pool.device_names(), to_be_active, "{what}: devices of kernel and store");
+    assert!(!pool.any_suspended(), "{what}: a device is suspended");
+    let mut expected = BTreeSet::new();
+    for promise in &promised.0 {
+        match *promise {
+            "base" => {
+                expected.remove("a");
+                expected.insert("base".to_owned());
+            }
+            "no v" => drop(expected.remove("v")),
+            "no b" => drop(expected.remove("b")),
+            key => drop(expected.insert(key.to_owned())),
+        }
+    }
+    // What was asked last and not answered may be there or not.
+    let unanswered: BTreeSet<&str> = match promised.0.last().copied() {
+        None => ["a"].into(),
+        Some("a") => ["a", "base"].into(),
+        Some("base") => ["b"].into(),
+        Some("b") => ["large"].into(),
+        Some("large") => ["v"].into(),
+        Some("v") => ["v"].into(),
+        Some("no v") => ["b"].into(),
+        _ => BTreeSet::new(),
+    };
+    let differ: BTreeSet<&str> = keys.symmetric_difference(&expected).map(String::as_str).collect();
+    assert!(differ.is_subset(&unanswered), "{what}: there are {keys:?}, promised were {expected:?}");
+    // And it works.
+    let path = make(s, "after", "", Kind::Active, &[]).await.unwrap();
+    assert!(pool.device_names().contains(path.strip_prefix("/dev/mapper/").unwrap()), "{what}");
+    if keys.contains("base") {
+        make(s, "after-base", "base", Kind::View, &[]).await.unwrap();
+        make(s, "after-large", "base", Kind::Active, &[(SIZE, "2GiB")]).await.unwrap();
+    }
+    let contents = pool.thins();
+    s.0.store.read(|tree| {
+        for one in tree.all().filter(|s| s.kind == Kind::Grown || s.key.ends_with("large")) {
+            assert_eq!(contents[&one.thin], "empty, grown", "{what}: {:?}", one.key);
+        }
+    });
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// Runs the scenario until the fuse blows (or to its end); returns what was promised, and whether it crashed.
+fn run_until_crash(directory: &Path, pool: &FakePool, fuse: Fuse) -> (Promised, bool) {
+    let runtime = runtime();
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let done = runtime.block_on(async {
+        let s = start(directory, pool).await;
+        pool.set_fuse(fuse);
+        let running = tokio::spawn(async move { scenario(&s, &told).await });
+        loop {
+            if running.is_finished() {
+                return Some(running.await.unwrap());
+            }
+            if matches!(pool.fuse(), Fuse::CrashBefore(0)) {
+                // Whatever else is under way comes to the same end.
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    runtime.shutdown_background();
+    // The store's thread lets go of its file when the last handle is gone.
+    std::thread::sleep(Duration::from_millis(30));
+    let mut promised = Promised::default();
+    while let Ok(what) = heard.try_recv() {
+        promised.0.push(what);
+    }
+    (promised, done.is_none())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    Killed,
+    PowerCut,
+}
+
+#[test]
+fn stopped_at_every_effect_it_comes_back_whole() {
+    for cause in [Cause::Killed, Cause::PowerCut] {
+        let mut crashes = 0;
+        for n in 0.. {
+            let mut crashed = false;
+            for fuse in [Fuse::CrashBefore(n), Fuse::CrashAfter(n + 1)] {
+                let directory = tempfile::tempdir().unwrap();
+                let pool = FakePool::new();
+                let (promised, stopped) = run_until_crash(directory.path(), &pool, fuse);
+                crashed |= stopped;
+                pool.set_fuse(Fuse::Whole);
+                if cause == Cause::PowerCut {
+                    pool.cut_power();
+                }
+                let what = format!("{cause:?} {fuse:?}, promised {:?}", promised.0);
+                runtime().block_on(async {
+                    let s = start(directory.path(), &pool).await;
+                    audit(&s, &pool, &promised, &what).await;
+                });
+            }
+            if !crashed {
+                break;
+            }
+            crashes += 1;
+        }
+        assert!(crashes > 15, "only {crashes} effects were seen");
+    }
+}
+
+#[test]
+fn an_effect_that_fails_leaves_nothing_behind() {
+    for n in 0..60 {
+        let directory = tempfile::tempdir().unwrap();
+        let pool = FakePool::new();
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let whole = runtime().block_on(async {
+            let s = start(directory.path(), &pool).await;
+            pool.set_fuse(Fuse::FailAt(n));
+            let outcome = scenario(&s, &told).await;
+            let whole = pool.fuse() != Fuse::Whole;
+            pool.set_fuse(Fuse::Whole);
+            if let Err(error) = &outcome {
+                assert!(error.to_string().contains("told to fail"), "{n}: {error}");
+            }
+            let mut promised = Promised::default();
+            while let Ok(what) = heard.try_recv() {
+                promised.0.push(what);
+            }
+            audit(&s, &pool, &promised, &format!("failed at {n}, promised {:?}", promised.0)).await;
+            whole
+        });
+        if whole {
+            assert!(n > 15, "only {n} effects were seen");
+            return;
+        }
+    }
+    panic!("the scenario has no end");
+}
+
+fn with_pool<T>(test: impl AsyncFnOnce(Snapshotter, FakePool) -> T) -> T {
+    let directory = tempfile::tempdir().unwrap();
+    runtime().block_on(async {
+        let pool = FakePool::new();
+        let s = start(directory.path(), &pool).await;
+        test(s, pool).await
+    })
+}
+
+#[test]
+fn an_open_device_is_never_removed() {
+    with_pool(async |s, pool| {
+        let path = make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        let name = path.strip_prefix("/dev/mapper/").unwrap();
+        pool.open(name, 1);
+        s.remove("a".into()).await.unwrap();
+        assert_eq!(s.stat("a").unwrap_err().code, Code::NotFound);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(pool.device_names().contains(name), "it was removed while open");
+        assert_eq!(pool.thins().len(), 2);
+        pool.open(name, 0);
+        quiet(&s).await;
+        assert_eq!((pool.device_names().len(), pool.thins().len()), (0, 1));
+    });
+}
+
+#[test]
+fn a_committed_snapshot_that_is_open_is_suspended_for_its_children() {
+    with_pool(async |s, pool| {
+        let path = make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        let name = path.strip_prefix("/dev/mapper/").unwrap();
+        pool.open(name, 1);
+        s.commit("base".into(), "a".into(), BTreeMap::new()).await.unwrap();
+        // The fake refuses a snapshot of what is active and not suspended.
+        make(&s, "b", "base", Kind::Active, &[]).await.unwrap();
+        assert!(!pool.any_suspended());
+        assert!(pool.device_names().contains(name));
+        pool.open(name, 0);
+        quiet(&s).await;
+        assert!(!pool.device_names().contains(name), "a closed committed snapshot stays active");
+        assert_eq!(s.usage("b").await, Ok(0));
+    });
+}
+
+#[test]
+fn views_are_read_only_and_fifty_at_once_are_fifty() {
+    with_pool(async |s, pool| {
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        s.commit("base".into(), "a".into(), BTreeMap::new()).await.unwrap();
+        let all = (0..50).map(|n| {
+            let s = s.clone();
+            async move { make(&s, &format!("v{n}"), "base", Kind::View, &[]).await.unwrap() }
+        });
+        let paths: BTreeSet<String> = futures_util::future::join_all(all).await.into_iter().collect();
+        assert_eq!(paths.len(), 50);
+        for path in &paths {
+            assert!(pool.is_read_only(path.strip_prefix("/dev/mapper/").unwrap()));
+        }
+        let same = make(&s, "v7", "base", Kind::View, &[]).await.unwrap_err();
+        assert_eq!(same.code, Code::AlreadyExists);
+    });
+}
+
+#[test]
+fn one_blank_for_all_who_ask_at_once() {
+    with_pool(async |s, pool| {
+        let all = (0..20).map(|n| {
+            let s = s.clone();
+            async move { make(&s, &format!("a{n}"), "", Kind::Active, &[]).await.map(drop) }
+        });
+        let made: Result<Vec<()>, Error> = futures_util::future::join_all(all).await.into_iter().collect();
+        made.unwrap();
+        assert_eq!(pool.thins().len(), 21);
+        assert!(pool.thins().values().all(|content| content == "empty"));
+    });
+}
+
+#[test]
+fn what_is_not_ours_is_left_alone() {
+    with_pool(async |s, pool| {
+        for id in [1, 2, 4] {
+            pool.add_foreign(ThinId(id));
+        }
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        s.remove("a".into()).await.unwrap();
+        quiet(&s).await;
+        let foreign = pool.thins().into_iter().filter(|(_, content)| content == "foreign");
+        assert_eq!(foreign.map(|(id, _)| id.0).collect::<Vec<_>>(), [1, 2, 4]);
+    });
+}
+
+#[test]
+fn a_pool_that_was_used_up_makes_no_more() {
+    with_pool(async |s, pool| {
+        pool.set_creations(0);
+        s.0.creations.store((1 << 24) / 10 * 9, std::sync::atomic::Ordering::Relaxed);
+        let refused = make(&s, "a", "", Kind::Active, &[]).await.unwrap_err();
+        assert_eq!(refused.code, Code::ResourceExhausted);
+        assert!(refused.to_string().contains("new pool"), "{refused}");
+    });
+}

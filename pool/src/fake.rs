@@ -1,0 +1,279 @@
+//! A thin pool in memory, for tests: keeps what dm-thin keeps, refuses what it refuses, and can be stopped at any call.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use crate::{
+    device::{
+        Access, Activation, Deactivated, DeviceError, DeviceName, Filesystem, Live, PREFIX, Pool, PoolFacts,
+        PoolMode, PoolUsage,
+    },
+    tree::ThinId,
+};
+
+/// What becomes of a call that changes something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fuse {
+    /// This many more are made, and the one after them never returns: it was not made.
+    CrashBefore(usize),
+    /// This many more are made, and the last one never returns.
+    CrashAfter(usize),
+    /// This many more are made, and the one after them fails, once.
+    FailAt(usize),
+    /// All are made.
+    Whole,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Device {
+    thin: ThinId,
+    access: Access,
+    open: u32,
+    suspended: bool,
+}
+
+#[derive(Debug)]
+struct State {
+    thins: BTreeMap<ThinId, String>,
+    devices: BTreeMap<String, Device>,
+    fuse: Fuse,
+    creations: u32,
+}
+
+/// Pool and filesystem tools. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct FakePool(Arc<Mutex<State>>);
+
+impl FakePool {
+    pub(crate) fn new() -> Self {
+        let state =
+            State { thins: BTreeMap::new(), devices: BTreeMap::new(), fuse: Fuse::Whole, creations: 0 };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    pub(crate) fn set_fuse(&self, fuse: Fuse) {
+        self.state().fuse = fuse;
+    }
+
+    pub(crate) fn fuse(&self) -> Fuse {
+        self.state().fuse
+    }
+
+    /// The power goes: devices are gone, thin devices stay.
+    pub(crate) fn cut_power(&self) {
+        self.state().devices.clear();
+    }
+
+    pub(crate) fn thins(&self) -> BTreeMap<ThinId, String> {
+        self.state().thins.clone()
+    }
+
+    pub(crate) fn device_names(&self) -> BTreeSet<String> {
+        self.state().devices.keys().cloned().collect()
+    }
+
+    pub(crate) fn open(&self, name: &str, times: u32) {
+        self.state().devices.get_mut(name).unwrap().open = times;
+    }
+
+    pub(crate) fn is_read_only(&self, name: &str) -> bool {
+        self.state().devices[name].access == Access::ReadOnly
+    }
+
+    pub(crate) fn any_suspended(&self) -> bool {
+        self.state().devices.values().any(|device| device.suspended)
+    }
+
+    pub(crate) fn add_foreign(&self, thin: ThinId) {
+        self.state().thins.insert(thin, "foreign".to_owned());
+    }
+
+    pub(crate) fn set_creations(&self, creations: u32) {
+        self.state().creations = creations;
+    }
+
+    /// A call that changes something.
+    fn effect<T>(&self, change: impl FnOnce(&mut State) -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        let mut state = self.state();
+        match state.fuse {
+            Fuse::CrashBefore(0) => never(state),
+            Fuse::CrashAfter(0) => panic!("it has crashed"),
+            Fuse::FailAt(0) => {
+                state.fuse = Fuse::Whole;
+                return Err(refused("told to fail"));
+            }
+            Fuse::CrashBefore(n) => state.fuse = Fuse::CrashBefore(n - 1),
+            Fuse::FailAt(n) => state.fuse = Fuse::FailAt(n - 1),
+            Fuse::CrashAfter(_) | Fuse::Whole => {}
+        }
+        let changed = change(&mut state);
+        if let Fuse::CrashAfter(n) = state.fuse {
+            state.fuse = if n == 1 { Fuse::CrashBefore(0) } else { Fuse::CrashAfter(n - 1) };
+            if n == 1 {
+                never(state);
+            }
+        }
+        changed
+    }
+}
+
+/// What a call looks like whose process was killed: it does not return.
+fn never(state: MutexGuard<'_, State>) -> ! {
+    drop(state);
+    loop {
+        std::thread::park();
+    }
+}
+
+fn refused(what: &str) -> DeviceError {
+    DeviceError::Refused { what: what.to_owned(), error: "EIO".to_owned() }
+}
+
+impl Pool for FakePool {
+    fn facts(&self) -> Result<PoolFacts, DeviceError> {
+        let usage = PoolUsage {
+            name: "fake".to_owned(),
+            data_used: 0,
+            data_total: 1 << 40,
+            metadata_used: 0,
+            metadata_total: 1 << 30,
+            mode: PoolMode::ReadWrite,
+        };
+        Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned(), zeroing: true })
+    }
+
+    fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            if state.thins.contains_key(&thin) {
+                return Err(DeviceError::ThinExists(thin));
+            }
+            state.thins.insert(thin, "raw".to_owned());
+            Ok(())
+        })
+    }
+
+    fn create_snap(&self, thin: ThinId, origin: ThinId) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            if state.thins.contains_key(&thin) {
+                return Err(DeviceError::ThinExists(thin));
+            }
+            let content = state.thins.get(&origin).ok_or(DeviceError::ThinMissing(origin))?.clone();
+            let moving = state
+                .devices
+                .values()
+                .any(|d| d.thin == origin && !d.suspended && d.access == Access::ReadWrite);
+            assert!(!moving, "a snapshot of {origin:?} was made while its device was active");
+            state.thins.insert(thin, content);
+            state.creations += 1;
+            Ok(())
+        })
+    }
+
+    fn delete(&self, thin: ThinId) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            assert!(!state.devices.values().any(|d| d.thin == thin), "{thin:?} was deleted while active");
+            state.thins.remove(&thin);
+            Ok(())
+        })
+    }
+
+    fn activate(&self, activation: &Activation) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            if !state.thins.contains_key(&activation.thin) {
+                return Err(DeviceError::ThinMissing(activation.thin));
+            }
+            let device =
+                Device { thin: activation.thin, access: activation.access, open: 0, suspended: false };
+            let name = activation.name.as_str().to_owned();
+            let there = state.devices.entry(name).or_insert_with(|| device.clone());
+            assert_eq!(there.thin, activation.thin, "one name, two thin devices");
+            there.suspended = false;
+            Ok(())
+        })
+    }
+
+    fn deactivate(&self, name: &DeviceName) -> Result<Deactivated, DeviceError> {
+        let open = self.state().devices.get(name.as_str()).map(|device| device.open);
+        match open {
+            None => Ok(Deactivated::Gone),
+            Some(0) => self.effect(|state| {
+                state.devices.remove(name.as_str());
+                Ok(Deactivated::Gone)
+            }),
+            Some(_) => Ok(Deactivated::InUse),
+        }
+    }
+
+    fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            state.devices.get_mut(name.as_str()).ok_or_else(|| refused("suspend"))?.suspended = true;
+            Ok(())
+        })
+    }
+
+    fn resume(&self, name: &DeviceName) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            state.devices.get_mut(name.as_str()).ok_or_else(|| refused("resume"))?.suspended = false;
+            Ok(())
+        })
+    }
+
+    fn look(&self, name: &DeviceName) -> Result<Option<Live>, DeviceError> {
+        let state = self.state();
+        let device = state.devices.get(name.as_str());
+        Ok(device.map(|d| Live { open: d.open, suspended: d.suspended, mapped: 65536 }))
+    }
+
+    fn names(&self) -> Result<BTreeSet<String>, DeviceError> {
+        Ok(self.device_names().into_iter().filter(|name| name.starts_with(PREFIX)).collect())
+    }
+
+    fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
+        Ok(self.state().thins.keys().copied().collect())
+    }
+
+    fn creations(&self) -> Result<u32, DeviceError> {
+        Ok(self.state().creations)
+    }
+}
+
+impl FakePool {
+    fn rewrite(&self, path: &str, content: impl FnOnce(&str) -> String) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            let name = path.strip_prefix("/dev/mapper/").unwrap();
+            let thin = state.devices.get(name).ok_or_else(|| refused("no such device"))?.thin;
+            let before = state.thins[&thin].clone();
+            state.thins.insert(thin, content(&before));
+            Ok(())
+        })
+    }
+}
+
+impl Filesystem for FakePool {
+    fn name(&self) -> &'static str {
+        "ext4"
+    }
+
+    fn make(&self, path: &str) -> Result<(), DeviceError> {
+        self.rewrite(path, |_| "empty".to_owned())
+    }
+
+    fn grow(&self, path: &str) -> Result<(), DeviceError> {
+        self.rewrite(path, |before| format!("{before}, grown"))
+    }
+
+    fn needs_recovery(&self, path: &str) -> Result<bool, DeviceError> {
+        let state = self.state();
+        let device = state.devices.get(path.strip_prefix("/dev/mapper/").unwrap());
+        let device = device.ok_or_else(|| refused("no such device"))?;
+        Ok(state.thins[&device.thin].contains("unclean"))
+    }
+}
