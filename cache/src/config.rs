@@ -224,7 +224,7 @@ impl Default for Containerd {
         Self {
             address: "/run/containerd/containerd.sock".into(),
             namespace: "default".to_owned(),
-            snapshotter: "devmapper".to_owned(),
+            snapshotter: "cowshed".to_owned(),
             call_timeout_seconds: 120,
             unpack_timeout_seconds: 1800,
         }

@@ -7,6 +7,7 @@ mod diff;
 mod images;
 mod leases;
 mod snapshots;
+mod sweep;
 
 use std::{path::PathBuf, time::Duration};
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
-    RemoveSnapshotRequest, StatSnapshotRequest, snapshots_client::SnapshotsClient,
+    RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
 };
 use tonic::transport::Channel;
 
@@ -61,6 +61,30 @@ impl Containerd {
             },
         );
         Ok(self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await?.mounts)
+    }
+
+    /// Makes a read-only snapshot of `parent`, held by `lease`.
+    pub async fn view_snapshot(&self, lease: &str, key: &str, parent: &str) -> Result<(), CallError> {
+        let message = ViewSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: HashMap::new(),
+        };
+        let request = self.leased(lease, message);
+        self.call("Snapshots.View", self.snapshots().view(request)).await.map(drop)
+    }
+
+    /// The name of a committed snapshot, if there is one.
+    pub async fn any_committed(&self) -> Result<Option<String>, CallError> {
+        let message = ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            filters: vec!["kind==committed".to_owned()],
+        };
+        let mut stream = self.call("Snapshots.List", self.snapshots().list(self.request(message))).await?;
+        let next = async { stream.message().await.map(tonic::Response::new) };
+        let page = self.call("Snapshots.List", next).await?;
+        Ok(page.and_then(|page| page.info.into_iter().next()).map(|info| info.name))
     }
 
     /// Turns the active snapshot `key` into the committed one `name`, held by `lease`.

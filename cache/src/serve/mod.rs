@@ -102,10 +102,12 @@ impl ServeError {
 
 /// How long replies under way and the reclaimer's step may take once everything else has stopped.
 const GOODBYE: Duration = Duration::from_secs(5);
+const SWEEP_RETRY: Duration = Duration::from_secs(10);
 
 /// The parts, put together.
 struct Parts {
     api: Api,
+    containerd: Arc<Containerd>,
     reclaimer: Arc<Reclaimer>,
     tasks: Tasks,
     ledger: Ledger,
@@ -149,6 +151,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
+    tokio::spawn(sweep(parts.containerd));
     announce(&config, &parts.ledger);
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
     let (tasks, ledger) = (parts.tasks.clone(), parts.ledger.clone());
@@ -226,7 +229,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
     };
     let status = StatusSource {
         ledger: ledger.clone(),
-        containerd,
+        containerd: containerd.clone(),
         kernel: kernel.clone(),
         admission,
         images: images.clone(),
@@ -243,7 +246,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         wake,
         metrics: metrics.clone(),
     };
-    Ok(Parts { api, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
+    Ok(Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
 }
 
 fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
@@ -288,6 +291,14 @@ async fn listen_until_stopped(
     };
     let over_tcp = router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), until(stopped));
     tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
+}
+
+/// Once containerd answers, for what a crash has left.
+async fn sweep(containerd: Arc<Containerd>) {
+    while let Err(error) = containerd.sweep().await {
+        tracing::debug!(%error, "the sweep after the start cannot be made yet");
+        tokio::time::sleep(SWEEP_RETRY).await;
+    }
 }
 
 async fn bind(address: Option<std::net::SocketAddr>) -> Result<Option<TcpListener>, ServeError> {
