@@ -249,7 +249,10 @@ impl Pool for DeviceMapper {
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
         let metadata = self.metadata()?;
         // One that was killed may have left its snapshot of the metadata.
-        let _none = self.message("release_metadata_snap");
+        if self.holds_metadata_snap()? {
+            self.message("release_metadata_snap")
+                .map_err(|e| refused("releasing an old snapshot of the metadata", &e))?;
+        }
         self.message("reserve_metadata_snap")
             .map_err(|e| refused("reserving a snapshot of the metadata", &e))?;
         let listed = audit::thin_ls(metadata);
@@ -265,6 +268,13 @@ impl Pool for DeviceMapper {
 }
 
 impl DeviceMapper {
+    /// The held root is the fourth word of a pool's status; "-" if there is none.
+    fn holds_metadata_snap(&self) -> Result<bool, DeviceError> {
+        let status = self.targets(&self.pool, DmFlags::empty())?;
+        let held = status.as_ref().and_then(|(_, targets)| targets.first()?.3.split_ascii_whitespace().nth(3));
+        Ok(held.is_some_and(|root| root != "-"))
+    }
+
     fn metadata(&self) -> Result<DeviceNumber, DeviceError> {
         let (_, tables) = self.pool_table()?;
         let (metadata, _) = table::parse_pool_table(&tables).map_err(|what| self.no_pool(what))?;
