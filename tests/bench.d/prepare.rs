@@ -13,7 +13,7 @@ use crate::{
 
 /// Rounds of Prepares one after the other; after each, its disks are removed.
 pub(crate) async fn one_at_a_time(sides: &Sides) -> Outcome<Value> {
-    let (rounds, each) = sides.of((4, 15), (2, 10));
+    let (rounds, each) = sides.of((3, 15), (2, 6));
     meta(&json!({ "conditions": { PREPARE.name: format!("{rounds} rounds of {each}") } }));
     let (mut ours, mut peer) = (Samples::default(), Samples::default());
     for _ in 0..rounds {
@@ -52,7 +52,7 @@ async fn with_other_rcu(sides: &Sides, each: usize) -> Outcome<Value> {
 
 /// Rounds of fifty.
 pub(crate) async fn at_once(sides: &Sides) -> Outcome<Value> {
-    let rounds = sides.of(3, 2);
+    let rounds = sides.of(2, 1);
     let (mut ours, mut peer) = (Samples::default(), Samples::default());
     for _ in 0..rounds {
         for (side, samples) in [(&sides.ours, &mut ours), (&sides.peer, &mut peer)] {

@@ -2,10 +2,12 @@
 
 use std::{
     io::{Seek as _, SeekFrom, Write as _},
+    pin::pin,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
+use futures_util::future::{Either, select};
 use serde_json::{Value, json};
 
 use crate::{
@@ -17,19 +19,27 @@ use crate::{
     snapshots::{Sides, meta},
 };
 
-/// How many devices are reclaimed, and bytes written to each.
-const VICTIMS: usize = 200;
+/// Bytes written to each of the devices that are reclaimed.
 const WRITTEN: usize = 4 << 20;
 /// As many Prepares as that are enough for a p99, and after that time there are enough.
 const SAMPLES: usize = 150;
-const IDLE_TIME: Duration = Duration::from_secs(30);
+const IDLE_TIME: Duration = Duration::from_secs(20);
+const RECLAIM_TIME: Duration = Duration::from_secs(90);
 
 /// One side's Prepares.
 #[derive(Default)]
 struct Measured {
     idle: Samples,
     reclaiming: Samples,
-    seconds: Vec<u64>,
+    /// How long each reclaim took, if its end was awaited.
+    seconds: Vec<Option<f64>>,
+}
+
+/// What becomes of a reclaim that is still under way when there are enough samples.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Afterwards {
+    Wait,
+    Leave,
 }
 
 impl Measured {
@@ -43,45 +53,46 @@ impl Measured {
             "idle": self.idle.summary(),
             "reclaiming": self.reclaiming.summary(),
             "ratio_of_p99": rounded(self.ratio()?),
-            "reclaim_seconds": self.seconds,
+            "seconds": self.seconds,
         }))
     }
 }
 
-/// Rounds until each side has enough samples; a slow one has them in its first.
+/// Each side against itself: rounds of ours until there are enough samples, then one of the peer's. What the peer's
+/// still reclaims when its time is over is left to it.
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
+    let victims = sides.of(200, 30);
     let conditions = format!(
-        "{VICTIMS} devices of {} MiB; idle: {SAMPLES} Prepares or {} s a round, the {VICTIMS} devices being there",
+        "{victims} devices of {} MiB; idle: {SAMPLES} Prepares or {} s, the {victims} devices being there; reclaiming: \
+         {SAMPLES} Prepares or {} s or until it is done",
         WRITTEN >> 20,
-        IDLE_TIME.as_secs()
+        IDLE_TIME.as_secs(),
+        RECLAIM_TIME.as_secs()
     );
     meta(&json!({ "conditions": { RECLAIM.name: conditions } }));
     let (mut ours, mut peer) = (Measured::default(), Measured::default());
     for _ in 0..sides.of(3, 1) {
-        for (side, measured) in [(&sides.ours, &mut ours), (&sides.peer, &mut peer)] {
-            // a round of the stock snapshotter's takes minutes
-            let enough = measured.reclaiming.len() >= SAMPLES || measured.seconds.iter().sum::<u64>() > 30;
-            if !enough {
-                round(side, measured).await?;
-            }
+        if ours.reclaiming.len() < SAMPLES {
+            round(&sides.ours, victims, Afterwards::Wait, &mut ours).await?;
         }
     }
+    round(&sides.peer, victims, Afterwards::Leave, &mut peer).await?;
     meta(&json!({ "reclaim": { "ours": ours.story()?, "peer": peer.story()? } }));
     Ok(RECLAIM.result(ours.ratio()?, &ours.reclaiming, Some((&sides.peer.snapshotter, &peer.reclaiming))))
 }
 
-async fn round(side: &Side, measured: &mut Measured) -> Outcome {
+async fn round(side: &Side, count: usize, afterwards: Afterwards, measured: &mut Measured) -> Outcome {
     const LEASE: &str = "bench-victims";
     let pool = side.pool()?;
     side.make_lease(LEASE).await?;
     let before = pool.used_blocks()?;
     let mut victims = Vec::new();
-    for _ in 0..VICTIMS {
+    for _ in 0..count {
         victims.push(side.prepare_held(Holder::Lease(LEASE)).await?.0);
     }
     write_all(&victims).await?;
     side.rest().await?;
-    let written = u64::try_from(VICTIMS * WRITTEN)? / pool.block_bytes()?;
+    let written = u64::try_from(count * WRITTEN)? / pool.block_bytes()?;
     // the Prepares beside it may write a little
     let free_again = before + written / 20;
     if pool.used_blocks()? < before + written {
@@ -89,33 +100,30 @@ async fn round(side: &Side, measured: &mut Measured) -> Outcome {
     }
 
     let begun = Instant::now();
-    let (idle, disks) = sample(side, || measured_enough(begun)).await?;
+    let (idle, disks) = sample(side, || begun.elapsed() > IDLE_TIME).await?;
     side.clear(&disks).await?;
 
     let over = AtomicBool::new(false);
     let begun = Instant::now();
-    let reclaim = async {
+    let reclaim = pin!(async {
         let reclaimed = reclaim(side, LEASE, &victims, free_again).await;
         over.store(true, Ordering::Relaxed);
         reclaimed.map(|()| begun.elapsed())
+    });
+    let sample = pin!(sample(side, || over.load(Ordering::Relaxed) || begun.elapsed() > RECLAIM_TIME));
+    let (reclaimed, (reclaiming, disks)) = match select(reclaim, sample).await {
+        Either::Left((reclaimed, sample)) => (Some(reclaimed?), sample.await?),
+        Either::Right((sampled, reclaim)) if afterwards == Afterwards::Wait => {
+            (Some(reclaim.await?), sampled?)
+        }
+        Either::Right((sampled, _)) => (None, sampled?),
     };
-    let (took, sampled) = tokio::join!(reclaim, sample(side, || over.load(Ordering::Relaxed)));
-    let (took, (reclaiming, disks)) = (took?, sampled?);
-    eprintln!(
-        "  {}: idle {}, while reclaiming for {took:.1?} {}",
-        side.snapshotter,
-        idle.summary(),
-        reclaiming.summary()
-    );
-    side.clear(&disks).await?;
+    let (without, with) = (idle.summary(), reclaiming.summary());
+    eprintln!("  {}: idle {without}, reclaiming {with}, done after {reclaimed:.1?}", side.snapshotter);
     measured.idle.extend(idle);
     measured.reclaiming.extend(reclaiming);
-    measured.seconds.push(took.as_secs());
-    Ok(())
-}
-
-fn measured_enough(begun: Instant) -> bool {
-    begun.elapsed() > IDLE_TIME
+    measured.seconds.push(reclaimed.map(|took| took.as_secs_f64().round()));
+    if afterwards == Afterwards::Wait { side.clear(&disks).await } else { Ok(()) }
 }
 
 /// Prepares one after the other until it is over, or there are enough.

@@ -27,48 +27,44 @@ impl Counted {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Call {
-    Prepare,
-    Remove,
+/// What one side's calls started.
+#[derive(Default)]
+struct Calls {
+    prepare: Counted,
+    remove: Counted,
 }
 
-pub(crate) async fn of_prepare(sides: &Sides) -> Outcome<Value> {
-    measure(sides, &PREPARE_STARTS, Call::Prepare).await
-}
-
-pub(crate) async fn of_remove(sides: &Sides) -> Outcome<Value> {
-    measure(sides, &REMOVE_STARTS, Call::Remove).await
-}
-
-async fn measure(sides: &Sides, figure: &Figure, call: Call) -> Outcome<Value> {
+/// Both figures: a disk that is made is removed.
+pub(crate) async fn measure(sides: &Sides) -> Outcome<Vec<Value>> {
     let execs = Execs::begin()?;
     execs.when_quiet().await?;
     execs.reset()?;
     let idle = execs.when_quiet().await?;
-    let (mut ours, mut peer) = (Counted::default(), Counted::default());
-    for _ in 0..sides.of(8, 4) {
-        for (side, counted) in [(&sides.ours, &mut ours), (&sides.peer, &mut peer)] {
-            counted.add(one(&execs, side, call).await?);
-        }
+    let (mut ours, mut peer) = (Calls::default(), Calls::default());
+    for _ in 0..sides.of(8, 3) {
+        one(&execs, &sides.ours, &mut ours).await?;
+        one(&execs, &sides.peer, &mut peer).await?;
     }
-    meta(&json!({ "programs": { figure.name: {
-        "ours": ours.programs, "peer": peer.programs, "while_idle": idle,
-    } } }));
-    let value = ours.each.mean().ok_or("nothing was counted")?;
-    Ok(figure.result(value, &ours.each, Some((&sides.peer.snapshotter, &peer.each))))
+    meta(&json!({ "programs": { "while_idle": idle } }));
+    let name = &sides.peer.snapshotter;
+    Ok(vec![
+        result(&PREPARE_STARTS, &ours.prepare, name, &peer.prepare)?,
+        result(&REMOVE_STARTS, &ours.remove, name, &peer.remove)?,
+    ])
 }
 
-/// A disk is made and removed; what the call in question started.
-async fn one(execs: &Execs, side: &Side, call: Call) -> Outcome<Starts> {
+fn result(figure: &Figure, ours: &Counted, name: &str, peer: &Counted) -> Outcome<Value> {
+    meta(&json!({ "programs": { figure.name: { "ours": ours.programs, "peer": peer.programs } } }));
+    let value = ours.each.mean().ok_or("nothing was counted")?;
+    Ok(figure.result(value, &ours.each, Some((name, &peer.each))))
+}
+
+async fn one(execs: &Execs, side: &Side, calls: &mut Calls) -> Outcome {
     execs.reset()?;
     let (disk, _) = side.prepare().await?;
-    let prepare = execs.when_quiet().await?;
+    calls.prepare.add(execs.when_quiet().await?);
     execs.reset()?;
     side.clear(&[disk]).await?;
-    let remove = execs.when_quiet().await?;
-    Ok(match call {
-        Call::Prepare => prepare,
-        Call::Remove => remove,
-    })
+    calls.remove.add(execs.when_quiet().await?);
+    Ok(())
 }
