@@ -87,6 +87,14 @@ async fn measure_all(options: Options) -> Outcome {
         if !figures.iter().any(wanted) {
             continue;
         }
+        if matches!(measurement, Measurement::Memory) && options.ours == options.peer {
+            eprintln!(
+                "{}: not measured, cowshed serve has no part in {}",
+                catalogue::MEMORY.name,
+                options.ours
+            );
+            continue;
+        }
         let live = devices::names()?.len().saturating_sub(before);
         let begun = Instant::now();
         let names = figures.iter().map(|figure| figure.name).collect::<Vec<_>>().join(", ");

@@ -23,7 +23,7 @@ pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
     let (mut ours, mut peer) = (Samples::default(), Samples::default());
     // the registry has the image in its cache from then on
     pull(&sides.ours).await?;
-    for _ in 0..sides.of(3, 1) {
+    for _ in 0..sides.of(2, 1) {
         ours.add_time(pull(&sides.ours).await?);
         peer.add_time(pull(&sides.peer).await?);
     }
