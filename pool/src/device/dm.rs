@@ -271,7 +271,8 @@ impl DeviceMapper {
     /// The held root is the fourth word of a pool's status; "-" if there is none.
     fn holds_metadata_snap(&self) -> Result<bool, DeviceError> {
         let status = self.targets(&self.pool, DmFlags::empty())?;
-        let held = status.as_ref().and_then(|(_, targets)| targets.first()?.3.split_ascii_whitespace().nth(3));
+        let held =
+            status.as_ref().and_then(|(_, targets)| targets.first()?.3.split_ascii_whitespace().nth(3));
         Ok(held.is_some_and(|root| root != "-"))
     }
 

@@ -1,0 +1,137 @@
+//! The figures: their names, units and what they have to reach.
+
+use serde_json::{Value, json};
+
+use crate::samples::{Samples, rounded};
+
+/// Which way is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Better {
+    Higher,
+    Lower,
+}
+
+/// One figure of a benchmark.
+#[derive(Debug)]
+pub(crate) struct Figure {
+    pub(crate) name: &'static str,
+    /// Unit of the value, of `must` and of `aim`.
+    unit: &'static str,
+    /// Unit of both sides' percentiles.
+    pub(crate) sample_unit: &'static str,
+    better: Better,
+    must: f64,
+    aim: f64,
+    /// What was measured, for the reader of BENCHMARKS.md.
+    pub(crate) what: &'static str,
+}
+
+const fn ratio(
+    name: &'static str,
+    sample_unit: &'static str,
+    must: f64,
+    aim: f64,
+    what: &'static str,
+) -> Figure {
+    Figure { name, unit: "ratio", sample_unit, better: Better::Higher, must, aim, what }
+}
+
+const fn lower(
+    name: &'static str,
+    unit: &'static str,
+    sample_unit: &'static str,
+    must: f64,
+    aim: f64,
+    what: &'static str,
+) -> Figure {
+    Figure { name, unit, sample_unit, better: Better::Lower, must, aim, what }
+}
+
+pub(crate) const PREPARE: Figure = ratio(
+    "prepare_from_committed_p50",
+    "ms",
+    4.0,
+    8.0,
+    "one Prepare from a committed parent at a time; the p50s' ratio",
+);
+pub(crate) const AT_ONCE: Figure = ratio(
+    "prepare_50_at_once_makespan",
+    "ms",
+    6.0,
+    15.0,
+    "50 Prepares sent at once, until the last reply; the p50s' ratio, a sample being a round of 50",
+);
+pub(crate) const CYCLES: Figure = ratio(
+    "prepare_remove_cycles_per_second",
+    "1/s",
+    4.0,
+    8.0,
+    "Prepare, then Remove, by some workers for some time; containerd collects when it does by itself. The time ends when \
+     a last collection has run and every device is gone from the kernel. The p50s' ratio, a sample being a round",
+);
+pub(crate) const RECLAIM: Figure = lower(
+    "prepare_p99_while_reclaiming_200",
+    "ratio",
+    "ms",
+    2.0,
+    1.2,
+    "p99 of one Prepare at a time from the moment at which the lease of 200 written devices is deleted until all their \
+     blocks are free, against its own p99 just before; the sides' percentiles are those while reclaiming",
+);
+pub(crate) const UNPACK: Figure = ratio(
+    "unpack_30_layers",
+    "ms",
+    3.0,
+    8.0,
+    "`ctr images pull --snapshotter …` of an image of 30 tiny layers from the host's registry, nothing of it being in \
+     containerd; the p50s' ratio",
+);
+pub(crate) const PREPARE_STARTS: Figure = lower(
+    "processes_per_prepare",
+    "processes",
+    "processes",
+    0.0,
+    0.0,
+    "programs started system-wide (sched_process_exec) from a Prepare until udev is quiet; the mean",
+);
+pub(crate) const REMOVE_STARTS: Figure = lower(
+    "processes_per_remove",
+    "processes",
+    "processes",
+    0.0,
+    0.0,
+    "the same for a Remove, its collection and the end of its device; the mean",
+);
+pub(crate) const MEMORY: Figure = lower(
+    "serve_memory_2000_snapshots",
+    "MB",
+    "MB",
+    60.0,
+    30.0,
+    "resident memory (VmRSS, 10^6 bytes) of `cowshed serve` with 2,000 snapshots; the p50",
+);
+
+/// In the order in which they are told.
+pub(crate) const ALL: [&Figure; 8] =
+    [&PREPARE, &AT_ONCE, &CYCLES, &RECLAIM, &UNPACK, &PREPARE_STARTS, &REMOVE_STARTS, &MEMORY];
+
+impl Figure {
+    /// A line of the results. `peer` is its name and measurements, if it has any.
+    pub(crate) fn result(&self, value: f64, ours: &Samples, peer: Option<(&str, &Samples)>) -> Value {
+        let peer = peer.map(|(name, samples)| {
+            let mut peer = samples.summary();
+            peer["name"] = json!(name);
+            peer
+        });
+        json!({
+            "figure": self.name,
+            "unit": self.unit,
+            "better": if self.better == Better::Higher { "higher" } else { "lower" },
+            "value": rounded(value),
+            "must": self.must,
+            "aim": self.aim,
+            "ours": ours.summary(),
+            "peer": peer,
+        })
+    }
+}

@@ -1,0 +1,63 @@
+//! The benchmarks' load generator, run in the test host by `tests/bench`, and what makes BENCHMARKS.md of its results.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program whose output is its purpose")]
+
+mod catalogue;
+mod conditions;
+mod cycles;
+mod devices;
+mod execs;
+mod memory;
+mod plot;
+mod prepare;
+mod reclaim;
+mod render;
+mod samples;
+mod side;
+mod snapshots;
+mod starts;
+mod unpack;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// What everything here returns.
+pub(crate) type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+#[derive(Parser)]
+#[command(name = "cowshed-bench", about = "The benchmarks' load generator")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Two snapshotters of one containerd, side by side.
+    Snapshots(snapshots::Options),
+    /// Writes BENCHMARKS.md and its plots from results.
+    Render {
+        /// Where the results NAME.json and NAME.meta.json are.
+        results: PathBuf,
+        /// The file to write.
+        #[arg(long)]
+        page: PathBuf,
+        /// The directory for plots, below the page's.
+        #[arg(long)]
+        plots: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().verb {
+        Verb::Snapshots(options) => snapshots::run(options),
+        Verb::Render { results, page, plots } => render::render(&results, &page, &plots),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cowshed-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

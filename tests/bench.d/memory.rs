@@ -1,0 +1,76 @@
+//! Memory of `cowshed serve` with many snapshots.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde_json::{Value, json};
+
+use crate::{
+    Outcome,
+    catalogue::MEMORY,
+    samples::Samples,
+    snapshots::{Sides, meta},
+};
+
+const SNAPSHOTS: usize = 2_000;
+/// After that time the figure is given up: it is not told of fewer.
+const LIMIT: Duration = Duration::from_secs(300);
+
+pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
+    let side = &sides.ours;
+    let serve = pid_of("cowshed", Some("serve"))?;
+    let empty = megabytes(serve, "VmRSS")?;
+    let begun = Instant::now();
+    let missing = SNAPSHOTS - side.count().await?;
+    stream::iter((0..missing).map(|_| async {
+        if begun.elapsed() > LIMIT {
+            return Err(format!("{SNAPSHOTS} snapshots take more than {LIMIT:?}").into());
+        }
+        side.prepare().await.map(drop)
+    }))
+    .buffer_unordered(8)
+    .try_collect::<Vec<()>>()
+    .await?;
+    let took = begun.elapsed().as_secs();
+    let mut samples = Samples::default();
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        samples.add(megabytes(serve, "VmRSS")?);
+    }
+    meta(&json!({ "memory": {
+        "snapshots": side.count().await?,
+        "serve_before_mb": empty,
+        "serve_peak_mb": megabytes(serve, "VmHWM")?,
+        "containerd_mb": megabytes(pid_of("containerd", None)?, "VmRSS")?,
+        "seconds_to_make_them": took,
+    } }));
+    let value = samples.percentile(50).ok_or("nothing was measured")?;
+    Ok(MEMORY.result(value, &samples, None))
+}
+
+/// A process by its program's name and, if it is given, its first argument.
+fn pid_of(program: &str, verb: Option<&str>) -> Outcome<u32> {
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.split('\0');
+        let is_program = words.next().is_some_and(|path| path.rsplit('/').next() == Some(program));
+        if is_program && verb.is_none_or(|verb| words.next() == Some(verb)) {
+            return Ok(pid);
+        }
+    }
+    Err(format!("{program} {} does not run", verb.unwrap_or_default()).into())
+}
+
+/// A line of the process' status, in 10^6 bytes.
+fn megabytes(pid: u32, field: &str) -> Outcome<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kibibytes = line.and_then(|line| line.split_ascii_whitespace().next());
+    let kibibytes: f64 = kibibytes.ok_or_else(|| format!("no {field} of process {pid}"))?.parse()?;
+    Ok((kibibytes * 1024.0 / 1e5).round() / 10.0)
+}

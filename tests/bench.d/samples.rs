@@ -1,0 +1,70 @@
+//! Measurements and what is told of them.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// Measurements of one kind, in one unit.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Samples(Vec<f64>);
+
+impl Samples {
+    pub(crate) fn add(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
+    /// In milliseconds.
+    pub(crate) fn add_time(&mut self, time: Duration) {
+        self.add(time.as_secs_f64() * 1e3);
+    }
+
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The smallest value that at least `percent` of all do not exceed (nearest rank). `None` without any.
+    pub(crate) fn percentile(&self, percent: usize) -> Option<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let rank = (sorted.len() * percent).div_ceil(100).max(1);
+        sorted.get(rank - 1).copied()
+    }
+
+    pub(crate) fn mean(&self) -> Option<f64> {
+        let count = u32::try_from(self.0.len()).ok().filter(|count| *count > 0)?;
+        Some(self.0.iter().sum::<f64>() / f64::from(count))
+    }
+
+    /// `{p50, p99, n}`
+    pub(crate) fn summary(&self) -> Value {
+        json!({
+            "p50": self.percentile(50).map(rounded),
+            "p99": self.percentile(99).map(rounded),
+            "n": self.len(),
+        })
+    }
+}
+
+/// Three digits after the point: no measurement here is better than that.
+pub(crate) fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Samples;
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let hundred = Samples((1..=100).rev().map(f64::from).collect());
+        assert_eq!((hundred.percentile(50), hundred.percentile(99)), (Some(50.0), Some(99.0)));
+        let few = Samples(vec![3.0, 1.0]);
+        assert_eq!((few.percentile(50), few.percentile(99)), (Some(1.0), Some(3.0)));
+        assert_eq!(Samples::default().percentile(50), None);
+        assert_eq!(few.mean(), Some(2.0));
+    }
+}
