@@ -106,6 +106,12 @@ async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
         assert!(error.contains(expected) && error.contains("ledger.db"), "{name}: {error:?}");
         assert_eq!(fs::read(&path).unwrap(), bytes, "{name}: touched");
     }
+    fs::remove_file(&path).unwrap();
+    fs::write(path.with_extension("db-wal"), b"frames").unwrap();
+    let error = Ledger::open(directory.path()).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("write-ahead log is there") && error.contains("ledger.db-shm"), "{error:?}");
+    fs::remove_file(path.with_extension("db-wal")).unwrap();
+
     fs::write(&path, &good).unwrap();
     assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 1);
 }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use cowshed_pool::store::file::OpenError as SnapshotsError;
+use cowshed_pool::store::file::OpenError;
 use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
 use thiserror::Error as ThisError;
 use tokio::{
@@ -30,7 +30,7 @@ use crate::{
     exit,
     image::{Images, PullLimits},
     kernel::{DeviceMapper, Kernel},
-    ledger::{Ledger, OpenError},
+    ledger::Ledger,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
@@ -65,9 +65,9 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
+    /// The ledger or the snapshot store cannot be opened.
     #[error(transparent)]
-    Ledger(#[from] OpenError),
+    Store(#[from] OpenError),
     /// Somebody else listens there, or it cannot be made.
     #[error("cannot listen on {address}: {what}")]
     Listen {
@@ -76,9 +76,6 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
-    #[error(transparent)]
-    Snapshots(#[from] SnapshotsError),
     /// It ran, and broke.
     #[error("the service stopped: {0}")]
     Broke(String),
@@ -90,10 +87,8 @@ impl ServeError {
         match self {
             Self::Config(_) => exit::CONFIGURATION,
             Self::InUse { .. } => exit::STATE_IN_USE,
-            Self::State { .. } | Self::Ledger(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Ledger(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
-            Self::Snapshots(SnapshotsError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Snapshots(_) => exit::LEDGER_DAMAGED,
+            Self::State { .. } | Self::Store(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
+            Self::Store(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }
