@@ -7,16 +7,15 @@
 //! ```
 //!
 //! The work runs in a task of its own: a caller that goes away stops nothing, and one that asks again meanwhile joins.
+//! A release ends that: it gives up what is under way, whatever it has come to.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use cowshed_leases::{Acquisition, DeviceIdentity, Grant, Lease, LeaseId, Process, Spec, State, VmId};
-use futures_util::{FutureExt as _, future::Shared};
-use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
 use crate::{
@@ -24,9 +23,10 @@ use crate::{
     clock,
     containerd::{LEASE_LABEL, Mount, Snapshots},
     error::{Error, Reason, Result},
+    flights::{Arrival, Flights, GivenUp},
     image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
     kernel::{Kernel, KernelError},
-    ledger::Ledger,
+    ledger::{Ledger, Release},
     reclaim::Wake,
     stages::{Stage, Stages},
     tasks::Tasks,
@@ -66,7 +66,6 @@ pub struct Acquired {
 }
 
 type Outcome = Result<Arc<Acquired>>;
-type Flight = Shared<oneshot::Receiver<Outcome>>;
 
 /// Grants disks.
 pub struct Acquirer {
@@ -84,45 +83,53 @@ pub struct Acquirer {
     pub wake: Wake,
     /// Where the work runs.
     pub tasks: Tasks,
-    /// Work under way, so that equal wishes share it. Held for look-ups only, never across an await.
-    pub flights: Mutex<HashMap<(VmId, String), Flight>>,
+    /// Work under way, so that equal wishes share it.
+    pub(crate) flights: Flights<Outcome>,
 }
 
 impl Acquirer {
     /// Grants the wish, or says why not; see `Acquire` in the API.
     pub async fn acquire(self: &Arc<Self>, wish: Wish) -> Outcome {
         let stopped = || Error::new(Reason::Stopping, "the service is stopping; acquire again when it is up");
-        self.join(wish).ok_or_else(stopped)?.await.unwrap_or_else(|_| Err(stopped()))
+        self.join(wish).await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    fn join(self: &Arc<Self>, wish: Wish) -> Option<Flight> {
+    /// Gives back the disk of the VM, or only this lease of it; `None` if there is nothing to give back.
+    pub async fn release(&self, vm: &VmId, only: Option<LeaseId>) -> Result<Option<Lease>> {
+        if only.is_none() {
+            self.flights.give_up(vm);
+        }
+        let released = self.ledger.release_of(vm.clone(), only, clock::now()).await?;
+        self.wake.now();
+        match released {
+            Release::Nothing => Ok(None),
+            Release::Again(lease) => Ok(Some(lease)),
+            Release::Now(lease) => {
+                // One that began meanwhile may have found the lease as it was.
+                self.flights.close(vm);
+                tracing::info!(%vm, lease = %lease.id, "released");
+                Ok(Some(lease))
+            }
+        }
+    }
+
+    fn join(self: &Arc<Self>, wish: Wish) -> Arrival<Outcome> {
         let spec = wish.spec();
         let key = (wish.vm.clone(), format!("{} {}", spec.image, spec.platform));
-        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(&key) {
-            return Some(flight.clone());
-        }
-        let (sender, receiver) = oneshot::channel();
-        let flight = receiver.shared();
-        let this = Arc::clone(self);
-        let landing_key = key.clone();
-        let span =
-            tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
-        let work = async move {
-            let landing = Landing { acquirer: Arc::clone(&this), key: landing_key };
-            let outcome = this.run(&wish).await.map(Arc::new);
-            log(&outcome);
-            // Off the map first: who finds no flight finds the ledger as this one has left it.
-            drop(landing);
-            let _everyone_left = sender.send(outcome);
-        };
-        self.tasks.spawn(work.instrument(span)).then(|| {
-            flights.insert(key, flight.clone());
-            flight
+        self.flights.join(key, |landing| {
+            let span =
+                tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
+            let this = Arc::clone(self);
+            let work = async move {
+                let outcome = this.run(&wish, landing.given_up()).await.map(Arc::new);
+                log(&outcome);
+                landing.land(outcome);
+            };
+            self.tasks.spawn(work.instrument(span));
         })
     }
 
-    async fn run(&self, wish: &Wish) -> Result<Acquired> {
+    async fn run(&self, wish: &Wish, given_up: GivenUp) -> Result<Acquired> {
         let mut stages = Stages::start();
         let spec = wish.spec();
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
@@ -132,7 +139,7 @@ impl Acquirer {
         }
         self.admission.admit(&*self.kernel)?;
         let (image, cache) = self.image(wish, &mut stages).await?;
-        let lease = match self.ledger.acquire(wish.vm.clone(), spec, fresh(), clock::now()).await? {
+        let lease = match self.ledger.acquire(wish.vm.clone(), spec, fresh(), clock::now(), given_up).await? {
             Acquisition::Existing(lease) => return self.existing(*lease, stages),
             Acquisition::New(lease) => *lease,
         };
@@ -263,18 +270,6 @@ impl Acquirer {
                 error.context(format!("(and lease {id} could not be marked for removal: {second})"))
             }
         }
-    }
-}
-
-/// Takes a flight off the map, also if its task panics.
-struct Landing {
-    acquirer: Arc<Acquirer>,
-    key: (VmId, String),
-}
-
-impl Drop for Landing {
-    fn drop(&mut self) {
-        self.acquirer.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
     }
 }
 

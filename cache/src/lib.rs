@@ -9,6 +9,9 @@ pub mod config;
 pub mod containerd;
 pub mod error;
 pub mod exit;
+#[cfg(test)]
+mod fakes;
+mod flights;
 pub mod image;
 pub mod kernel;
 pub mod ledger;

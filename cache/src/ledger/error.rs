@@ -40,8 +40,10 @@ impl From<BookError> for Error {
                 .with("differs", fields.join(","))
             }
             BookError::NotPreparing(id) => Self::new(
-                Reason::Stopping,
-                format!("{message}: it was released while its disk was being made; acquire again"),
+                Reason::Released,
+                format!(
+                    "{message}: it was released while its disk was being made; acquire again if it is wanted still"
+                ),
             )
             .with("lease_id", id),
             BookError::DeviceTaken { device, owner, .. } => Self::new(

@@ -10,8 +10,21 @@ use std::{collections::BTreeMap, path::Path};
 use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, UnixMicros, VmId};
 use cowshed_pool::store::{Batch, Store, file::OpenError};
 
+pub use crate::flights::GivenUp;
+
 use crate::error::{Error, Reason, Result};
 use schema::{Change, FORMAT, Records};
+
+/// What a release comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// There was nothing to release.
+    Nothing,
+    /// It had been released before.
+    Again(Lease),
+    /// It is released.
+    Now(Lease),
+}
 
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
@@ -45,15 +58,19 @@ impl Ledger {
         self.0.read(|records| records.pulls.clone())
     }
 
-    /// Writes the intent of a new lease, or finds the one that the VM holds.
+    /// Writes the intent of a new lease, or finds the one that the VM holds. Refused if it was given up by then.
     pub async fn acquire(
         &self,
         vm: VmId,
         spec: Spec,
         fresh: LeaseId,
         now: UnixMicros,
+        given_up: GivenUp,
     ) -> Result<Acquisition> {
         self.write(move |batch| {
+            if given_up.is_set() {
+                return Err(released(&vm));
+            }
             let acquisition = book(batch).acquire(&vm, &spec, fresh, now).map_err(Error::from)?;
             if let Acquisition::New(lease) = &acquisition {
                 batch.change(Change::Lease(cowshed_leases::Change::Put(lease.clone())));
@@ -68,8 +85,7 @@ impl Ledger {
         self.write(move |batch| {
             let change = book(batch).grant(&id, grant).map_err(Error::from)?;
             batch.change(Change::Lease(change));
-            let missing = || Error::new(Reason::LedgerError, format!("lease {id} vanished from the book"));
-            book(batch).get(&id).cloned().ok_or_else(missing)
+            lease_in(batch, &id)
         })
         .await
     }
@@ -81,6 +97,22 @@ impl Ledger {
                 batch.change(Change::Lease(change));
             }
             Ok(book(batch).get(&id).cloned())
+        })
+        .await
+    }
+
+    /// Marks the lease that the VM has, or only this one of it, for reclaiming. The writer looks it up, in turn, so that
+    /// it also finds one that was asked for just before.
+    pub async fn release_of(&self, vm: VmId, only: Option<LeaseId>, now: UnixMicros) -> Result<Release> {
+        self.write(move |batch| {
+            let found = match &only {
+                Some(id) => book(batch).get(id).filter(|lease| lease.vm == vm),
+                None => book(batch).of_vm(&vm),
+            };
+            let Some(lease) = found.cloned() else { return Ok(Release::Nothing) };
+            let Some(change) = book(batch).release(&lease.id, now) else { return Ok(Release::Again(lease)) };
+            batch.change(Change::Lease(change));
+            lease_in(batch, &lease.id).map(Release::Now)
         })
         .await
     }
@@ -145,6 +177,19 @@ impl Ledger {
 /// The book with all that was decided before.
 fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
     &batch.state().book
+}
+
+/// A lease that is there.
+fn lease_in(batch: &Batch<'_, Records>, id: &LeaseId) -> Result<Lease> {
+    let missing = || Error::new(Reason::LedgerError, format!("lease {id} vanished from the book"));
+    book(batch).get(id).cloned().ok_or_else(missing)
+}
+
+fn released(vm: &VmId) -> Error {
+    let message = format!(
+        "the disk of VM {vm} was released while it was being made; acquire again if it is wanted still"
+    );
+    Error::new(Reason::Released, message).with("vm_id", vm)
 }
 
 #[async_trait::async_trait]

@@ -15,13 +15,12 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     acquire::{Acquired, Acquirer, Wish},
     admission::Admission,
-    clock,
     error::{Error, Reason, Result},
     image::{ImageRef, Images, Platform},
     kernel::Kernel,
     ledger::Ledger,
     metrics::Metrics,
-    reclaim::{Waiting, Wake},
+    reclaim::Waiting,
     status::StatusSource,
 };
 
@@ -44,8 +43,6 @@ pub struct Api {
     pub status: StatusSource,
     /// Why released disks are still there.
     pub waiting: Waiting,
-    /// To be woken after a release.
-    pub wake: Wake,
     /// Counts calls.
     pub metrics: Metrics,
 }
@@ -167,20 +164,7 @@ impl Api {
     async fn release_now(&self, request: v1::ReleaseRequest) -> Result<Option<Lease>> {
         let vm = vm_id(&request.vm_id)?;
         let only = request.lease_id.as_deref().map(lease_id).transpose()?;
-        let found = self.ledger.read(|book| {
-            let lease = match &only {
-                Some(id) => book.get(id).filter(|lease| lease.vm == vm),
-                None => book.of_vm(&vm),
-            };
-            lease.map(|lease| lease.id.clone())
-        });
-        let Some(id) = found else { return Ok(None) };
-        let released = self.ledger.release(id, clock::now()).await?;
-        self.wake.now();
-        if let Some(lease) = &released {
-            tracing::info!(vm = %lease.vm, lease = %lease.id, "released");
-        }
-        Ok(released)
+        self.acquirer.release(&vm, only).await
     }
 
     fn find_lease(&self, request: v1::GetLeaseRequest) -> Result<v1::Lease> {

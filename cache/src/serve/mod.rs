@@ -6,7 +6,6 @@ mod lock;
 mod snapshotter;
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
@@ -28,6 +27,7 @@ use crate::{
     config::{Config, ConfigError},
     containerd::{Containerd, Snapshots},
     exit,
+    flights::Flights,
     image::{Images, PullLimits},
     kernel::{DeviceMapper, Kernel},
     ledger::Ledger,
@@ -215,9 +215,9 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         snapshots,
         kernel: kernel.clone(),
         admission,
-        wake: wake.clone(),
+        wake,
         tasks: tasks.clone(),
-        flights: Mutex::new(HashMap::new()),
+        flights: Flights::default(),
     };
     let status = StatusSource {
         ledger: ledger.clone(),
@@ -235,7 +235,6 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         kernel: kernel.clone(),
         status,
         waiting,
-        wake,
         metrics: metrics.clone(),
     };
     Ok(Parts { api, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
