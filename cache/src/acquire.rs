@@ -27,6 +27,7 @@ use crate::{
     image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
     kernel::{Kernel, KernelError},
     ledger::{Ledger, Release},
+    making::{Maker, Making},
     reclaim::Wake,
     stages::{Stage, Stages},
     tasks::Tasks,
@@ -81,6 +82,8 @@ pub struct Acquirer {
     pub admission: Admission,
     /// To be woken when there is something to clear away.
     pub wake: Wake,
+    /// What is being made, for the reclaimer.
+    pub making: Making,
     /// Where the work runs.
     pub tasks: Tasks,
     /// Work under way, so that equal wishes share it.
@@ -139,7 +142,9 @@ impl Acquirer {
         }
         self.admission.admit(&*self.kernel)?;
         let (image, cache) = self.image(wish, &mut stages).await?;
-        let lease = match self.ledger.acquire(wish.vm.clone(), spec, fresh(), clock::now(), given_up).await? {
+        let id = fresh();
+        let maker = self.making.begin(id.clone());
+        let lease = match self.ledger.acquire(wish.vm.clone(), spec, id, clock::now(), given_up).await? {
             Acquisition::Existing(lease) => return self.existing(*lease, stages),
             Acquisition::New(lease) => *lease,
         };
@@ -147,7 +152,7 @@ impl Acquirer {
         tracing::Span::current().record("lease", lease.id.as_str());
         match self.make(wish, &lease, image, &mut stages).await {
             Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false }),
-            Err(error) => Err(self.give_up(&lease.id, error).await),
+            Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
     }
 
@@ -260,9 +265,11 @@ impl Acquirer {
         }
     }
 
-    /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it.
-    async fn give_up(&self, id: &LeaseId, error: Error) -> Error {
+    /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be
+    /// marked, the reclaimer does that too, as soon as it finds it without a maker.
+    async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Error {
         let marked = self.ledger.release(id.clone(), clock::now()).await;
+        drop(maker);
         self.wake.now();
         match marked {
             Ok(_) => error,

@@ -198,7 +198,9 @@ async fn a_release_while_the_snapshot_is_made_is_heeded() {
     let acquirer = process.acquirer.clone();
     let later = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
     tokio::task::yield_now().await;
+    // Its snapshot can appear yet, so its record stays.
     process.settle().await;
+    assert_eq!(process.reclaimer.waiting.read().unwrap()[&first.id], "the disk is still being made");
     drop(preparing);
     assert_eq!(call.await.unwrap().unwrap_err().reason(), Reason::Released);
     let second = later.await.unwrap().unwrap().lease.clone();
@@ -221,4 +223,38 @@ async fn a_release_by_lease_id_leaves_every_other_one_alone() {
     assert_eq!(process.acquirer.release(&vm, Some(first.id.clone())).await.unwrap().unwrap().id, first.id);
     drop(preparing);
     assert_ne!(call.await.unwrap().unwrap().lease.id, first.id);
+}
+
+#[tokio::test]
+async fn what_a_crashed_task_has_left_half_made_is_cleared_away() {
+    for fail_at in 1..=2 {
+        let (world, directory) = (world(), tempfile::tempdir().unwrap());
+        let process = start(&world, directory.path());
+        world.arm(Fault::Panics, fail_at);
+        process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
+        let busy = process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
+        assert_eq!(busy.reason(), Reason::NotReady);
+        process.settle().await;
+        assert!(world.is_empty(), "effect {fail_at}");
+        process.acquirer.acquire(wish("vm-1")).await.unwrap();
+        process.audit(&world, "after the crash");
+    }
+}
+
+#[tokio::test]
+async fn everything_is_looked_at_although_releases_keep_coming() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let (_stop, stopped) = tokio::sync::watch::channel(false);
+    let wake = process.reclaimer.wake.clone();
+    let releases = async {
+        while world.looks.load(Ordering::SeqCst) < 3 {
+            wake.now();
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        () = process.reclaimer.run(stopped) => {}
+        () = releases => {}
+    }
 }

@@ -25,6 +25,7 @@ use crate::{
     image::{Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls},
     kernel::{Kernel, KernelError, PoolMode, PoolUsage},
     ledger::Ledger,
+    making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
     tasks::Tasks,
@@ -34,6 +35,8 @@ use crate::{
 #[derive(Default)]
 pub(crate) struct World {
     pub(crate) state: Mutex<State_>,
+    /// How often everything was looked at.
+    pub(crate) looks: AtomicUsize,
     /// The image has to be pulled.
     pub(crate) absent: AtomicBool,
     /// Whoever has these keeps pulls and Prepares from being done.
@@ -56,6 +59,8 @@ pub(crate) enum Fault {
     CrashBefore,
     /// It is made, and the process is gone.
     CrashAfter,
+    /// It is made, and its caller panics.
+    Panics,
 }
 
 #[derive(Default)]
@@ -102,11 +107,14 @@ impl World {
         let fault = (number == self.fail_at.load(Ordering::SeqCst)).then_some(fault);
         let made = match fault {
             Some(Fault::Refused | Fault::CrashBefore) => Err(broken()),
-            None | Some(Fault::AnswerLost | Fault::CrashAfter) => make(&mut self.state.lock().unwrap()),
+            None | Some(Fault::AnswerLost | Fault::CrashAfter | Fault::Panics) => {
+                make(&mut self.state.lock().unwrap())
+            }
         };
         match fault {
             None => made,
             Some(Fault::Refused | Fault::AnswerLost) => Err(broken()),
+            Some(Fault::Panics) => panic!("as the test wants it"),
             Some(Fault::CrashBefore | Fault::CrashAfter) => std::future::pending().await,
         }
     }
@@ -162,6 +170,7 @@ impl Snapshots for World {
     }
 
     async fn our_leases(&self) -> Result<Vec<String>, CallError> {
+        self.looks.fetch_add(1, Ordering::SeqCst);
         Ok(self.look(|s| s.leases.iter().cloned().collect()))
     }
 
@@ -267,7 +276,7 @@ pub(crate) struct Process_ {
 
 pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
     let ledger = Ledger::open(directory).unwrap();
-    let wake = Wake::default();
+    let (wake, making) = (Wake::default(), Making::default());
     let acquirer = Acquirer {
         ledger: ledger.clone(),
         images: world.clone(),
@@ -275,6 +284,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         kernel: world.clone(),
         admission: Admission { data_headroom_percent: 5, metadata_headroom_percent: 5 },
         wake: wake.clone(),
+        making: making.clone(),
         tasks: Tasks::default(),
         flights: Flights::default(),
     };
@@ -283,6 +293,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         snapshots: world.clone(),
         kernel: world.clone(),
         running_pulls: world.clone(),
+        making,
         wake,
         waiting: Waiting::default(),
         metrics: Metrics::new().unwrap(),

@@ -15,6 +15,7 @@ mod flights;
 pub mod image;
 pub mod kernel;
 pub mod ledger;
+pub mod making;
 pub mod metrics;
 pub mod reclaim;
 pub mod registry;

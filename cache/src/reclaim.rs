@@ -13,7 +13,10 @@ use std::{
 
 use cowshed_gc::{DeviceUse, Foreign, Inventory, Step};
 use cowshed_leases::{Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use crate::{
     acquire::block_device,
@@ -23,6 +26,7 @@ use crate::{
     image::RunningPulls,
     kernel::{Kernel, KernelError},
     ledger::Ledger,
+    making::Making,
     metrics::Metrics,
 };
 
@@ -55,6 +59,8 @@ pub struct Reclaimer {
     pub kernel: Arc<dyn Kernel>,
     /// Which pulls are alive.
     pub running_pulls: Arc<dyn RunningPulls>,
+    /// Which leases are being made.
+    pub making: Making,
     /// Its alarm clock.
     pub wake: Wake,
     /// For the replies of the API.
@@ -84,36 +90,44 @@ enum Scope {
 }
 
 impl Reclaimer {
-    /// Marks what the process before has left half made. To be called once, before the first request is served.
+    /// Marks what nobody is making (any more): of a process before, of a task that crashed, or because the ledger could
+    /// not be written when it was given up. To be called before the first request is served.
     pub async fn recover(&self) -> Result<usize> {
-        let half_made: Vec<LeaseId> = self.ledger.read(|book| {
+        // The ledger before the makers: a lease has one from before its intent until it is decided.
+        let preparing: BTreeSet<LeaseId> = self.ledger.read(|book| {
             let preparing = book.after(None).filter(|lease| lease.state == State::Preparing);
             preparing.map(|lease| lease.id.clone()).collect()
         });
-        let count = half_made.len();
+        let making = self.making.now();
+        let half_made: Vec<LeaseId> = preparing.difference(&making).cloned().collect();
+        if half_made.is_empty() {
+            return Ok(0);
+        }
+        let count = self.ledger.give_up_all(half_made, clock::now()).await?;
         if count > 0 {
-            tracing::warn!(
-                count,
-                "leases were being made when the service stopped; their remains are cleared away"
-            );
-            self.ledger.release_all(half_made, clock::now()).await?;
+            tracing::warn!(count, "leases were left half made; their remains are cleared away");
         }
         Ok(count)
     }
 
     /// Runs until `stop` changes.
     pub async fn run(&self, mut stop: watch::Receiver<bool>) {
-        let mut scope = Scope::Everything;
+        let mut everything_at = Instant::now();
         let mut retry = FIRST_RETRY;
         loop {
+            // Releases that keep coming must not put the look at everything off.
+            let scope = if Instant::now() < everything_at { Scope::Released } else { Scope::Everything };
             let left = self.pass(scope).await;
-            let pause = if left == 0 { self.interval } else { retry.min(self.retry) };
+            if scope == Scope::Everything {
+                everything_at = Instant::now() + self.interval;
+            }
+            let until_everything = everything_at.saturating_duration_since(Instant::now());
+            let pause =
+                if left == 0 { until_everything } else { retry.min(self.retry).min(until_everything) };
             retry = if left == 0 { FIRST_RETRY } else { (retry * 2).min(self.retry) };
             tokio::select! {
-                () = self.wake.0.notified() => { scope = Scope::Released; retry = FIRST_RETRY; }
-                () = tokio::time::sleep(pause) => {
-                    scope = if left == 0 { Scope::Everything } else { Scope::Released };
-                }
+                () = self.wake.0.notified() => retry = FIRST_RETRY,
+                () = tokio::time::sleep(pause) => {}
                 _ = stop.changed() => return,
             }
         }
@@ -126,6 +140,13 @@ impl Reclaimer {
 
     /// One look, and what follows from it. Returns how much has to be looked at again soon.
     async fn pass(&self, scope: Scope) -> usize {
+        let unmarked = match self.recover().await {
+            Ok(_) => 0,
+            Err(error) => {
+                tracing::warn!(%error, "half made leases cannot be marked yet");
+                1
+            }
+        };
         let inventory = self.inventory(scope).await;
         let mut reclaim = Vec::new();
         let mut waiting = HashMap::new();
@@ -149,7 +170,7 @@ impl Reclaimer {
         for batch in reclaim.chunks(BATCH) {
             waiting.extend(self.reclaim(batch).await);
         }
-        let left = waiting.len() + unended;
+        let left = waiting.len() + unended + unmarked;
         *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = waiting;
         left
     }
@@ -179,8 +200,11 @@ impl Reclaimer {
             }
         });
         inventory.held = held.into_iter().map(|lease| lease.id).collect();
+        // Again the ledger first: who makes one of these now has begun before it was released.
+        let making = self.making.now();
         for lease in releasing {
-            let device = self.device_use(&lease).await;
+            let device =
+                if making.contains(&lease.id) { DeviceUse::BeingMade } else { self.device_use(&lease).await };
             inventory.releasing.push((lease.id, device));
         }
         inventory

@@ -7,7 +7,7 @@ mod schema;
 
 use std::{collections::BTreeMap, path::Path};
 
-use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, UnixMicros, VmId};
+use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, State, UnixMicros, VmId};
 use cowshed_pool::store::{Batch, Store, file::OpenError};
 
 pub use crate::flights::GivenUp;
@@ -117,15 +117,18 @@ impl Ledger {
         .await
     }
 
-    /// Marks all `ids` at once.
-    pub async fn release_all(&self, ids: Vec<LeaseId>, now: UnixMicros) -> Result<()> {
+    /// Marks those of `ids` that are still being prepared; says how many.
+    pub async fn give_up_all(&self, ids: Vec<LeaseId>, now: UnixMicros) -> Result<usize> {
         self.write(move |batch| {
+            let mut count = 0;
             for id in &ids {
-                if let Some(change) = book(batch).release(id, now) {
+                let preparing = book(batch).get(id).is_some_and(|lease| lease.state == State::Preparing);
+                if let Some(change) = book(batch).release(id, now).filter(|_| preparing) {
                     batch.change(Change::Lease(change));
+                    count += 1;
                 }
             }
-            Ok(())
+            Ok(count)
         })
         .await
     }

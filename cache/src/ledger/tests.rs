@@ -2,8 +2,6 @@
 
 use std::fs;
 
-use cowshed_leases::State;
-
 use super::*;
 
 fn vm(n: u32) -> VmId {

@@ -31,6 +31,7 @@ use crate::{
     image::{Images, PullLimits},
     kernel::{DeviceMapper, Kernel},
     ledger::Ledger,
+    making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
@@ -196,12 +197,14 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
     };
     let images = images(config, &containerd, &ledger, &metrics);
     let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
+    let making = Making::default();
     let snapshots: Arc<dyn Snapshots> = containerd.clone();
     let reclaimer = Reclaimer {
         ledger: ledger.clone(),
         snapshots: snapshots.clone(),
         kernel: kernel.clone(),
         running_pulls: Arc::new(images.clone()),
+        making: making.clone(),
         wake: wake.clone(),
         waiting: waiting.clone(),
         metrics: metrics.clone(),
@@ -216,6 +219,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         kernel: kernel.clone(),
         admission,
         wake,
+        making,
         tasks: tasks.clone(),
         flights: Flights::default(),
     };
