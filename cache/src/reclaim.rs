@@ -1,8 +1,9 @@
 //! Clears away what was released, and what a crash or a failure left half made; never with force.
 //!
-//! The release fence: a disk is removed when the kernel says that its device is closed. On a snapshotter whose own
-//! removal forces (the stock one's does), that is a check just before: a launcher that opens a device that it has
-//! released, in the milliseconds between the check and the removal, loses it. Nothing can be lost by opening a device
+//! The release fence: a disk's snapshot is removed when the kernel has just said that its device is closed, and a
+//! snapshotter that does not force keeps a device that is open. On one whose own removal forces (the stock one's does),
+//! the fence is that check: the devices of a batch go at the collection after its last removal, so a launcher that opens
+//! a device that it has released, in the second or so between the two, loses it. Nothing can be lost by opening a device
 //! that was not released.
 
 use std::{
@@ -11,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::{DeviceUse, Foreign, Inventory, Step};
+use cowshed_gc::{DeviceUse, Foreign, Inventory, Step, WaitReason};
 use cowshed_leases::{Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
 use tokio::{
     sync::{Notify, watch},
@@ -87,6 +88,14 @@ pub struct Suspects {
 enum Scope {
     Released,
     Everything,
+}
+
+/// What became of the removal of a disk's snapshot.
+enum Removal {
+    Done,
+    /// Its device is not closed any more.
+    Fenced(WaitReason),
+    Failed(String),
 }
 
 impl Reclaimer {
@@ -245,13 +254,14 @@ impl Reclaimer {
 
     /// Removes disks whose devices are closed; returns those that are still there, and why.
     async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
-        let mut left = HashMap::new();
+        let (mut removed, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
         for id in ids {
-            if let Err(error) = self.snapshots.remove(&id.snapshot_key()).await {
-                left.insert(id.clone(), error.to_string());
+            match self.remove(id).await {
+                Removal::Done => removed.push(id),
+                Removal::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
+                Removal::Failed(why) => drop(left.insert(id.clone(), why)),
             }
         }
-        let removed: Vec<&LeaseId> = ids.iter().filter(|id| !left.contains_key(*id)).collect();
         if let Err(error) = self.collect(&removed).await {
             tracing::warn!(%error, "containerd did not collect released disks; trying again");
         }
@@ -269,7 +279,20 @@ impl Reclaimer {
             tracing::warn!(lease = %id, why, "a released disk is still there");
         }
         self.forget(gone).await;
+        left.extend(opened);
         left
+    }
+
+    /// Asks once more, right before: since the plan was made, hundreds of others may have been removed.
+    async fn remove(&self, id: &LeaseId) -> Removal {
+        let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return Removal::Done };
+        if let Some(why) = self.device_use(&lease).await.hinders() {
+            return Removal::Fenced(why);
+        }
+        match self.snapshots.remove(&id.snapshot_key()).await {
+            Ok(()) => Removal::Done,
+            Err(error) => Removal::Failed(error.to_string()),
+        }
     }
 
     /// One garbage collection for all: only the last deletion waits for it.
