@@ -138,14 +138,14 @@ impl Acquirer {
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
         let known = self.ledger.read(|book| book.acquire(&wish.vm, &spec, fresh(), clock::now()))?;
         if let Acquisition::Existing(lease) = known {
-            return self.existing(*lease, stages);
+            return self.existing(*lease, stages).await;
         }
         self.admission.admit(&*self.kernel)?;
         let (image, cache) = self.image(wish, &mut stages).await?;
         let id = fresh();
         let maker = self.making.begin(id.clone());
         let lease = match self.ledger.acquire(wish.vm.clone(), spec, id, clock::now(), given_up).await? {
-            Acquisition::Existing(lease) => return self.existing(*lease, stages),
+            Acquisition::Existing(lease) => return self.existing(*lease, stages).await,
             Acquisition::New(lease) => *lease,
         };
         stages.done(Stage::Intent);
@@ -157,19 +157,12 @@ impl Acquirer {
     }
 
     /// The VM's own lease again, if its device still is what was granted.
-    fn existing(&self, lease: Lease, mut stages: Stages) -> Result<Acquired> {
+    async fn existing(&self, lease: Lease, mut stages: Stages) -> Result<Acquired> {
         let State::Granted(grant) = &lease.state else {
             let message = format!("lease {} of VM {} is still being made; try again", lease.id, lease.vm);
             return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
         };
-        let differs = match self.kernel.inspect(&grant.device.path) {
-            Ok(now) => grant
-                .device
-                .differs_from(&now)
-                .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}")),
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(what) = differs {
+        if let Some(what) = self.differs(&lease, &grant.device).await? {
             let message = format!(
                 "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
                 grant.device.path, lease.id, lease.vm
@@ -178,6 +171,34 @@ impl Acquirer {
         }
         stages.done(Stage::Ledger);
         Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true })
+    }
+
+    /// How the lease's device differs from what was granted. An error if that cannot be told: who releases a disk
+    /// because its device is not there *yet* (after a reboot, say) loses what is on it.
+    async fn differs(&self, lease: &Lease, granted: &DeviceIdentity) -> Result<Option<String>> {
+        let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
+            Ok(mounts) => mounts,
+            Err(error) if error.is_not_found() => return Ok(Some("its snapshot is gone".to_owned())),
+            Err(error) => return Err(self.snapshots.explain(error).with("lease_id", &lease.id)),
+        };
+        let path = mounts.first().map_or("", |mount| &mount.source);
+        if path != granted.path {
+            return Ok(Some(format!("its snapshot's device is {path:?}")));
+        }
+        match self.kernel.inspect(path) {
+            Ok(now) => Ok(granted
+                .differs_from(&now)
+                .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}"))),
+            Err(error @ KernelError::NotThin { .. }) => Ok(Some(error.to_string())),
+            Err(error) => {
+                let message = format!(
+                    "the device of lease {} of VM {} cannot be looked at: {error}; its snapshot is there, so try again \
+                     when the snapshotter has activated it",
+                    lease.id, lease.vm
+                );
+                Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id))
+            }
+        }
     }
 
     async fn image(&self, wish: &Wish, stages: &mut Stages) -> Result<(ResolvedImage, Cache)> {

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use super::*;
-use crate::fakes::{Fault, Process_, World, start, wish, world};
+use crate::fakes::{Fault, Process_, Sight, State_, World, start, wish, world};
 
 #[tokio::test]
 async fn equal_wishes_get_one_lease_and_different_vms_different_disks() {
@@ -53,13 +53,33 @@ async fn an_image_that_vanished_meanwhile_is_pulled_again() {
 
 #[tokio::test]
 async fn a_device_that_is_not_what_was_granted_is_not_handed_out_again() {
-    let (world, directory) = (world(), tempfile::tempdir().unwrap());
-    let process = start(&world, directory.path());
-    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
-    world.state.lock().unwrap().devices.clear();
-    let error = process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::DeviceMismatch);
-    assert!(error.to_string().contains(lease.id.as_str()), "{error}");
+    type Harm = fn(&mut State_);
+    let table: [(&str, Harm, Reason, &str); 5] = [
+        ("not activated yet", |s| s.devices.clear(), Reason::NotReady, "try again"),
+        ("no snapshot", |s| s.snapshots.clear(), Reason::DeviceMismatch, "its snapshot is gone"),
+        (
+            "another device",
+            |s| {
+                s.devices.insert("snap-9".into(), 0);
+                s.snapshots.values_mut().for_each(|device| *device = "snap-9".into());
+            },
+            Reason::DeviceMismatch,
+            "/dev/mapper/snap-9",
+        ),
+        ("no thin device", |s| s.sight = Sight::NotThin, Reason::DeviceMismatch, "linear"),
+        ("no file handles", |s| s.sight = Sight::Blind, Reason::NotReady, "EMFILE"),
+    ];
+    for (name, harm, reason, says) in table {
+        let (world, directory) = (world(), tempfile::tempdir().unwrap());
+        let process = start(&world, directory.path());
+        let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+        harm(&mut world.state.lock().unwrap());
+        let error = process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{name}");
+        let text = error.to_string();
+        assert!(text.contains(lease.id.as_str()) && text.contains(says), "{name}: {text}");
+        assert_eq!(text.contains("release it"), reason == Reason::DeviceMismatch, "{name}: {text}");
+    }
 }
 
 /// Acquire fails at each of its effects; what follows leaves nothing, and the next acquire works.
@@ -257,4 +277,25 @@ async fn everything_is_looked_at_although_releases_keep_coming() {
         () = process.reclaimer.run(stopped) => {}
         () = releases => {}
     }
+}
+
+/// A launcher opens what it has released, after the reclaimer has planned to remove it.
+#[tokio::test]
+async fn a_device_that_is_opened_while_others_are_removed_is_left_alone() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let mut leases = Vec::new();
+    for vm in ["vm-1", "vm-2"] {
+        leases.push(process.acquirer.acquire(wish(vm)).await.unwrap().lease.clone());
+        process.acquirer.release(&vm.parse().unwrap(), None).await.unwrap();
+    }
+    leases.sort_by(|a, b| a.id.cmp(&b.id));
+    let late = leases[1].grant().unwrap().device.dm_name.clone();
+    world.state.lock().unwrap().opened_by_removal = Some(late.clone());
+    process.settle().await;
+    process.audit(&world, "while it is open");
+    assert_eq!(process.reclaimer.waiting.read().unwrap()[&leases[1].id], "the device is open");
+    world.set_open(&late, 0);
+    process.settle().await;
+    assert!(world.is_empty());
 }

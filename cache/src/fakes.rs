@@ -63,6 +63,15 @@ pub(crate) enum Fault {
     Panics,
 }
 
+/// What the kernel tells of a device that is there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Sight {
+    #[default]
+    Clear,
+    NotThin,
+    Blind,
+}
+
 #[derive(Default)]
 pub(crate) struct State_ {
     pub(crate) leases: BTreeSet<String>,
@@ -71,6 +80,10 @@ pub(crate) struct State_ {
     /// Device name → open count.
     pub(crate) devices: BTreeMap<String, u32>,
     next_device: u32,
+    /// What the kernel tells of devices.
+    pub(crate) sight: Sight,
+    /// The device that somebody opens when a snapshot is removed.
+    pub(crate) opened_by_removal: Option<String>,
     pub(crate) parents: BTreeSet<String>,
 }
 
@@ -197,6 +210,9 @@ impl Snapshots for World {
     async fn remove(&self, key: &str) -> Result<(), CallError> {
         self.effect(|s| {
             s.snapshots.remove(key);
+            if let Some(device) = s.opened_by_removal.take() {
+                s.devices.insert(device, 1);
+            }
             Ok(())
         })
         .await
@@ -220,6 +236,15 @@ impl Kernel for World {
         let name = path.rsplit('/').next().unwrap().to_owned();
         if !self.look(|s| s.devices.contains_key(&name)) {
             return Err(KernelError::Missing(path.to_owned()));
+        }
+        match self.look(|s| s.sight) {
+            Sight::Clear => {}
+            Sight::NotThin => {
+                return Err(KernelError::NotThin { path: path.to_owned(), what: "linear".into() });
+            }
+            Sight::Blind => {
+                return Err(KernelError::Refused { what: "opening".into(), error: "EMFILE".into() });
+            }
         }
         let thin_id = name.trim_start_matches("snap-").parse().unwrap();
         Ok(DeviceIdentity {
