@@ -25,7 +25,7 @@ use crate::{
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
     image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
-    kernel::{Kernel, KernelError},
+    kernel::{Devices, KernelError},
     ledger::{Ledger, Release},
     making::{Maker, Making},
     reclaim::Wake,
@@ -77,7 +77,7 @@ pub struct Acquirer {
     /// The snapshots.
     pub snapshots: Arc<dyn Snapshots>,
     /// The devices.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
     /// To be woken when there is something to clear away.
@@ -140,7 +140,7 @@ impl Acquirer {
         if let Acquisition::Existing(lease) = known {
             return self.existing(*lease, stages).await;
         }
-        self.admission.admit(&*self.kernel)?;
+        self.admission.admit(&self.kernel).await?;
         let (image, cache) = self.image(wish, &mut stages).await?;
         let id = fresh();
         let maker = self.making.begin(id.clone());
@@ -185,7 +185,7 @@ impl Acquirer {
         if path != granted.path {
             return Ok(Some(format!("its snapshot's device is {path:?}")));
         }
-        match self.kernel.inspect(path) {
+        match self.kernel.inspect(path).await {
             Ok(now) => Ok(granted
                 .differs_from(&now)
                 .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}"))),
@@ -275,7 +275,7 @@ impl Acquirer {
         let deadline = Instant::now() + DEVICE_WAIT;
         let mut pause = Duration::from_millis(1);
         loop {
-            match self.kernel.inspect(path) {
+            match self.kernel.inspect(path).await {
                 Ok(device) => return Ok(device),
                 Err(KernelError::Missing(_)) if Instant::now() < deadline => {
                     tokio::time::sleep(pause).await;

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Reason, Result},
-    kernel::{Kernel, KernelError, PoolMode, PoolUsage},
+    kernel::{Devices, KernelError, PoolMode, PoolUsage},
 };
 
 /// What has to stay free.
@@ -16,8 +16,13 @@ pub struct Admission {
 
 impl Admission {
     /// Asks the kernel and decides.
-    pub fn admit(self, kernel: &dyn Kernel) -> Result<()> {
-        self.decide(&kernel.pool().map_err(missing)?)
+    pub async fn admit(self, kernel: &Devices) -> Result<()> {
+        self.judge(&kernel.pool().await)
+    }
+
+    /// Decides on what the kernel has said.
+    pub fn judge(self, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
+        self.decide(pool.as_ref().map_err(unknown)?)
     }
 
     fn decide(self, pool: &PoolUsage) -> Result<()> {
@@ -71,8 +76,14 @@ fn full(pool: &str, why: &str) -> Error {
     Error::new(Reason::PoolFull, message).with("pool", pool)
 }
 
-fn missing(error: KernelError) -> Error {
-    Error::new(Reason::PoolMissing, error.to_string())
+fn unknown(error: &KernelError) -> Error {
+    match error {
+        KernelError::Slow { .. } => Error::new(Reason::NotReady, format!("{error}; try again")),
+        KernelError::NoPool(_)
+        | KernelError::Missing(_)
+        | KernelError::NotThin { .. }
+        | KernelError::Refused { .. } => Error::new(Reason::PoolMissing, error.to_string()),
+    }
 }
 
 #[cfg(test)]
@@ -107,6 +118,10 @@ mod tests {
             let text = refused.map(|e| e.to_string()).unwrap_or_default();
             assert!(text.contains(says), "{text}");
         }
+        let slow = KernelError::Slow { what: "looking".into(), after: std::time::Duration::from_secs(2) };
+        assert_eq!(admission.judge(&Err(slow)).unwrap_err().reason(), Reason::NotReady);
+        let gone = KernelError::NoPool("there is no thin pool".into());
+        assert_eq!(admission.judge(&Err(gone)).unwrap_err().reason(), Reason::PoolMissing);
         let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0 };
         assert_eq!(none.decide(&pool(1000, 0, rw)).unwrap_err().reason(), Reason::PoolFull);
         assert!(none.decide(&pool(999, 99, rw)).is_ok());

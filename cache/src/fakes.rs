@@ -23,7 +23,7 @@ use crate::{
     error::{Error, Reason, Result},
     flights::Flights,
     image::{Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls},
-    kernel::{Kernel, KernelError, PoolMode, PoolUsage},
+    kernel::{Devices, Kernel, KernelError, PoolMode, PoolUsage},
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
@@ -302,12 +302,13 @@ pub(crate) struct Process_ {
 
 pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
     let ledger = Ledger::open(directory).unwrap();
+    let kernel = Devices::new(world.clone());
     let (wake, making) = (Wake::default(), Making::default());
     let acquirer = Acquirer {
         ledger: ledger.clone(),
         images: world.clone(),
         snapshots: world.clone(),
-        kernel: world.clone(),
+        kernel: kernel.clone(),
         admission: Admission { data_headroom_percent: 5, metadata_headroom_percent: 5 },
         wake: wake.clone(),
         making: making.clone(),
@@ -317,7 +318,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
     let reclaimer = Reclaimer {
         ledger,
         snapshots: world.clone(),
-        kernel: world.clone(),
+        kernel,
         running_pulls: world.clone(),
         making,
         wake,

@@ -25,7 +25,7 @@ use crate::{
     containerd::Snapshots,
     error::Result,
     image::RunningPulls,
-    kernel::{Kernel, KernelError},
+    kernel::{Devices, KernelError},
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
@@ -57,7 +57,7 @@ pub struct Reclaimer {
     /// Where the snapshots are.
     pub snapshots: Arc<dyn Snapshots>,
     /// Who has devices open.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Which pulls are alive.
     pub running_pulls: Arc<dyn RunningPulls>,
     /// Which leases are being made.
@@ -224,10 +224,11 @@ impl Reclaimer {
             Some(grant) => Ok(Some(grant.device.dm_name.clone())),
             None => self.device_of(&lease.id).await,
         };
-        let open = name.and_then(|name| match name {
-            Some(name) => self.kernel.open_count(&name).map_err(|e| e.to_string()),
-            None => Ok(None),
-        });
+        let open = match name {
+            Ok(Some(name)) => self.kernel.open_count(&name).await.map_err(|e| e.to_string()),
+            Ok(None) => Ok(None),
+            Err(why) => Err(why),
+        };
         match open {
             Ok(None) => DeviceUse::Absent,
             Ok(Some(0)) => DeviceUse::Closed,
@@ -245,7 +246,7 @@ impl Reclaimer {
         };
         // A snapshot that is no device has nothing that could be open.
         let Ok((path, _)) = block_device(&mounts) else { return Ok(None) };
-        match self.kernel.inspect(path) {
+        match self.kernel.inspect(path).await {
             Ok(device) => Ok(Some(device.dm_name)),
             Err(KernelError::Missing(_) | KernelError::NotThin { .. }) => Ok(None),
             Err(error) => Err(error.to_string()),
@@ -313,12 +314,12 @@ impl Reclaimer {
             Ok(_) => return Some("containerd still has its snapshot".to_owned()),
             Err(error) => return Some(error.to_string()),
         }
-        let device =
-            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()));
-        match device.map(|name| (self.kernel.open_count(&name), name)) {
-            None | Some((Ok(None), _)) => None,
-            Some((Ok(Some(_)), name)) => Some(format!("containerd has not removed the device {name} yet")),
-            Some((Err(error), _)) => Some(error.to_string()),
+        let name =
+            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()))?;
+        match self.kernel.open_count(&name).await {
+            Ok(None) => None,
+            Ok(Some(_)) => Some(format!("containerd has not removed the device {name} yet")),
+            Err(error) => Some(error.to_string()),
         }
     }
 

@@ -17,7 +17,7 @@ use crate::{
     admission::Admission,
     error::{Error, Reason, Result},
     image::{ImageRef, Images, Platform},
-    kernel::Kernel,
+    kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
     reclaim::Waiting,
@@ -38,7 +38,7 @@ pub struct Api {
     /// Whether there is room for another pull.
     pub admission: Admission,
     /// The pool.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Status.
     pub status: StatusSource,
     /// Why released disks are still there.
@@ -102,15 +102,14 @@ impl Cowshed for Api {
     ) -> Result<Response<Self::PullImageStream>, Status> {
         let begun = Instant::now();
         let v1::PullImageRequest { image, platform } = request.into_inner();
-        let begin = || {
+        let begin = async {
             let (image, platform) = (image_reference(&image)?, self::platform(platform.as_deref())?);
-            self.admission.admit(&*self.kernel)?;
-            Ok(self.images.pull(&image, &platform))
+            self.admission.admit(&self.kernel).await?;
+            Ok::<_, Error>(self.images.pull(&image, &platform))
         };
-        match begin() {
+        match begin.await {
             Ok(pull) => Ok(Response::new(pull::stream(pull, self.metrics.clone(), begun))),
             Err(error) => {
-                let error: Error = error;
                 self.metrics.called("PullImage", error.reason().code(), begun.elapsed());
                 Err(error.into())
             }

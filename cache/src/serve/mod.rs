@@ -29,7 +29,7 @@ use crate::{
     exit,
     flights::Flights,
     image::{Images, PullLimits},
-    kernel::{DeviceMapper, Kernel},
+    kernel::{DeviceMapper, Devices},
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
@@ -105,7 +105,7 @@ struct Parts {
     reclaimer: Arc<Reclaimer>,
     tasks: Tasks,
     ledger: Ledger,
-    kernel: Arc<dyn Kernel>,
+    kernel: Devices,
     metrics: Metrics,
 }
 
@@ -141,7 +141,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let look = plugin.as_ref().map(snapshotter::Served::looker);
         let scrape = move || {
             look.iter().for_each(|look| look());
-            metrics.scrape(&ledger, &*kernel)
+            let (metrics, ledger, kernel) = (metrics.clone(), ledger.clone(), kernel.clone());
+            async move { metrics.scrape(&ledger, kernel.pool().await.ok().as_ref()) }
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
@@ -190,7 +191,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         c.snapshotter.clone(),
         config.call_timeout(),
     ));
-    let kernel: Arc<dyn Kernel> = Arc::new(DeviceMapper::new(config.pool.name.clone()));
+    let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
         data_headroom_percent: config.pool.data_headroom_percent,
         metadata_headroom_percent: config.pool.metadata_headroom_percent,
@@ -324,7 +325,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         let look = plugin.looker();
         let scrape = move || {
             look();
-            crate::metrics::encode(&registry)
+            std::future::ready(crate::metrics::encode(&registry))
         };
         tokio::spawn(http::serve(http, scrape, stopped));
     }
