@@ -12,6 +12,8 @@ pub struct Admission {
     pub data_headroom_percent: u8,
     /// Of the pool's metadata, in percent.
     pub metadata_headroom_percent: u8,
+    /// Whether a pool that does not zero new blocks is used all the same.
+    pub allow_unzeroed: bool,
 }
 
 impl Admission {
@@ -41,6 +43,17 @@ impl Admission {
                     .with("mode", pool.mode));
             }
         }
+        if !pool.zeroing && !self.allow_unzeroed {
+            let message = format!(
+                "the thin pool {name} does not zero new blocks, so bytes of one disk could be read from another: \
+                 `lvchange --zero y`, or allow it with [pool] allow_unzeroed"
+            );
+            return Err(Error::new(Reason::PoolUnusable, message).with("pool", name));
+        }
+        self.room(pool)
+    }
+
+    fn room(self, pool: &PoolUsage) -> Result<()> {
         let parts = [
             ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),
             (
@@ -58,7 +71,7 @@ impl Admission {
                     "{free} MiB of {} MiB {part} are free, [pool] {option} is {headroom}",
                     total >> 20
                 );
-                return Err(full(name, &why));
+                return Err(full(&pool.name, &why));
             }
         }
         Ok(())
@@ -93,7 +106,8 @@ mod tests {
 
     #[test]
     fn room_and_no_room() {
-        let admission = Admission { data_headroom_percent: 5, metadata_headroom_percent: 10 };
+        let admission =
+            Admission { data_headroom_percent: 5, metadata_headroom_percent: 10, allow_unzeroed: false };
         let pool = |data_used, metadata_used, mode| PoolUsage {
             name: "vg-pool".into(),
             data_used,
@@ -101,6 +115,7 @@ mod tests {
             metadata_used,
             metadata_total: 100,
             mode,
+            zeroing: true,
         };
         let rw = PoolMode::ReadWrite;
         let table = [
@@ -122,8 +137,14 @@ mod tests {
         assert_eq!(admission.judge(&Err(slow)).unwrap_err().reason(), Reason::NotReady);
         let gone = KernelError::NoPool("there is no thin pool".into());
         assert_eq!(admission.judge(&Err(gone)).unwrap_err().reason(), Reason::PoolMissing);
-        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0 };
+        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0, allow_unzeroed: true };
         assert_eq!(none.decide(&pool(1000, 0, rw)).unwrap_err().reason(), Reason::PoolFull);
         assert!(none.decide(&pool(999, 99, rw)).is_ok());
+
+        let careless = PoolUsage { zeroing: false, ..pool(0, 0, rw) };
+        let refused = admission.decide(&careless).unwrap_err();
+        assert_eq!(refused.reason(), Reason::PoolUnusable);
+        assert!(refused.to_string().contains("allow_unzeroed"), "{refused}");
+        assert!(none.decide(&careless).is_ok());
     }
 }

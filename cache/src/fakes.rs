@@ -271,6 +271,7 @@ impl Kernel for World {
             metadata_used: 0,
             metadata_total: 100,
             mode: PoolMode::ReadWrite,
+            zeroing: true,
         })
     }
 }
@@ -309,7 +310,11 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         images: world.clone(),
         snapshots: world.clone(),
         kernel: kernel.clone(),
-        admission: Admission { data_headroom_percent: 5, metadata_headroom_percent: 5 },
+        admission: Admission {
+            data_headroom_percent: 5,
+            metadata_headroom_percent: 5,
+            allow_unzeroed: false,
+        },
         wake: wake.clone(),
         making: making.clone(),
         tasks: Tasks::default(),

@@ -195,6 +195,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
     let admission = Admission {
         data_headroom_percent: config.pool.data_headroom_percent,
         metadata_headroom_percent: config.pool.metadata_headroom_percent,
+        allow_unzeroed: config.pool.allow_unzeroed,
     };
     let images = images(config, &containerd, &ledger, &metrics);
     let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
