@@ -34,6 +34,7 @@ pub enum Reason {
     PoolUnusable,
     ImageUnsupported,
     DeviceMismatch,
+    Released,
     PoolFull,
     StateDirectoryFull,
     ContainerdFull,
@@ -67,6 +68,7 @@ impl Reason {
             | Self::ImageUnsupported
             | Self::RegistryConfiguration
             | Self::DeviceMismatch => Code::FailedPrecondition,
+            Self::Released => Code::Aborted,
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable | Self::RegistryUnavailable | Self::NotReady | Self::Stopping => {
                 Code::Unavailable
@@ -96,6 +98,7 @@ impl Reason {
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
+            Self::Released => "RELEASED",
             Self::PoolFull => "POOL_FULL",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
             Self::ContainerdFull => "CONTAINERD_FULL",

@@ -15,13 +15,12 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     acquire::{Acquired, Acquirer, Wish},
     admission::Admission,
-    clock,
     error::{Error, Reason, Result},
     image::{ImageRef, Images, Platform},
-    kernel::Kernel,
+    kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
-    reclaim::{Waiting, Wake},
+    reclaim::Waiting,
     status::StatusSource,
 };
 
@@ -39,13 +38,11 @@ pub struct Api {
     /// Whether there is room for another pull.
     pub admission: Admission,
     /// The pool.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Status.
     pub status: StatusSource,
     /// Why released disks are still there.
     pub waiting: Waiting,
-    /// To be woken after a release.
-    pub wake: Wake,
     /// Counts calls.
     pub metrics: Metrics,
 }
@@ -105,15 +102,14 @@ impl Cowshed for Api {
     ) -> Result<Response<Self::PullImageStream>, Status> {
         let begun = Instant::now();
         let v1::PullImageRequest { image, platform } = request.into_inner();
-        let begin = || {
+        let begin = async {
             let (image, platform) = (image_reference(&image)?, self::platform(platform.as_deref())?);
-            self.admission.admit(&*self.kernel)?;
-            Ok(self.images.pull(&image, &platform))
+            self.admission.admit(&self.kernel).await?;
+            Ok::<_, Error>(self.images.pull(&image, &platform))
         };
-        match begin() {
+        match begin.await {
             Ok(pull) => Ok(Response::new(pull::stream(pull, self.metrics.clone(), begun))),
             Err(error) => {
-                let error: Error = error;
                 self.metrics.called("PullImage", error.reason().code(), begun.elapsed());
                 Err(error.into())
             }
@@ -167,20 +163,7 @@ impl Api {
     async fn release_now(&self, request: v1::ReleaseRequest) -> Result<Option<Lease>> {
         let vm = vm_id(&request.vm_id)?;
         let only = request.lease_id.as_deref().map(lease_id).transpose()?;
-        let found = self.ledger.read(|book| {
-            let lease = match &only {
-                Some(id) => book.get(id).filter(|lease| lease.vm == vm),
-                None => book.of_vm(&vm),
-            };
-            lease.map(|lease| lease.id.clone())
-        });
-        let Some(id) = found else { return Ok(None) };
-        let released = self.ledger.release(id, clock::now()).await?;
-        self.wake.now();
-        if let Some(lease) = &released {
-            tracing::info!(vm = %lease.vm, lease = %lease.id, "released");
-        }
-        Ok(released)
+        self.acquirer.release(&vm, only).await
     }
 
     fn find_lease(&self, request: v1::GetLeaseRequest) -> Result<v1::Lease> {

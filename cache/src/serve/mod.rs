@@ -6,12 +6,11 @@ mod lock;
 mod snapshotter;
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
-use cowshed_pool::store::file::OpenError as SnapshotsError;
+use cowshed_pool::store::file::OpenError;
 use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
 use thiserror::Error as ThisError;
 use tokio::{
@@ -28,9 +27,11 @@ use crate::{
     config::{Config, ConfigError},
     containerd::{Containerd, Snapshots},
     exit,
+    flights::Flights,
     image::{Images, PullLimits},
-    kernel::{DeviceMapper, Kernel},
-    ledger::{Ledger, OpenError},
+    kernel::{DeviceMapper, Devices},
+    ledger::Ledger,
+    making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
@@ -65,9 +66,9 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
+    /// The ledger or the snapshot store cannot be opened.
     #[error(transparent)]
-    Ledger(#[from] OpenError),
+    Store(#[from] OpenError),
     /// Somebody else listens there, or it cannot be made.
     #[error("cannot listen on {address}: {what}")]
     Listen {
@@ -76,9 +77,6 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
-    #[error(transparent)]
-    Snapshots(#[from] SnapshotsError),
     /// It ran, and broke.
     #[error("the service stopped: {0}")]
     Broke(String),
@@ -90,10 +88,8 @@ impl ServeError {
         match self {
             Self::Config(_) => exit::CONFIGURATION,
             Self::InUse { .. } => exit::STATE_IN_USE,
-            Self::State { .. } | Self::Ledger(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Ledger(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
-            Self::Snapshots(SnapshotsError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Snapshots(_) => exit::LEDGER_DAMAGED,
+            Self::State { .. } | Self::Store(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
+            Self::Store(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }
@@ -111,7 +107,7 @@ struct Parts {
     reclaimer: Arc<Reclaimer>,
     tasks: Tasks,
     ledger: Ledger,
-    kernel: Arc<dyn Kernel>,
+    kernel: Devices,
     metrics: Metrics,
 }
 
@@ -147,7 +143,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let look = plugin.as_ref().map(snapshotter::Served::looker);
         let scrape = move || {
             look.iter().for_each(|look| look());
-            metrics.scrape(&ledger, &*kernel)
+            let (metrics, ledger, kernel) = (metrics.clone(), ledger.clone(), kernel.clone());
+            async move { metrics.scrape(&ledger, kernel.pool().await.ok().as_ref()) }
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
@@ -197,19 +194,22 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         c.snapshotter.clone(),
         config.call_timeout(),
     ));
-    let kernel: Arc<dyn Kernel> = Arc::new(DeviceMapper::new(config.pool.name.clone()));
+    let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
         data_headroom_percent: config.pool.data_headroom_percent,
         metadata_headroom_percent: config.pool.metadata_headroom_percent,
+        allow_unzeroed: config.pool.allow_unzeroed,
     };
     let images = images(config, &containerd, &ledger, &metrics);
     let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
+    let making = Making::default();
     let snapshots: Arc<dyn Snapshots> = containerd.clone();
     let reclaimer = Reclaimer {
         ledger: ledger.clone(),
         snapshots: snapshots.clone(),
         kernel: kernel.clone(),
         running_pulls: Arc::new(images.clone()),
+        making: making.clone(),
         wake: wake.clone(),
         waiting: waiting.clone(),
         metrics: metrics.clone(),
@@ -223,9 +223,10 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         snapshots,
         kernel: kernel.clone(),
         admission,
-        wake: wake.clone(),
+        wake,
+        making,
         tasks: tasks.clone(),
-        flights: Mutex::new(HashMap::new()),
+        flights: Flights::default(),
     };
     let status = StatusSource {
         ledger: ledger.clone(),
@@ -243,7 +244,6 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         kernel: kernel.clone(),
         status,
         waiting,
-        wake,
         metrics: metrics.clone(),
     };
     Ok(Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
@@ -337,7 +337,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         let look = plugin.looker();
         let scrape = move || {
             look();
-            crate::metrics::encode(&registry)
+            std::future::ready(crate::metrics::encode(&registry))
         };
         tokio::spawn(http::serve(http, scrape, stopped));
     }
