@@ -357,6 +357,13 @@ impl Config {
                 return Err(value("pool", field, format!("{percent} is not between 0 and 90")));
             }
         }
+        let levels = ["off", "error", "warn", "info", "debug", "trace"];
+        let bare = |part: &&str| !part.contains('=') && !levels.contains(part);
+        if let Some(word) = self.log.level.split(',').map(str::trim).find(bare) {
+            // The logging library would take it for the name of a module, and log nothing else.
+            let what = format!("{word:?} is no level: use one of {}, or MODULE=LEVEL", levels.join(", "));
+            return Err(value("log", "level", what));
+        }
         self.snapshotter.base_size.of_disk().map_err(|what| value("snapshotter", "base_size", what))?;
         Ok(())
     }
@@ -456,6 +463,7 @@ mod tests {
             ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
+            ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),
         ];

@@ -40,7 +40,7 @@ pub struct Api {
     /// The pool.
     pub kernel: Devices,
     /// Status.
-    pub status: StatusSource,
+    pub status: Arc<StatusSource>,
     /// Why released disks are still there.
     pub waiting: Waiting,
     /// Counts calls.
