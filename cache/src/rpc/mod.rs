@@ -1,6 +1,7 @@
 //! The gRPC service: parses requests, calls what does the work, and turns the outcome into replies.
 
 mod convert;
+mod page;
 mod pull;
 
 use std::{
@@ -23,9 +24,6 @@ use crate::{
     reclaim::Waiting,
     status::StatusSource,
 };
-
-/// Leases in one page at the most.
-const PAGE_MAX: usize = 1000;
 
 /// `cowshed.v1.Cowshed`.
 pub struct Api {
@@ -195,24 +193,17 @@ impl Api {
                 Error::new(Reason::PageTokenInvalid, message).with("field", "page_token")
             })?),
         };
-        let size = match request.page_size as usize {
-            0 => PAGE_MAX,
-            size => size.min(PAGE_MAX),
-        };
         let wanted = |lease: &&Lease| {
             request.states.is_empty() || request.states.contains(&i32::from(convert::state(&lease.state)))
         };
-        let mut leases: Vec<Lease> = self
-            .ledger
-            .read(|book| book.after(after.as_ref()).filter(wanted).take(size + 1).cloned().collect());
-        let more = leases.len() > size;
-        leases.truncate(size);
-        let next_page_token =
-            leases.last().filter(|_| more).map(|lease| lease.id.to_string()).unwrap_or_default();
-        Ok(v1::ListLeasesResponse {
-            leases: leases.iter().map(|lease| self.lease(lease)).collect(),
-            next_page_token,
-        })
+        let mut page =
+            self.ledger.read(|book| page::of(book.after(after.as_ref()).filter(wanted), request.page_size));
+        // After the ledger was let go of, so that nobody holds the one while waiting for the other.
+        let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner);
+        for (id, lease) in page.ids.iter().zip(&mut page.reply.leases) {
+            lease.waiting_for = waiting.get(id).cloned();
+        }
+        Ok(page.reply)
     }
 
     fn lease(&self, lease: &Lease) -> v1::Lease {
