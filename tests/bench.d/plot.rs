@@ -15,7 +15,7 @@ pub(crate) struct Bar {
 
 const LEFT: f64 = 300.0;
 const WIDTH: f64 = 420.0;
-const RIGHT: f64 = 190.0;
+const RIGHT: f64 = 220.0;
 const ROW: f64 = 26.0;
 const TOP: f64 = 44.0;
 /// The scale's ends.

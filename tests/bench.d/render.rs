@@ -53,11 +53,13 @@ fn benchmarks(results: &Path) -> Outcome<Vec<(String, PathBuf)>> {
 }
 
 fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot: &Path) -> Outcome {
-    write!(text, "\n## {name}\n\n![{name}]({})\n\n", plot.display())?;
+    let sides = [&meta["sides"]["ours"], &meta["sides"]["peer"]].map(string);
+    write!(text, "\n## {name}\n\nOurs: `{}`, peer: `{}`.\n\n", sides[0], sides[1])?;
+    write!(text, "![{name}]({})\n\n", plot.display())?;
     text.push_str("| figure | value | must | aim | | ours p50 / p99 (n) | peer p50 / p99 (n) |\n|---|---|---|---|---|---|---|\n");
     for figure in figures {
-        let name = string(&figure["figure"]);
-        let unit = meta["sample_units"][&name].as_str().unwrap_or_default();
+        let figure_name = string(&figure["figure"]);
+        let unit = meta["sample_units"][&figure_name].as_str().unwrap_or_default();
         let peer = match figure["peer"]["name"].as_str() {
             Some(peer) => format!("{peer}: {}", side(&figure["peer"], unit)),
             None => "–".to_owned(),
@@ -65,7 +67,7 @@ fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot:
         let sign = if is_higher_better(figure) { "≥" } else { "≤" };
         writeln!(
             text,
-            "| {name} | {} {} | {sign} {} | {sign} {} | {} | {} | {peer} |",
+            "| {figure_name} | {} {} | {sign} {} | {sign} {} | {} | {} | {peer} |",
             number(&figure["value"]),
             string(&figure["unit"]),
             number(&figure["must"]),
@@ -73,6 +75,12 @@ fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot:
             Verdict::of(figure).word(),
             side(&figure["ours"], unit),
         )?;
+    }
+    if name == "snapshots" {
+        for missing in catalogue::ALL.iter().filter(|known| figures.iter().all(|f| f["figure"] != known.name))
+        {
+            writeln!(text, "| {} | not measured | | | **miss** | | |", missing.name)?;
+        }
     }
     explain(text, figures, meta)
 }
