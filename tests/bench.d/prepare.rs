@@ -13,7 +13,7 @@ use crate::{
 
 /// Rounds of Prepares one after the other; after each, its disks are removed.
 pub(crate) async fn one_at_a_time(sides: &Sides) -> Outcome<Value> {
-    let (rounds, each) = sides.of((4, 12), (2, 6));
+    let (rounds, each) = sides.of((8, 6), (2, 6));
     meta(&json!({ "conditions": { PREPARE.name: format!("{rounds} rounds of {each}") } }));
     let (ours, peer) = sides.in_turn(rounds, async |side| round(side, each).await).await?;
     meta(&with_other_rcu(sides, each).await?);
@@ -33,13 +33,12 @@ pub(crate) async fn round(side: &Side, each: usize) -> Outcome<Samples> {
     Ok(samples)
 }
 
-/// A round with the other setting of RCU: how much of a Prepare is the kernel's waiting.
+/// Two rounds with the other setting of RCU: how much of a Prepare is the kernel's waiting.
 async fn with_other_rcu(sides: &Sides, each: usize) -> Outcome<Value> {
     let usual = conditions::rcu_expedited()?;
     let other = u8::from(usual == 0);
     conditions::set_rcu_expedited(other)?;
-    let ours = round(&sides.ours, each).await?;
-    let peer = round(&sides.peer, each).await?;
+    let (ours, peer) = sides.in_turn(2, async |side| round(side, each).await).await?;
     conditions::set_rcu_expedited(usual)?;
     Ok(json!({ "prepare_with_other_rcu": {
         "rcu_expedited": other, "ours": ours.summary(), "peer": peer.summary(),
