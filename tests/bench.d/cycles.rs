@@ -18,22 +18,18 @@ use crate::{
 const WORKERS: usize = 4;
 
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
-    let (rounds, seconds) = sides.of((2, 30), (1, 20));
+    let (rounds, seconds) = sides.of((3, 25), (1, 15));
     let conditions = format!("{rounds} rounds, {WORKERS} workers for {seconds} s");
     meta(&json!({ "conditions": { CYCLES.name: conditions } }));
-    let (mut ours, mut peer) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
-        for (side, samples) in [(&sides.ours, &mut ours), (&sides.peer, &mut peer)] {
-            samples.add(round(side, Duration::from_secs(seconds)).await?);
-        }
-    }
+    let time = Duration::from_secs(seconds);
+    let (ours, peer) = sides.in_turn(rounds, async |side| round(side, time).await).await?;
     // rates: the faster one has the higher
     let value = ratio(&ours, &peer)?;
     Ok(CYCLES.result(value, &ours, Some((&sides.peer.snapshotter, &peer))))
 }
 
 /// Cycles a second. What is left when the time is over is collected, and that counts.
-async fn round(side: &Side, time: Duration) -> Outcome<f64> {
+async fn round(side: &Side, time: Duration) -> Outcome<Samples> {
     let begun = Instant::now();
     let done = try_join_all((0..WORKERS).map(|_| work(side, begun + time))).await?.concat();
     let worked = begun.elapsed();
@@ -49,7 +45,7 @@ async fn round(side: &Side, time: Duration) -> Outcome<f64> {
         done.len()
     );
     side.rest().await?;
-    Ok(rate)
+    Ok(Samples::of(rate))
 }
 
 async fn work(side: &Side, until: Instant) -> Outcome<Vec<Disk>> {

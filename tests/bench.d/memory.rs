@@ -47,7 +47,7 @@ pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
         "containerd_mb": megabytes(pid_of("containerd", None)?, "VmRSS")?,
         "seconds_to_make_them": took,
     } }));
-    let value = samples.percentile(50).ok_or("nothing was measured")?;
+    let value = samples.median().ok_or("nothing was measured")?;
     Ok(MEMORY.result(value, &samples, None))
 }
 

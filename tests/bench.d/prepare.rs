@@ -13,13 +13,9 @@ use crate::{
 
 /// Rounds of Prepares one after the other; after each, its disks are removed.
 pub(crate) async fn one_at_a_time(sides: &Sides) -> Outcome<Value> {
-    let (rounds, each) = sides.of((3, 15), (2, 6));
+    let (rounds, each) = sides.of((8, 6), (2, 6));
     meta(&json!({ "conditions": { PREPARE.name: format!("{rounds} rounds of {each}") } }));
-    let (mut ours, mut peer) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
-        ours.extend(round(&sides.ours, each).await?);
-        peer.extend(round(&sides.peer, each).await?);
-    }
+    let (ours, peer) = sides.in_turn(rounds, async |side| round(side, each).await).await?;
     meta(&with_other_rcu(sides, each).await?);
     let value = ratio(&peer, &ours)?;
     Ok(PREPARE.result(value, &ours, Some((&sides.peer.snapshotter, &peer))))
@@ -37,13 +33,12 @@ pub(crate) async fn round(side: &Side, each: usize) -> Outcome<Samples> {
     Ok(samples)
 }
 
-/// A round with the other setting of RCU: how much of a Prepare is the kernel's waiting.
+/// Two rounds with the other setting of RCU: how much of a Prepare is the kernel's waiting.
 async fn with_other_rcu(sides: &Sides, each: usize) -> Outcome<Value> {
     let usual = conditions::rcu_expedited()?;
     let other = u8::from(usual == 0);
     conditions::set_rcu_expedited(other)?;
-    let ours = round(&sides.ours, each).await?;
-    let peer = round(&sides.peer, each).await?;
+    let (ours, peer) = sides.in_turn(2, async |side| round(side, each).await).await?;
     conditions::set_rcu_expedited(usual)?;
     Ok(json!({ "prepare_with_other_rcu": {
         "rcu_expedited": other, "ours": ours.summary(), "peer": peer.summary(),
@@ -53,14 +48,12 @@ async fn with_other_rcu(sides: &Sides, each: usize) -> Outcome<Value> {
 /// Rounds of fifty.
 pub(crate) async fn at_once(sides: &Sides) -> Outcome<Value> {
     let rounds = sides.of(2, 1);
-    let (mut ours, mut peer) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
-        for (side, samples) in [(&sides.ours, &mut ours), (&sides.peer, &mut peer)] {
-            let (disks, took) = side.prepare_at_once(50).await?;
-            samples.add_time(took);
-            side.clear(&disks).await?;
-        }
-    }
+    let fifty = async |side: &Side| {
+        let (disks, took) = side.prepare_at_once(50).await?;
+        side.clear(&disks).await?;
+        Ok(Samples::of_time(took))
+    };
+    let (ours, peer) = sides.in_turn(rounds, fifty).await?;
     let value = ratio(&peer, &ours)?;
     Ok(AT_ONCE.result(value, &ours, Some((&sides.peer.snapshotter, &peer))))
 }
@@ -68,6 +61,6 @@ pub(crate) async fn at_once(sides: &Sides) -> Outcome<Value> {
 /// How many times longer the one takes, by the p50s.
 pub(crate) fn ratio(longer: &Samples, shorter: &Samples) -> Outcome<f64> {
     let of =
-        |samples: &Samples| samples.percentile(50).filter(|p50| *p50 > 0.0).ok_or("nothing was measured");
+        |samples: &Samples| samples.median().filter(|median| *median > 0.0).ok_or("nothing was measured");
     Ok(of(longer)? / of(shorter)?)
 }

@@ -9,6 +9,15 @@ use serde_json::{Value, json};
 pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
+    pub(crate) fn of(value: f64) -> Self {
+        Self(vec![value])
+    }
+
+    /// In milliseconds.
+    pub(crate) fn of_time(time: Duration) -> Self {
+        Self::of(time.as_secs_f64() * 1e3)
+    }
+
     pub(crate) fn add(&mut self, value: f64) {
         self.0.push(value);
     }
@@ -34,6 +43,15 @@ impl Samples {
         sorted.get(rank - 1).copied()
     }
 
+    /// The middle one, or between the two in the middle: few rounds are not told by their best.
+    pub(crate) fn median(&self) -> Option<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let upper = sorted.get(sorted.len() / 2)?;
+        let lower = sorted.get((sorted.len() - 1) / 2)?;
+        Some(f64::midpoint(*lower, *upper))
+    }
+
     pub(crate) fn mean(&self) -> Option<f64> {
         let count = u32::try_from(self.0.len()).ok().filter(|count| *count > 0)?;
         Some(self.0.iter().sum::<f64>() / f64::from(count))
@@ -42,7 +60,7 @@ impl Samples {
     /// `{p50, p99, n}`
     pub(crate) fn summary(&self) -> Value {
         json!({
-            "p50": self.percentile(50).map(rounded),
+            "p50": self.median().map(rounded),
             "p99": self.percentile(99).map(rounded),
             "n": self.len(),
         })
@@ -61,10 +79,17 @@ mod tests {
     #[test]
     fn percentiles_are_values_that_were_measured() {
         let hundred = Samples((1..=100).rev().map(f64::from).collect());
-        assert_eq!((hundred.percentile(50), hundred.percentile(99)), (Some(50.0), Some(99.0)));
+        assert_eq!((hundred.percentile(98), hundred.percentile(99)), (Some(98.0), Some(99.0)));
         let few = Samples(vec![3.0, 1.0]);
         assert_eq!((few.percentile(50), few.percentile(99)), (Some(1.0), Some(3.0)));
-        assert_eq!(Samples::default().percentile(50), None);
-        assert_eq!(few.mean(), Some(2.0));
+        assert_eq!(Samples::default().percentile(99), None);
+    }
+
+    #[test]
+    fn the_middle_of_an_even_number_is_between_two() {
+        assert_eq!(Samples(vec![3.0, 1.0]).median(), Some(2.0));
+        assert_eq!(Samples(vec![3.0, 1.0, 9.0]).median(), Some(3.0));
+        assert_eq!(Samples(vec![7.0]).median(), Some(7.0));
+        assert_eq!((Samples::default().median(), Samples::default().mean()), (None, None));
     }
 }

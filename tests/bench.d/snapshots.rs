@@ -12,6 +12,7 @@ use crate::{
     Outcome,
     catalogue::{self, Figure},
     conditions, cycles, devices, memory, prepare, reclaim,
+    samples::Samples,
     side::Side,
     starts, unpack,
 };
@@ -58,6 +59,25 @@ impl Sides {
     /// The number for this effort.
     pub(crate) fn of<T>(&self, full: T, quick: T) -> T {
         if self.effort == Effort::Full { full } else { quick }
+    }
+
+    /// Rounds of both sides in turn, each first in every other one: ours, peer, peer, ours, …
+    pub(crate) async fn in_turn(
+        &self,
+        rounds: usize,
+        round: impl AsyncFn(&Side) -> Outcome<Samples>,
+    ) -> Outcome<(Samples, Samples)> {
+        let (mut ours, mut peer) = (Samples::default(), Samples::default());
+        for number in 0..rounds {
+            let mut turns = [(&self.ours, &mut ours), (&self.peer, &mut peer)];
+            if number % 2 == 1 {
+                turns.reverse();
+            }
+            for (side, samples) in turns {
+                samples.extend(round(side).await?);
+            }
+        }
+        Ok((ours, peer))
     }
 }
 

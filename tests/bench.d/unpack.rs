@@ -20,13 +20,10 @@ const IMAGE: &str = "127.0.0.1:5000/cowshed/layers:30";
 const LAYERS: usize = 30;
 
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
-    let (mut ours, mut peer) = (Samples::default(), Samples::default());
     // the registry has the image in its cache from then on
     pull(&sides.ours).await?;
-    for _ in 0..sides.of(2, 1) {
-        ours.add_time(pull(&sides.ours).await?);
-        peer.add_time(pull(&sides.peer).await?);
-    }
+    let (ours, peer) =
+        sides.in_turn(sides.of(2, 1), async |side| Ok(Samples::of_time(pull(side).await?))).await?;
     let value = ratio(&peer, &ours)?;
     Ok(UNPACK.result(value, &ours, Some((&sides.peer.snapshotter, &peer))))
 }

@@ -231,7 +231,9 @@ fn check_mark(path: &str, name: &str) -> Outcome {
 async fn audit(side: &Side) -> Outcome<usize> {
     let all = side.list().await?;
     let mut looked = 0;
-    for info in all.iter().filter(|info| info.kind == i32::from(Kind::Committed)) {
+    // Only what a worker made has a mark.
+    let marked = |info: &&Info| info.kind == i32::from(Kind::Committed) && info.name.starts_with('w');
+    for info in all.iter().filter(marked) {
         let key = format!("audit-{looked}");
         // One of an audit before that was cut off.
         if let Err(status) = side.remove(&key).await
