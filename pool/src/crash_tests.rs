@@ -179,6 +179,7 @@ fn run_until_crash(directory: &Path, pool: &FakePool, fuse: Fuse) -> (Promised, 
     });
     runtime.shutdown_background();
     // The store's thread lets go of its file when the last handle is gone.
+    #[allow(clippy::disallowed_methods, reason = "no runtime is left here to sleep in")]
     std::thread::sleep(Duration::from_millis(30));
     let mut promised = Promised::default();
     while let Ok(what) = heard.try_recv() {

@@ -146,8 +146,9 @@ impl Pool for FakePool {
             metadata_used: 0,
             metadata_total: 1 << 30,
             mode: PoolMode::ReadWrite,
+            zeroing: true,
         };
-        Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned(), zeroing: true })
+        Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned() })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
