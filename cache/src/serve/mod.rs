@@ -20,7 +20,6 @@ use tokio::{
 };
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
-use tonic_health::ServingStatus;
 
 use crate::{
     acquire::Acquirer,
@@ -99,8 +98,6 @@ impl ServeError {
 
 /// How long replies under way and the reclaimer's step may take once everything else has stopped.
 const GOODBYE: Duration = Duration::from_secs(5);
-/// How old gRPC health's answer can be.
-const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
 const SWEEP_RETRY: Duration = Duration::from_secs(10);
 
 /// The parts, put together.
@@ -275,18 +272,15 @@ async fn listen_until_stopped(
 ) -> Result<(), ServeError> {
     let broke = |e: &dyn std::fmt::Display| ServeError::Broke(e.to_string());
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    tokio::spawn(report_health(health_reporter, api.status.clone()));
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
-    let router = Server::builder()
-        .add_service(health)
-        .add_service(reflection().build_v1().map_err(|e| broke(&e))?)
-        // Many clients speak only this one yet.
-        .add_service(reflection().build_v1alpha().map_err(|e| broke(&e))?)
-        .add_service(CowshedServer::new(api));
+    // That the process answers; whether it can serve is GetStatus' to say.
+    health_reporter.set_serving::<CowshedServer<Api>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| broke(&e))?;
+    let router =
+        Server::builder().add_service(health).add_service(reflection).add_service(CowshedServer::new(api));
     let until = |mut stopped: watch::Receiver<bool>| async move {
         // The sender lives as long as the service: an error means that it has stopped as well.
         let _stopped = stopped.wait_for(|stop| *stop).await;
@@ -298,18 +292,6 @@ async fn listen_until_stopped(
     };
     let over_tcp = router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), until(stopped));
     tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
-}
-
-/// gRPC health is what `cowshed status` calls serving.
-async fn report_health(reporter: tonic_health::server::HealthReporter, source: Arc<StatusSource>) {
-    loop {
-        let status =
-            if source.look().await.serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-        for service in ["", <CowshedServer<Api> as tonic::server::NamedService>::NAME] {
-            reporter.set_service_status(service, status).await;
-        }
-        tokio::time::sleep(HEALTH_INTERVAL).await;
-    }
 }
 
 /// Once containerd answers, for what a crash has left.
