@@ -17,10 +17,11 @@ impl Containerd {
     /// # Errors
     /// If containerd cannot be asked. What was made then goes with the next sweep.
     pub async fn sweep(&self) -> Result<(), CallError> {
-        let Some(parent) = self.any_committed().await? else { return Ok(()) };
+        // A kill in the middle of an earlier one left its lease.
         for left in self.list_leases(LABEL).await? {
             self.delete_lease(&left.id, true).await?;
         }
+        let Some(parent) = self.any_committed().await? else { return Ok(()) };
         let lease = format!("{NAME}-{}", uuid::Uuid::new_v4().simple());
         self.create_lease(&lease, HashMap::from([(LABEL.to_owned(), "start".to_owned())])).await?;
         let made = self.view_snapshot(&lease, &lease, &parent).await;

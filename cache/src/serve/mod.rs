@@ -16,7 +16,7 @@ use thiserror::Error as ThisError;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{oneshot, watch},
 };
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
@@ -148,7 +148,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
-    tokio::spawn(sweep(parts.containerd));
+    tokio::spawn(sweep(parts.containerd, parts.tasks.clone()));
     announce(&config, &parts.ledger);
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
     let (tasks, ledger) = (parts.tasks.clone(), parts.ledger.clone());
@@ -295,9 +295,21 @@ async fn listen_until_stopped(
 }
 
 /// Once containerd answers, for what a crash has left.
-async fn sweep(containerd: Arc<Containerd>) {
-    while let Err(error) = containerd.sweep().await {
-        tracing::debug!(%error, "the sweep after the start cannot be made yet");
+/// Until one succeeds; a stop waits for the one under way, so that nothing of it is left.
+async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
+    loop {
+        let (done, outcome) = oneshot::channel();
+        let containerd = containerd.clone();
+        let begun = tasks.spawn(async move {
+            // The receiver waits below.
+            let _ = done.send(containerd.sweep().await);
+        });
+        match outcome.await {
+            Ok(Err(error)) => tracing::debug!(%error, "the sweep after the start cannot be made yet"),
+            Ok(Ok(())) => return,
+            Err(_) if begun => tracing::error!("the sweep after the start panicked"),
+            Err(_) => return,
+        }
         tokio::time::sleep(SWEEP_RETRY).await;
     }
 }
