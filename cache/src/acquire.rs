@@ -7,16 +7,15 @@
 //! ```
 //!
 //! The work runs in a task of its own: a caller that goes away stops nothing, and one that asks again meanwhile joins.
+//! A release ends that: it gives up what is under way, whatever it has come to.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use cowshed_leases::{Acquisition, DeviceIdentity, Grant, Lease, LeaseId, Process, Spec, State, VmId};
-use futures_util::{FutureExt as _, future::Shared};
-use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
 use crate::{
@@ -24,9 +23,11 @@ use crate::{
     clock,
     containerd::{LEASE_LABEL, Mount, Snapshots},
     error::{Error, Reason, Result},
+    flights::{Arrival, Flights, GivenUp},
     image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
-    kernel::{Kernel, KernelError},
-    ledger::Ledger,
+    kernel::{Devices, KernelError},
+    ledger::{Ledger, Release},
+    making::{Maker, Making},
     reclaim::Wake,
     stages::{Stage, Stages},
     tasks::Tasks,
@@ -66,7 +67,6 @@ pub struct Acquired {
 }
 
 type Outcome = Result<Arc<Acquired>>;
-type Flight = Shared<oneshot::Receiver<Outcome>>;
 
 /// Grants disks.
 pub struct Acquirer {
@@ -77,87 +77,92 @@ pub struct Acquirer {
     /// The snapshots.
     pub snapshots: Arc<dyn Snapshots>,
     /// The devices.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
     /// To be woken when there is something to clear away.
     pub wake: Wake,
+    /// What is being made, for the reclaimer.
+    pub making: Making,
     /// Where the work runs.
     pub tasks: Tasks,
-    /// Work under way, so that equal wishes share it. Held for look-ups only, never across an await.
-    pub flights: Mutex<HashMap<(VmId, String), Flight>>,
+    /// Work under way, so that equal wishes share it.
+    pub(crate) flights: Flights<Outcome>,
 }
 
 impl Acquirer {
     /// Grants the wish, or says why not; see `Acquire` in the API.
     pub async fn acquire(self: &Arc<Self>, wish: Wish) -> Outcome {
         let stopped = || Error::new(Reason::Stopping, "the service is stopping; acquire again when it is up");
-        self.join(wish).ok_or_else(stopped)?.await.unwrap_or_else(|_| Err(stopped()))
+        self.join(wish).await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    fn join(self: &Arc<Self>, wish: Wish) -> Option<Flight> {
+    /// Gives back the disk of the VM, or only this lease of it; `None` if there is nothing to give back.
+    pub async fn release(&self, vm: &VmId, only: Option<LeaseId>) -> Result<Option<Lease>> {
+        if only.is_none() {
+            self.flights.give_up(vm);
+        }
+        let released = self.ledger.release_of(vm.clone(), only, clock::now()).await?;
+        self.wake.now();
+        match released {
+            Release::Nothing => Ok(None),
+            Release::Again(lease) => Ok(Some(lease)),
+            Release::Now(lease) => {
+                // One that began meanwhile may have found the lease as it was.
+                self.flights.close(vm);
+                tracing::info!(%vm, lease = %lease.id, "released");
+                Ok(Some(lease))
+            }
+        }
+    }
+
+    fn join(self: &Arc<Self>, wish: Wish) -> Arrival<Outcome> {
         let spec = wish.spec();
         let key = (wish.vm.clone(), format!("{} {}", spec.image, spec.platform));
-        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(&key) {
-            return Some(flight.clone());
-        }
-        let (sender, receiver) = oneshot::channel();
-        let flight = receiver.shared();
-        let this = Arc::clone(self);
-        let landing_key = key.clone();
-        let span =
-            tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
-        let work = async move {
-            let landing = Landing { acquirer: Arc::clone(&this), key: landing_key };
-            let outcome = this.run(&wish).await.map(Arc::new);
-            log(&outcome);
-            // Off the map first: who finds no flight finds the ledger as this one has left it.
-            drop(landing);
-            let _everyone_left = sender.send(outcome);
-        };
-        self.tasks.spawn(work.instrument(span)).then(|| {
-            flights.insert(key, flight.clone());
-            flight
+        self.flights.join(key, |landing| {
+            let span =
+                tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
+            let this = Arc::clone(self);
+            let work = async move {
+                let outcome = this.run(&wish, landing.given_up()).await.map(Arc::new);
+                log(&outcome);
+                landing.land(outcome);
+            };
+            self.tasks.spawn(work.instrument(span));
         })
     }
 
-    async fn run(&self, wish: &Wish) -> Result<Acquired> {
+    async fn run(&self, wish: &Wish, given_up: GivenUp) -> Result<Acquired> {
         let mut stages = Stages::start();
         let spec = wish.spec();
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
         let known = self.ledger.read(|book| book.acquire(&wish.vm, &spec, fresh(), clock::now()))?;
         if let Acquisition::Existing(lease) = known {
-            return self.existing(*lease, stages);
+            return self.existing(*lease, stages).await;
         }
-        self.admission.admit(&*self.kernel)?;
+        self.admission.admit(&self.kernel).await?;
         let (image, cache) = self.image(wish, &mut stages).await?;
-        let lease = match self.ledger.acquire(wish.vm.clone(), spec, fresh(), clock::now()).await? {
-            Acquisition::Existing(lease) => return self.existing(*lease, stages),
+        let id = fresh();
+        let maker = self.making.begin(id.clone());
+        let lease = match self.ledger.acquire(wish.vm.clone(), spec, id, clock::now(), given_up).await? {
+            Acquisition::Existing(lease) => return self.existing(*lease, stages).await,
             Acquisition::New(lease) => *lease,
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
         match self.make(wish, &lease, image, &mut stages).await {
             Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false }),
-            Err(error) => Err(self.give_up(&lease.id, error).await),
+            Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
     }
 
     /// The VM's own lease again, if its device still is what was granted.
-    fn existing(&self, lease: Lease, mut stages: Stages) -> Result<Acquired> {
+    async fn existing(&self, lease: Lease, mut stages: Stages) -> Result<Acquired> {
         let State::Granted(grant) = &lease.state else {
             let message = format!("lease {} of VM {} is still being made; try again", lease.id, lease.vm);
             return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
         };
-        let differs = match self.kernel.inspect(&grant.device.path) {
-            Ok(now) => grant
-                .device
-                .differs_from(&now)
-                .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}")),
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(what) = differs {
+        if let Some(what) = self.differs(&lease, &grant.device).await? {
             let message = format!(
                 "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
                 grant.device.path, lease.id, lease.vm
@@ -166,6 +171,34 @@ impl Acquirer {
         }
         stages.done(Stage::Ledger);
         Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true })
+    }
+
+    /// How the lease's device differs from what was granted. An error if that cannot be told: who releases a disk
+    /// because its device is not there *yet* (after a reboot, say) loses what is on it.
+    async fn differs(&self, lease: &Lease, granted: &DeviceIdentity) -> Result<Option<String>> {
+        let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
+            Ok(mounts) => mounts,
+            Err(error) if error.is_not_found() => return Ok(Some("its snapshot is gone".to_owned())),
+            Err(error) => return Err(self.snapshots.explain(error).with("lease_id", &lease.id)),
+        };
+        let path = mounts.first().map_or("", |mount| &mount.source);
+        if path != granted.path {
+            return Ok(Some(format!("its snapshot's device is {path:?}")));
+        }
+        match self.kernel.inspect(path).await {
+            Ok(now) => Ok(granted
+                .differs_from(&now)
+                .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}"))),
+            Err(error @ KernelError::NotThin { .. }) => Ok(Some(error.to_string())),
+            Err(error) => {
+                let message = format!(
+                    "the device of lease {} of VM {} cannot be looked at: {error}; its snapshot is there, so try again \
+                     when the snapshotter has activated it",
+                    lease.id, lease.vm
+                );
+                Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id))
+            }
+        }
     }
 
     async fn image(&self, wish: &Wish, stages: &mut Stages) -> Result<(ResolvedImage, Cache)> {
@@ -242,7 +275,7 @@ impl Acquirer {
         let deadline = Instant::now() + DEVICE_WAIT;
         let mut pause = Duration::from_millis(1);
         loop {
-            match self.kernel.inspect(path) {
+            match self.kernel.inspect(path).await {
                 Ok(device) => return Ok(device),
                 Err(KernelError::Missing(_)) if Instant::now() < deadline => {
                     tokio::time::sleep(pause).await;
@@ -253,9 +286,11 @@ impl Acquirer {
         }
     }
 
-    /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it.
-    async fn give_up(&self, id: &LeaseId, error: Error) -> Error {
+    /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be
+    /// marked, the reclaimer does that too, as soon as it finds it without a maker.
+    async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Error {
         let marked = self.ledger.release(id.clone(), clock::now()).await;
+        drop(maker);
         self.wake.now();
         match marked {
             Ok(_) => error,
@@ -263,18 +298,6 @@ impl Acquirer {
                 error.context(format!("(and lease {id} could not be marked for removal: {second})"))
             }
         }
-    }
-}
-
-/// Takes a flight off the map, also if its task panics.
-struct Landing {
-    acquirer: Arc<Acquirer>,
-    key: (VmId, String),
-}
-
-impl Drop for Landing {
-    fn drop(&mut self) {
-        self.acquirer.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Reason, Result},
-    kernel::{Kernel, KernelError, PoolMode, PoolUsage},
+    kernel::{Devices, KernelError, PoolMode, PoolUsage},
 };
 
 /// What has to stay free.
@@ -12,12 +12,19 @@ pub struct Admission {
     pub data_headroom_percent: u8,
     /// Of the pool's metadata, in percent.
     pub metadata_headroom_percent: u8,
+    /// Whether a pool that does not zero new blocks is used all the same.
+    pub allow_unzeroed: bool,
 }
 
 impl Admission {
     /// Asks the kernel and decides.
-    pub fn admit(self, kernel: &dyn Kernel) -> Result<()> {
-        self.decide(&kernel.pool().map_err(missing)?)
+    pub async fn admit(self, kernel: &Devices) -> Result<()> {
+        self.judge(&kernel.pool().await)
+    }
+
+    /// Decides on what the kernel has said.
+    pub fn judge(self, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
+        self.decide(pool.as_ref().map_err(unknown)?)
     }
 
     fn decide(self, pool: &PoolUsage) -> Result<()> {
@@ -36,6 +43,17 @@ impl Admission {
                     .with("mode", pool.mode));
             }
         }
+        if !pool.zeroing && !self.allow_unzeroed {
+            let message = format!(
+                "the thin pool {name} does not zero new blocks, so bytes of one disk could be read from another: \
+                 `lvchange --zero y`, or allow it with [pool] allow_unzeroed"
+            );
+            return Err(Error::new(Reason::PoolUnusable, message).with("pool", name));
+        }
+        self.room(pool)
+    }
+
+    fn room(self, pool: &PoolUsage) -> Result<()> {
         let parts = [
             ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),
             (
@@ -53,7 +71,7 @@ impl Admission {
                     "{free} MiB of {} MiB {part} are free, [pool] {option} is {headroom}",
                     total >> 20
                 );
-                return Err(full(name, &why));
+                return Err(full(&pool.name, &why));
             }
         }
         Ok(())
@@ -71,8 +89,14 @@ fn full(pool: &str, why: &str) -> Error {
     Error::new(Reason::PoolFull, message).with("pool", pool)
 }
 
-fn missing(error: KernelError) -> Error {
-    Error::new(Reason::PoolMissing, error.to_string())
+fn unknown(error: &KernelError) -> Error {
+    match error {
+        KernelError::Slow { .. } => Error::new(Reason::NotReady, format!("{error}; try again")),
+        KernelError::NoPool(_)
+        | KernelError::Missing(_)
+        | KernelError::NotThin { .. }
+        | KernelError::Refused { .. } => Error::new(Reason::PoolMissing, error.to_string()),
+    }
 }
 
 #[cfg(test)]
@@ -82,7 +106,8 @@ mod tests {
 
     #[test]
     fn room_and_no_room() {
-        let admission = Admission { data_headroom_percent: 5, metadata_headroom_percent: 10 };
+        let admission =
+            Admission { data_headroom_percent: 5, metadata_headroom_percent: 10, allow_unzeroed: false };
         let pool = |data_used, metadata_used, mode| PoolUsage {
             name: "vg-pool".into(),
             data_used,
@@ -90,6 +115,7 @@ mod tests {
             metadata_used,
             metadata_total: 100,
             mode,
+            zeroing: true,
         };
         let rw = PoolMode::ReadWrite;
         let table = [
@@ -107,8 +133,18 @@ mod tests {
             let text = refused.map(|e| e.to_string()).unwrap_or_default();
             assert!(text.contains(says), "{text}");
         }
-        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0 };
+        let slow = KernelError::Slow { what: "looking".into(), after: std::time::Duration::from_secs(2) };
+        assert_eq!(admission.judge(&Err(slow)).unwrap_err().reason(), Reason::NotReady);
+        let gone = KernelError::NoPool("there is no thin pool".into());
+        assert_eq!(admission.judge(&Err(gone)).unwrap_err().reason(), Reason::PoolMissing);
+        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0, allow_unzeroed: true };
         assert_eq!(none.decide(&pool(1000, 0, rw)).unwrap_err().reason(), Reason::PoolFull);
         assert!(none.decide(&pool(999, 99, rw)).is_ok());
+
+        let careless = PoolUsage { zeroing: false, ..pool(0, 0, rw) };
+        let refused = admission.decide(&careless).unwrap_err();
+        assert_eq!(refused.reason(), Reason::PoolUnusable);
+        assert!(refused.to_string().contains("allow_unzeroed"), "{refused}");
+        assert!(none.decide(&careless).is_ok());
     }
 }

@@ -128,6 +128,8 @@ pub struct Pool {
     pub data_headroom_percent: u8,
     /// New disks are refused when less than this share of the pool's metadata is free, in percent.
     pub metadata_headroom_percent: u8,
+    /// Whether a pool is used that does not zero new blocks: one disk's old bytes may then be read from another.
+    pub allow_unzeroed: bool,
 }
 
 /// `[snapshotter]`
@@ -140,8 +142,6 @@ pub struct Snapshotter {
     pub socket: PathBuf,
     /// Size of disks whose image or snapshot has no size of its own.
     pub base_size: Bytes,
-    /// Whether a pool is used that does not zero new blocks: one disk's old bytes may then be read from another.
-    pub allow_unzeroed: bool,
 }
 
 /// Whether `cowshed serve` serves the snapshotter.
@@ -233,7 +233,12 @@ impl Default for Containerd {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { name: String::new(), data_headroom_percent: 5, metadata_headroom_percent: 10 }
+        Self {
+            name: String::new(),
+            data_headroom_percent: 5,
+            metadata_headroom_percent: 10,
+            allow_unzeroed: false,
+        }
     }
 }
 
@@ -243,7 +248,6 @@ impl Default for Snapshotter {
             serve: ServeSnapshotter::Auto,
             socket: "/run/cowshed/snapshotter.sock".into(),
             base_size: Bytes(10 << 30),
-            allow_unzeroed: false,
         }
     }
 }
@@ -353,6 +357,13 @@ impl Config {
                 return Err(value("pool", field, format!("{percent} is not between 0 and 90")));
             }
         }
+        let levels = ["off", "error", "warn", "info", "debug", "trace"];
+        let bare = |part: &&str| !part.contains('=') && !levels.contains(part);
+        if let Some(word) = self.log.level.split(',').map(str::trim).find(bare) {
+            // The logging library would take it for the name of a module, and log nothing else.
+            let what = format!("{word:?} is no level: use one of {}, or MODULE=LEVEL", levels.join(", "));
+            return Err(value("log", "level", what));
+        }
         self.snapshotter.base_size.of_disk().map_err(|what| value("snapshotter", "base_size", what))?;
         Ok(())
     }
@@ -372,7 +383,7 @@ impl Config {
             store: self.state.directory.join("snapshots.db"),
             pool: self.pool.name.clone(),
             base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
-            allow_unzeroed: self.snapshotter.allow_unzeroed,
+            allow_unzeroed: self.pool.allow_unzeroed,
         }
     }
 
@@ -424,9 +435,9 @@ mod tests {
         "name",
         "data_headroom_percent",
         "metadata_headroom_percent",
+        "allow_unzeroed",
         "serve",
         "base_size",
-        "allow_unzeroed",
         "config_path",
         "concurrent_downloads",
         "connect_timeout_seconds",
@@ -452,6 +463,7 @@ mod tests {
             ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
+            ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),
         ];

@@ -11,6 +11,12 @@ use std::{
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+/// So long may a message be when it is shown, in bytes. Registries, images and containerd have a say in messages, and
+/// gRPC sends them as headers, of which clients take 16 KiB: more would break all calls of the caller's connection.
+const MESSAGE_MAX_BYTES: usize = 2048;
+/// The same for each value of the metadata.
+const VALUE_MAX_BYTES: usize = 512;
+
 /// The `domain` of every `google.rpc.ErrorInfo` that Cowshed sends.
 pub const ERROR_DOMAIN: &str = "cowshed.v1";
 
@@ -34,6 +40,7 @@ pub enum Reason {
     PoolUnusable,
     ImageUnsupported,
     DeviceMismatch,
+    Released,
     PoolFull,
     StateDirectoryFull,
     ContainerdFull,
@@ -46,6 +53,7 @@ pub enum Reason {
     ImageCorrupt,
     ContainerdError,
     LedgerError,
+    InternalError,
 }
 
 impl Reason {
@@ -67,13 +75,14 @@ impl Reason {
             | Self::ImageUnsupported
             | Self::RegistryConfiguration
             | Self::DeviceMismatch => Code::FailedPrecondition,
+            Self::Released => Code::Aborted,
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable | Self::RegistryUnavailable | Self::NotReady | Self::Stopping => {
                 Code::Unavailable
             }
             Self::ContainerdTimeout => Code::DeadlineExceeded,
             Self::ImageCorrupt => Code::DataLoss,
-            Self::ContainerdError | Self::LedgerError => Code::Internal,
+            Self::ContainerdError | Self::LedgerError | Self::InternalError => Code::Internal,
         }
     }
 
@@ -96,6 +105,7 @@ impl Reason {
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
+            Self::Released => "RELEASED",
             Self::PoolFull => "POOL_FULL",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
             Self::ContainerdFull => "CONTAINERD_FULL",
@@ -108,6 +118,7 @@ impl Reason {
             Self::ImageCorrupt => "IMAGE_CORRUPT",
             Self::ContainerdError => "CONTAINERD_ERROR",
             Self::LedgerError => "LEDGER_ERROR",
+            Self::InternalError => "INTERNAL_ERROR",
         }
     }
 }
@@ -150,19 +161,44 @@ impl Error {
         self.0.reason
     }
 
-    /// The same as a gRPC status with `google.rpc.ErrorInfo`.
+    /// The same as a gRPC status with `google.rpc.ErrorInfo`, bounded whatever went into it.
     pub fn to_status(&self) -> Status {
-        let metadata: HashMap<_, _> =
-            self.0.metadata.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+        let value = |(key, value): (&&str, &String)| ((*key).to_owned(), shown(value, VALUE_MAX_BYTES));
+        let metadata: HashMap<_, _> = self.0.metadata.iter().map(value).collect();
         let details = ErrorDetails::with_error_info(self.0.reason.as_str(), ERROR_DOMAIN, metadata);
-        Status::with_error_details(self.0.reason.code(), self.0.message.clone(), details)
+        Status::with_error_details(self.0.reason.code(), self.to_string(), details)
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.message)
+        f.write_str(&shown(&self.0.message, MESSAGE_MAX_BYTES))
     }
+}
+
+/// `text` with its control characters escaped, so that it can end no line of a log and no header, and cut to at most
+/// `limit` bytes.
+pub(crate) fn shown(text: &str, limit: usize) -> String {
+    const CUT: &str = "…";
+    let mut shown = String::new();
+    // What still leaves room for the sign that more was there.
+    let mut whole = 0;
+    for character in text.chars() {
+        if character.is_control() {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+        if shown.len() > limit {
+            shown.truncate(whole);
+            shown.push_str(CUT);
+            return shown;
+        }
+        if shown.len() + CUT.len() <= limit {
+            whole = shown.len();
+        }
+    }
+    shown
 }
 
 impl std::error::Error for Error {}
@@ -175,3 +211,48 @@ impl From<Error> for Status {
 
 /// What the service's fallible functions return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_is_shown_is_cut_at_characters_and_controls_nothing() {
+        let table = [
+            ("", 8, ""),
+            ("12345678", 8, "12345678"),
+            ("123456789", 8, "12345…"),
+            ("äöüß", 8, "äöüß"),
+            ("äöüßx", 8, "äö…"),
+            ("a\nb\r\u{1b}", 20, "a\\nb\\r\\u{1b}"),
+            ("1234567\n", 8, "12345…"),
+            ("12\u{1b}34", 7, "12…"),
+        ];
+        for (text, limit, expected) in table {
+            let shown = shown(text, limit);
+            assert_eq!(shown, expected, "{text:?}");
+            assert!(shown.len() <= limit, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_status_fits_the_headers_that_clients_take() {
+        // The worst: each of these bytes is three in a header.
+        let much = "ä\n".repeat(100_000);
+        let mut error = Error::new(Reason::ImageUnsupported, much.clone()).context(&much);
+        for key in ["image", "digest", "platform", "available", "registry", "field"] {
+            error = error.with(key, &much);
+        }
+        assert!(error.to_string().len() <= MESSAGE_MAX_BYTES);
+        let status = error.to_status();
+        let details = status.get_error_details();
+        let values: Vec<&String> = details.error_info().unwrap().metadata.values().collect();
+        assert_eq!(values.len(), 6);
+        assert!(values.iter().all(|value| value.len() <= VALUE_MAX_BYTES && !value.contains('\n')));
+        let mut headers = tonic::metadata::MetadataMap::new().into_headers();
+        status.add_header(&mut headers).unwrap();
+        let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+        assert!(bytes < 16 << 10, "{bytes} bytes of headers");
+    }
+}

@@ -17,7 +17,7 @@ pub const STATE_UNUSABLE: u8 = 23;
 /// `serve`: the ledger is damaged or newer.
 pub const LEDGER_DAMAGED: u8 = 24;
 /// `serve`: the ledger's disk failed while running.
-pub const LEDGER_FAILED: u8 = 25;
+pub const LEDGER_FAILED: u8 = cowshed_pool::store::DISK_FAILED;
 /// `serve`: a socket or address cannot be listened on.
 pub const LISTEN: u8 = 26;
 

@@ -9,9 +9,13 @@ pub mod config;
 pub mod containerd;
 pub mod error;
 pub mod exit;
+#[cfg(test)]
+mod fakes;
+mod flights;
 pub mod image;
 pub mod kernel;
 pub mod ledger;
+pub mod making;
 pub mod metrics;
 pub mod reclaim;
 pub mod registry;

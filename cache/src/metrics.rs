@@ -1,6 +1,7 @@
 //! The numbers that Prometheus scrapes: what they are called, and where they come from.
 //!
-//! Counters and histograms are fed as things happen; gauges are read from the ledger and the kernel at each scrape.
+//! Counters and histograms are fed as things happen; gauges are read from the ledger, and from what the
+//! kernel has said of the pool, at each scrape.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +14,7 @@ use crate::{
     acquire::Acquired,
     error::{Error, Result},
     image::{Cache, PullObserver},
-    kernel::{Kernel, PoolMode},
+    kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
 };
 
@@ -198,11 +199,11 @@ impl Metrics {
         self.0.grpc_seconds.with_label_values(&[method]).observe(took.as_secs_f64());
     }
 
-    /// What a scrape gets, in Prometheus' text format.
+    /// What a scrape gets, in Prometheus' text format; `pool` as the kernel has just said.
     ///
     /// # Errors
     /// If a metric cannot be encoded.
-    pub fn scrape(&self, ledger: &Ledger, kernel: &dyn Kernel) -> prometheus::Result<Vec<u8>> {
+    pub fn scrape(&self, ledger: &Ledger, pool: Option<&PoolUsage>) -> prometheus::Result<Vec<u8>> {
         let m = &self.0;
         let counts = crate::status::count_leases(ledger);
         for (state, count) in
@@ -210,7 +211,7 @@ impl Metrics {
         {
             m.leases.with_label_values(&[state]).set(i64::from(count));
         }
-        self.read_pool(kernel);
+        self.read_pool(pool);
         encode(&m.registry)
     }
 
@@ -219,11 +220,10 @@ impl Metrics {
         &self.0.registry
     }
 
-    fn read_pool(&self, kernel: &dyn Kernel) {
+    fn read_pool(&self, pool: Option<&PoolUsage>) {
         let m = &self.0;
         m.pool_bytes.reset();
-        let pool = kernel.pool().ok();
-        m.pool_up.set(i64::from(pool.as_ref().is_some_and(|pool| pool.mode == PoolMode::ReadWrite)));
+        m.pool_up.set(i64::from(pool.is_some_and(|pool| pool.mode == PoolMode::ReadWrite)));
         let Some(pool) = pool else { return };
         let rows = [
             ("data", "used", pool.data_used),

@@ -1,8 +1,9 @@
 //! Clears away what was released, and what a crash or a failure left half made; never with force.
 //!
-//! The release fence: a disk is removed when the kernel says that its device is closed. On a snapshotter whose own
-//! removal forces (the stock one's does), that is a check just before: a launcher that opens a device that it has
-//! released, in the milliseconds between the check and the removal, loses it. Nothing can be lost by opening a device
+//! The release fence: a disk's snapshot is removed when the kernel has just said that its device is closed, and a
+//! snapshotter that does not force keeps a device that is open. On one whose own removal forces (the stock one's does),
+//! the fence is that check: the devices of a batch go at the collection after its last removal, so a launcher that opens
+//! a device that it has released, in the second or so between the two, loses it. Nothing can be lost by opening a device
 //! that was not released.
 
 use std::{
@@ -11,9 +12,12 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::{DeviceUse, Foreign, Inventory, Step};
+use cowshed_gc::{DeviceUse, Foreign, Inventory, Step, WaitReason};
 use cowshed_leases::{Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use crate::{
     acquire::block_device,
@@ -21,8 +25,9 @@ use crate::{
     containerd::Snapshots,
     error::Result,
     image::RunningPulls,
-    kernel::{Kernel, KernelError},
+    kernel::{Devices, KernelError},
     ledger::Ledger,
+    making::Making,
     metrics::Metrics,
 };
 
@@ -52,9 +57,11 @@ pub struct Reclaimer {
     /// Where the snapshots are.
     pub snapshots: Arc<dyn Snapshots>,
     /// Who has devices open.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Which pulls are alive.
     pub running_pulls: Arc<dyn RunningPulls>,
+    /// Which leases are being made.
+    pub making: Making,
     /// Its alarm clock.
     pub wake: Wake,
     /// For the replies of the API.
@@ -83,37 +90,53 @@ enum Scope {
     Everything,
 }
 
+/// What became of the removal of a disk's snapshot.
+enum Removal {
+    Done,
+    /// Its device is not closed any more.
+    Fenced(WaitReason),
+    Failed(String),
+}
+
 impl Reclaimer {
-    /// Marks what the process before has left half made. To be called once, before the first request is served.
+    /// Marks what nobody is making (any more): of a process before, of a task that crashed, or because the ledger could
+    /// not be written when it was given up. To be called before the first request is served.
     pub async fn recover(&self) -> Result<usize> {
-        let half_made: Vec<LeaseId> = self.ledger.read(|book| {
+        // The ledger before the makers: a lease has one from before its intent until it is decided.
+        let preparing: BTreeSet<LeaseId> = self.ledger.read(|book| {
             let preparing = book.after(None).filter(|lease| lease.state == State::Preparing);
             preparing.map(|lease| lease.id.clone()).collect()
         });
-        let count = half_made.len();
+        let making = self.making.now();
+        let half_made: Vec<LeaseId> = preparing.difference(&making).cloned().collect();
+        if half_made.is_empty() {
+            return Ok(0);
+        }
+        let count = self.ledger.give_up_all(half_made, clock::now()).await?;
         if count > 0 {
-            tracing::warn!(
-                count,
-                "leases were being made when the service stopped; their remains are cleared away"
-            );
-            self.ledger.release_all(half_made, clock::now()).await?;
+            tracing::warn!(count, "leases were left half made; their remains are cleared away");
         }
         Ok(count)
     }
 
     /// Runs until `stop` changes.
     pub async fn run(&self, mut stop: watch::Receiver<bool>) {
-        let mut scope = Scope::Everything;
+        let mut everything_at = Instant::now();
         let mut retry = FIRST_RETRY;
         loop {
+            // Releases that keep coming must not put the look at everything off.
+            let scope = if Instant::now() < everything_at { Scope::Released } else { Scope::Everything };
             let left = self.pass(scope).await;
-            let pause = if left == 0 { self.interval } else { retry.min(self.retry) };
+            if scope == Scope::Everything {
+                everything_at = Instant::now() + self.interval;
+            }
+            let until_everything = everything_at.saturating_duration_since(Instant::now());
+            let pause =
+                if left == 0 { until_everything } else { retry.min(self.retry).min(until_everything) };
             retry = if left == 0 { FIRST_RETRY } else { (retry * 2).min(self.retry) };
             tokio::select! {
-                () = self.wake.0.notified() => { scope = Scope::Released; retry = FIRST_RETRY; }
-                () = tokio::time::sleep(pause) => {
-                    scope = if left == 0 { Scope::Everything } else { Scope::Released };
-                }
+                () = self.wake.0.notified() => retry = FIRST_RETRY,
+                () = tokio::time::sleep(pause) => {}
                 _ = stop.changed() => return,
             }
         }
@@ -126,6 +149,13 @@ impl Reclaimer {
 
     /// One look, and what follows from it. Returns how much has to be looked at again soon.
     async fn pass(&self, scope: Scope) -> usize {
+        let unmarked = match self.recover().await {
+            Ok(_) => 0,
+            Err(error) => {
+                tracing::warn!(%error, "half made leases cannot be marked yet");
+                1
+            }
+        };
         let inventory = self.inventory(scope).await;
         let mut reclaim = Vec::new();
         let mut waiting = HashMap::new();
@@ -149,7 +179,7 @@ impl Reclaimer {
         for batch in reclaim.chunks(BATCH) {
             waiting.extend(self.reclaim(batch).await);
         }
-        let left = waiting.len() + unended;
+        let left = waiting.len() + unended + unmarked;
         *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = waiting;
         left
     }
@@ -179,8 +209,11 @@ impl Reclaimer {
             }
         });
         inventory.held = held.into_iter().map(|lease| lease.id).collect();
+        // Again the ledger first: who makes one of these now has begun before it was released.
+        let making = self.making.now();
         for lease in releasing {
-            let device = self.device_use(&lease).await;
+            let device =
+                if making.contains(&lease.id) { DeviceUse::BeingMade } else { self.device_use(&lease).await };
             inventory.releasing.push((lease.id, device));
         }
         inventory
@@ -191,10 +224,11 @@ impl Reclaimer {
             Some(grant) => Ok(Some(grant.device.dm_name.clone())),
             None => self.device_of(&lease.id).await,
         };
-        let open = name.and_then(|name| match name {
-            Some(name) => self.kernel.open_count(&name).map_err(|e| e.to_string()),
-            None => Ok(None),
-        });
+        let open = match name {
+            Ok(Some(name)) => self.kernel.open_count(&name).await.map_err(|e| e.to_string()),
+            Ok(None) => Ok(None),
+            Err(why) => Err(why),
+        };
         match open {
             Ok(None) => DeviceUse::Absent,
             Ok(Some(0)) => DeviceUse::Closed,
@@ -212,7 +246,7 @@ impl Reclaimer {
         };
         // A snapshot that is no device has nothing that could be open.
         let Ok((path, _)) = block_device(&mounts) else { return Ok(None) };
-        match self.kernel.inspect(path) {
+        match self.kernel.inspect(path).await {
             Ok(device) => Ok(Some(device.dm_name)),
             Err(KernelError::Missing(_) | KernelError::NotThin { .. }) => Ok(None),
             Err(error) => Err(error.to_string()),
@@ -221,13 +255,14 @@ impl Reclaimer {
 
     /// Removes disks whose devices are closed; returns those that are still there, and why.
     async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
-        let mut left = HashMap::new();
+        let (mut removed, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
         for id in ids {
-            if let Err(error) = self.snapshots.remove(&id.snapshot_key()).await {
-                left.insert(id.clone(), error.to_string());
+            match self.remove(id).await {
+                Removal::Done => removed.push(id),
+                Removal::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
+                Removal::Failed(why) => drop(left.insert(id.clone(), why)),
             }
         }
-        let removed: Vec<&LeaseId> = ids.iter().filter(|id| !left.contains_key(*id)).collect();
         if let Err(error) = self.collect(&removed).await {
             tracing::warn!(%error, "containerd did not collect released disks; trying again");
         }
@@ -245,7 +280,20 @@ impl Reclaimer {
             tracing::warn!(lease = %id, why, "a released disk is still there");
         }
         self.forget(gone).await;
+        left.extend(opened);
         left
+    }
+
+    /// Asks once more, right before: since the plan was made, hundreds of others may have been removed.
+    async fn remove(&self, id: &LeaseId) -> Removal {
+        let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return Removal::Done };
+        if let Some(why) = self.device_use(&lease).await.hinders() {
+            return Removal::Fenced(why);
+        }
+        match self.snapshots.remove(&id.snapshot_key()).await {
+            Ok(()) => Removal::Done,
+            Err(error) => Removal::Failed(error.to_string()),
+        }
     }
 
     /// One garbage collection for all: only the last deletion waits for it.
@@ -266,12 +314,12 @@ impl Reclaimer {
             Ok(_) => return Some("containerd still has its snapshot".to_owned()),
             Err(error) => return Some(error.to_string()),
         }
-        let device =
-            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()));
-        match device.map(|name| (self.kernel.open_count(&name), name)) {
-            None | Some((Ok(None), _)) => None,
-            Some((Ok(Some(_)), name)) => Some(format!("containerd has not removed the device {name} yet")),
-            Some((Err(error), _)) => Some(error.to_string()),
+        let name =
+            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()))?;
+        match self.kernel.open_count(&name).await {
+            Ok(None) => None,
+            Ok(Some(_)) => Some(format!("containerd has not removed the device {name} yet")),
+            Err(error) => Some(error.to_string()),
         }
     }
 

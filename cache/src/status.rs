@@ -9,7 +9,7 @@ use crate::{
     admission::Admission,
     containerd::Containerd,
     image::Images,
-    kernel::{Kernel, PoolUsage},
+    kernel::{Devices, PoolUsage},
     ledger::Ledger,
 };
 
@@ -20,7 +20,7 @@ pub struct StatusSource {
     /// The containerd in use.
     pub containerd: Arc<Containerd>,
     /// The devices.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
     /// The images.
@@ -34,8 +34,8 @@ impl StatusSource {
     pub async fn look(&self) -> v1::GetStatusResponse {
         let mut problems = Vec::new();
         let containerd = self.containerd_status(&mut problems).await;
-        let pool = self.kernel.pool().ok();
-        if let Err(error) = self.admission.admit(&*self.kernel) {
+        let pool = self.kernel.pool().await;
+        if let Err(error) = self.admission.judge(&pool) {
             problems.push(error.to_string());
         }
         v1::GetStatusResponse {
@@ -43,7 +43,7 @@ impl StatusSource {
             serving: problems.is_empty(),
             problems,
             containerd,
-            pool: pool.map(pool_status),
+            pool: pool.ok().map(pool_status),
             leases: Some(count_leases(&self.ledger)),
             pulls_in_flight: u32::try_from(self.images.pulls_in_flight()).unwrap_or(u32::MAX),
             started_at: Some(self.started_at.into()),

@@ -34,8 +34,22 @@ pub enum DeviceUse {
     Closed,
     /// Opened, mounted or held by other devices so many times.
     Open(u32),
+    /// Its maker is still at work, so that it may appear yet.
+    BeingMade,
     /// The kernel or containerd could not be asked.
     Unknown(String),
+}
+
+impl DeviceUse {
+    /// Why a disk with such a device cannot be removed now; `None` if it can.
+    pub fn hinders(&self) -> Option<WaitReason> {
+        match self {
+            Self::Absent | Self::Closed => None,
+            Self::Open(n) => Some(WaitReason::Open(*n)),
+            Self::BeingMade => Some(WaitReason::BeingMade),
+            Self::Unknown(why) => Some(WaitReason::Unknown(why.clone())),
+        }
+    }
 }
 
 /// One step of a plan.
@@ -56,6 +70,8 @@ pub enum Step {
 pub enum WaitReason {
     /// The device is open, mounted or held.
     Open(u32),
+    /// It is not finished.
+    BeingMade,
     /// It is not known whether it is.
     Unknown(String),
 }
@@ -65,6 +81,7 @@ impl fmt::Display for WaitReason {
         match self {
             Self::Open(1) => f.write_str("the device is open"),
             Self::Open(n) => write!(f, "the device is open {n} times"),
+            Self::BeingMade => f.write_str("the disk is still being made"),
             Self::Unknown(why) => write!(f, "it cannot be told whether the device is open: {why}"),
         }
     }
@@ -90,10 +107,9 @@ impl fmt::Display for Foreign {
 
 /// Decides what to do now.
 pub fn plan(inventory: &Inventory) -> Vec<Step> {
-    let releasing = inventory.releasing.iter().map(|(id, device)| match device {
-        DeviceUse::Absent | DeviceUse::Closed => Step::Reclaim(id.clone()),
-        DeviceUse::Open(n) => Step::Wait(id.clone(), WaitReason::Open(*n)),
-        DeviceUse::Unknown(why) => Step::Wait(id.clone(), WaitReason::Unknown(why.clone())),
+    let releasing = inventory.releasing.iter().map(|(id, device)| match device.hinders() {
+        None => Step::Reclaim(id.clone()),
+        Some(why) => Step::Wait(id.clone(), why),
     });
     let pulls = inventory.abandoned_pulls.iter().cloned().map(Step::EndPull);
     releasing.chain(pulls).chain(foreign(inventory).into_iter().map(Step::Report)).collect()
@@ -130,6 +146,7 @@ mod tests {
                 (id(2), DeviceUse::Absent),
                 (id(3), DeviceUse::Open(2)),
                 (id(4), DeviceUse::Unknown("EIO".into())),
+                (id(5), DeviceUse::BeingMade),
             ],
             abandoned_pulls: vec!["cowshed-pull-1".into()],
             ..Inventory::default()
@@ -142,6 +159,7 @@ mod tests {
                 Step::Reclaim(id(2)),
                 Step::Wait(id(3), WaitReason::Open(2)),
                 Step::Wait(id(4), WaitReason::Unknown("EIO".into())),
+                Step::Wait(id(5), WaitReason::BeingMade),
                 Step::EndPull("cowshed-pull-1".into()),
             ]
         );
@@ -178,6 +196,7 @@ mod tests {
             Just(DeviceUse::Absent),
             Just(DeviceUse::Closed),
             (1..9u32).prop_map(DeviceUse::Open),
+            Just(DeviceUse::BeingMade),
             Just(DeviceUse::Unknown("?".into()))
         ]
     }

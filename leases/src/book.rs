@@ -191,9 +191,9 @@ impl Book {
         }
     }
 
-    /// Makes the change, and returns the one that takes it back (`None` if there is nothing to take back). The
-    /// greatest generation stays: one that was lost is not used again.
-    pub fn apply(&mut self, change: Change) -> Option<Change> {
+    /// Makes the change, and returns the one that takes it back. The greatest generation stays: one that was lost is
+    /// not used again.
+    pub fn apply(&mut self, change: Change) -> Change {
         let (id, now) = match change {
             Change::Put(lease) => (lease.id.clone(), Some(*lease)),
             Change::Delete(id) => (id, None),
@@ -207,7 +207,6 @@ impl Book {
         if let Some(grant) = before.as_ref().and_then(Lease::grant) {
             self.devices.remove(&grant.device.dm_name);
         }
-        let existed_after = now.is_some();
         if let Some(lease) = now {
             self.last_generation = self.last_generation.max(lease.generation.0);
             if !is_releasing(&lease) {
@@ -219,9 +218,8 @@ impl Book {
             self.leases.insert(id.clone(), lease);
         }
         match before {
-            Some(lease) => Some(Change::Put(Box::new(lease))),
-            None if existed_after => Some(Change::Delete(id)),
-            None => None,
+            Some(lease) => Change::Put(Box::new(lease)),
+            None => Change::Delete(id),
         }
     }
 }

@@ -151,10 +151,10 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
             )));
         }
     }
-    if !facts.zeroing && !settings.allow_unzeroed {
+    if !facts.usage.zeroing && !settings.allow_unzeroed {
         return Err(Hindrance::Lasting(format!(
             "the thin pool {name} does not zero new blocks, so bytes of one disk could be read from another: \
-             `lvchange --zero y`, or allow it in the configuration"
+             `lvchange --zero y`, or allow it with [pool] allow_unzeroed"
         )));
     }
     if !known.is_empty() && known != facts.uuid {

@@ -24,6 +24,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("layer_is_gone", layer_is_gone),
     ("broken_off_download_goes_on", broken_off_download_goes_on),
     ("stalled_download_ends", stalled_download_ends),
+    ("one_that_drips_holds_up_nobody_else", one_that_drips_holds_up_nobody_else),
+    ("bodies_without_end", bodies_without_end),
+    ("tokens", tokens),
+    ("images_that_say_too_much", images_that_say_too_much),
     ("denied", denied),
     ("server_error", server_error),
     ("manifest_of_another_digest", manifest_of_another_digest),
@@ -148,6 +152,77 @@ fn stalled_download_ends() -> Outcome {
     second.refuses("odd", &name, 8, "REGISTRY_UNAVAILABLE", &[&name])?;
     same!(second.stop()?, 0, "the exit status of the second service");
     Ok(())
+}
+
+/// The same image at two registries: who pulls it from the good one waits a minute at the most.
+fn one_that_drips_holds_up_nobody_else() -> Outcome {
+    let image = FakeImage::new(30, 100_000)?;
+    let (bad, good) = (registry_with("1", &image)?, registry_with("1", &image)?);
+    let layer = digest(&image.layer);
+    bad.blob(&layer, Answer::Drip(image.layer.clone()));
+    let slow = bad.image("1");
+    let pulling = std::thread::spawn(move || cowshed(&["pull", &slow]));
+    wait_for("the layer to drip", || {
+        check!(!bad.requests(&layer).is_empty(), "it was not asked for");
+        Ok(())
+    })?;
+    acquire_as("miss", "odd-beside", &good.image("1"))?;
+    // What the other one has fetched is there for this one too, as soon as it has lost its patience.
+    pulling.join().map_err(|_| "the thread panicked")??.ok()?;
+    same!(good.requests(&layer).len(), 1, "the requests for the layer");
+    release("odd-beside")?;
+    wait_gone("odd-beside")?;
+    evict(&[&bad.image("1"), &good.image("1")])
+}
+
+fn bodies_without_end() -> Outcome {
+    let image = FakeImage::new(31, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    registry.manifest("1", Answer::Endless(200));
+    refused_without_a_trace(&name, &image, 6, "IMAGE_UNSUPPORTED", &[&name, "8388608 bytes"])?;
+    registry.manifest("1", Answer::Endless(403));
+    refused_without_a_trace(&name, &image, 5, "REGISTRY_DENIED", &[&name])?;
+    registry.serve("1", &image);
+    registry.blob(&digest(&image.layer), Answer::Endless(404));
+    refused_without_a_trace(&name, &image, 3, "IMAGE_NOT_FOUND", &[&name])?;
+    registry.blob(&digest(&image.layer), Answer::Endless(200));
+    refused_without_a_trace(&name, &image, 10, "IMAGE_CORRUPT", &[&name])
+}
+
+/// One is asked for, and used; one that is none does no harm.
+fn tokens() -> Outcome {
+    let image = FakeImage::new(32, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    registry.answer("/v2/", Answer::Challenge("/token".to_owned()));
+    registry.answer("/token", Answer::Bytes(br#"{"token":"abc"}"#.to_vec()));
+    cowshed(&["pull", &name])?.ok()?;
+    let asked = registry.requests("/token?");
+    check!(asked.iter().all(|r| r.line.contains("repository%3Aodd%2Fimage%3Apull")), "{asked:?}");
+    same!(asked.len(), 1, "the requests for a token");
+    evict(&[&name])?;
+    for odd in [Answer::Bytes(br#"{"token":"a\nb"}"#.to_vec()), Answer::Endless(200), Answer::Status(500)] {
+        let registry = registry_with("1", &image)?;
+        registry.answer("/v2/", Answer::Challenge("/token".to_owned()));
+        registry.answer("/token", odd);
+        registry.manifest("1", Answer::Status(401));
+        refused_without_a_trace(&registry.image("1"), &image, 5, "REGISTRY_DENIED", &["401"])?;
+    }
+    Ok(())
+}
+
+fn images_that_say_too_much() -> Outcome {
+    let tar = tar("etc/noise", &noise(33, 1000));
+    let (layer, diff_id) = (gzip(&tar)?, digest(&tar));
+    let many = format!(r#"{{"Env":["A={}"]}}"#, "x".repeat(70_000));
+    let image = FakeImage::saying(layer.clone(), &diff_id, "amd64", &many);
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    refused_without_a_trace(&name, &image, 6, "IMAGE_UNSUPPORTED", &[&name, "65536 are allowed"])?;
+    let image = FakeImage::saying(layer, &diff_id, &"x".repeat(200_000), "{}");
+    registry.serve("1", &image);
+    refused_without_a_trace(&name, &image, 6, "IMAGE_UNSUPPORTED", &[&name, "200000 bytes"])
 }
 
 fn denied() -> Outcome {

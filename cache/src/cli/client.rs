@@ -1,6 +1,9 @@
 //! The commands that ask a running service.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use cowshed_proto::v1::{self, cowshed_client::CowshedClient};
 use hyper_util::rt::TokioIo;
@@ -16,13 +19,28 @@ use crate::exit;
 /// The API's largest page is far below this, in bytes.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
+/// What only looks, or only marks, is answered at once or not at all.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Asks the service.
 pub(super) async fn run(command: Command) -> Result<(), Failure> {
+    if matches!(command, Command::Acquire { .. } | Command::Pull { .. }) {
+        return ask(command).await;
+    }
+    tokio::time::timeout(LIMIT, ask(command)).await.unwrap_or_else(|_| {
+        let message =
+            format!("the service has not answered within {LIMIT:?}: it hangs or is overloaded, see its log");
+        Err(Failure { message, status: exit::for_code(tonic::Code::DeadlineExceeded) })
+    })
+}
+
+async fn ask(command: Command) -> Result<(), Failure> {
     match command {
         Command::Acquire { vm, image, platform, reach } => acquire(vm, image, platform, &reach).await,
         Command::Release { vm, lease, reach } => {
-            let request = v1::ReleaseRequest { vm_id: vm.clone(), lease_id: lease };
+            let request = v1::ReleaseRequest { vm_id: vm.clone(), lease_id: lease.clone() };
             let reply = connect(&reach.socket).await?.release(request).await.map_err(|s| refused(&s))?;
-            print(&show::released(&vm, &reply.into_inner(), reach.output))
+            print(&show::released(&vm, lease.as_deref(), &reply.into_inner(), reach.output))
         }
         Command::Leases { vm: Some(vm), reach } => {
             let request = v1::GetLeaseRequest { by: Some(v1::get_lease_request::By::VmId(vm)) };

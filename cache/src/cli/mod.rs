@@ -4,7 +4,7 @@ mod client;
 mod pull;
 mod show;
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
@@ -20,6 +20,9 @@ Exit status: 0 done; 1 failure; 2 wrong command line or invalid argument; 3 not 
 5 denied; 6 failed precondition; 7 full; 8 unavailable, try again; 9 timeout; 10 corrupt image; 20 no service on the \
 socket; serve: 21 configuration, 22 state directory in use, 23 state directory unusable, 24 ledger damaged, 25 the \
 ledger's disk failed, 26 cannot listen.";
+
+/// How long the end waits for threads that are in a call of the system's.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Root disks for microVMs: images pulled once, a copy-on-write snapshot per VM, under a lease.
 #[derive(Debug, Parser)]
@@ -130,12 +133,15 @@ impl Cli {
             Ok(runtime) => runtime,
             Err(error) => return fail(&format!("no threads can be had: {error}"), exit::FAILURE),
         };
-        match self.command {
+        let status = match self.command {
             Command::Serve { config, check } => run_service(&runtime, config, check, serve::serve),
             Command::Snapshotter { config } => run_service(&runtime, config, false, serve::serve_snapshotter),
             Command::Version { output } => finish(print(&show::version(output))),
             command => finish(runtime.block_on(client::run(command))),
-        }
+        };
+        // A thread that is stuck in the kernel must not hold the end up.
+        runtime.shutdown_timeout(GOODBYE);
+        status
     }
 }
 

@@ -36,11 +36,17 @@ pub(super) fn acquired(reply: &v1::AcquireResponse, output: Output) -> String {
     text
 }
 
-pub(super) fn released(vm: &str, reply: &v1::ReleaseResponse, output: Output) -> String {
+pub(super) fn released(vm: &str, only: Option<&str>, reply: &v1::ReleaseResponse, output: Output) -> String {
     match (output, &reply.lease) {
         (Output::Json, lease) => line(&json!({ "lease": lease.as_ref().map(lease_json) })),
-        (Output::Text, Some(lease)) => format!("released lease {} of VM {vm}\n", lease.lease_id),
-        (Output::Text, None) => format!("VM {vm} holds nothing to release\n"),
+        (Output::Text, Some(lease)) => {
+            let waiting = lease.waiting_for.as_ref().map(|why| format!("; its disk is still there: {why}"));
+            format!("released lease {} of VM {vm}{}\n", lease.lease_id, waiting.unwrap_or_default())
+        }
+        (Output::Text, None) => match only {
+            Some(lease) => format!("VM {vm} does not hold lease {lease}: nothing to release\n"),
+            None => format!("VM {vm} holds nothing to release\n"),
+        },
     }
 }
 

@@ -134,14 +134,13 @@ impl ContentWriter {
         self.exchange(message).await.map(|reply| self.offset = reply.offset.unsigned_abs())
     }
 
-    /// Makes it a blob, if its digest and size are right. Succeeds if the blob is there by now.
+    /// Makes it a blob, if its digest and size are right.
+    ///
+    /// # Errors
+    /// [`CallError::is_already_exists`] if the blob is there by now; it need not be held by the lease then, nor labelled.
     pub async fn commit(mut self, labels: HashMap<String, String>) -> Result<(), CallError> {
         let message = self.message(WriteAction::Commit, Vec::new(), labels);
-        match self.exchange(message).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_already_exists() => Ok(()),
-            Err(error) => Err(error),
-        }
+        self.exchange(message).await.map(drop)
     }
 
     fn message(

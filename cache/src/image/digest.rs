@@ -16,7 +16,11 @@ pub struct DigestError(String);
 impl Digest {
     /// Of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
-        let hash = Sha256::digest(bytes);
+        Self::of_hash(&Sha256::digest(bytes))
+    }
+
+    /// With this SHA-256.
+    pub(crate) fn of_hash(hash: &[u8]) -> Self {
         let hex = hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         Self(format!("sha256:{hex}"))
     }

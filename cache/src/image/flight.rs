@@ -1,7 +1,8 @@
 //! Single flight: one pull per image and platform, however many callers ask.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
@@ -32,7 +33,7 @@ impl Pull {
     /// Waits for its end.
     pub async fn outcome(self) -> Outcome {
         self.outcome.await.unwrap_or_else(|_| {
-            // Its task is gone: the service stops, or it has panicked, which is logged.
+            // Its task is gone: the runtime has dropped it.
             Err(Error::new(
                 Reason::Stopping,
                 "the pull was broken off, as by a stop of the service; pull again",
@@ -53,14 +54,15 @@ impl Flights {
 
 pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) -> Pull {
     let key = (image.clone(), platform.clone());
-    let mut flights = shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pull) = flights.get(&key) {
-        return pull.clone();
-    }
     let (board, progress) = Board::new();
     let (sender, outcome) = oneshot::channel();
     let pull = Pull { progress, outcome: outcome.shared() };
-    flights.insert(key.clone(), pull.clone());
+    // Let go of before the task is made: a runtime that shuts down drops the task there and then, and its landing takes
+    // the lock again.
+    match shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()) {
+        Entry::Occupied(under_way) => return under_way.get().clone(),
+        Entry::Vacant(vacant) => drop(vacant.insert(pull.clone())),
+    }
     shared.observer.started();
     let span = tracing::info_span!("pull", %image, %platform);
     let landing = Landing { shared: shared.clone(), key };
@@ -72,8 +74,8 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let begun = Instant::now();
     let shared = landing.shared.clone();
     let (image, platform) = landing.key.clone();
-    let outcome =
-        Box::pin(pull::run(&shared, &image, &platform, &board)).await.map_err(|error| about(&image, error));
+    let outcome = caught(Box::pin(pull::run(&shared, &image, &platform, &board))).await;
+    let outcome = outcome.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);
     match &outcome {
@@ -88,7 +90,17 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     drop(board);
 }
 
-/// Takes the pull off the map, also if it panics.
+/// What `work` comes to. A panic, which is logged as such, is a failure like any other: whoever waits learns of it, and
+/// what was made is cleared away. Nothing that outlives the work is left in between by it: locks are held for look-ups.
+pub(super) async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
+        let message =
+            "the pull has run into a defect of cowshed's, its log says where; pull again, and report it";
+        Err(Error::new(Reason::InternalError, message))
+    })
+}
+
+/// Takes the pull off the map, also if its task is dropped.
 struct Landing {
     shared: Arc<Shared>,
     key: Key,
@@ -98,5 +110,18 @@ impl Drop for Landing {
     fn drop(&mut self) {
         self.shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
         self.shared.observer.ended();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    #[allow(clippy::panic, reason = "it is what is tested")]
+    async fn a_panic_is_an_internal_error() {
+        let panicked = caught::<()>(async { panic!("on purpose") }).await;
+        assert_eq!(panicked.map_err(|error| error.reason()), Err(Reason::InternalError));
+        assert!(matches!(caught(async { Ok(1) }).await, Ok(1)));
     }
 }

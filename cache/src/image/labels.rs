@@ -8,6 +8,8 @@ use super::{
 };
 
 const SOURCE: &str = "containerd.io/distribution.source.";
+/// containerd refuses a label whose name and value together have more bytes.
+const LABEL_MAX_BYTES: usize = 4096;
 
 pub(super) type Labels = HashMap<String, String>;
 
@@ -39,9 +41,18 @@ pub(super) fn of_config(snapshotter: &str, chain_id: &Digest) -> Labels {
     HashMap::from([(format!("containerd.io/gc.ref.snapshot.{snapshotter}"), chain_id.to_string())])
 }
 
-/// Where a layer comes from.
+/// Where a layer comes from. Nothing depends on it, so that what is too long for a label is left out.
 pub(super) fn of_layer(image: &ImageRef) -> Labels {
-    HashMap::from([(format!("{SOURCE}{}", image.registry()), image.repository().to_owned())])
+    of_source(image.registry(), image.repository())
+}
+
+fn of_source(registry: &str, repository: &str) -> Labels {
+    let label = (format!("{SOURCE}{registry}"), repository.to_owned());
+    HashMap::from_iter(fits(&label.0, &label.1).then_some(label))
+}
+
+fn fits(name: &str, value: &str) -> bool {
+    name.len() + value.len() <= LABEL_MAX_BYTES
 }
 
 /// What a layer is when it is inflated, as applying it has shown.
@@ -49,14 +60,16 @@ pub(super) fn of_applied(diff_id: &Digest) -> Labels {
     HashMap::from([("containerd.io/uncompressed".to_owned(), diff_id.to_string())])
 }
 
-/// Those of `wanted` that are not in `present`. Several repositories of a registry are one label's list.
+/// Those of `wanted` that are not in `present`. Several repositories of a registry are one label's list; when that is
+/// full, it stays as it is.
 pub(super) fn missing(present: &Labels, wanted: Labels) -> Labels {
     let addition = |(name, value): (String, String)| match present.get(&name) {
         None => Some((name, value)),
         Some(there) if *there == value => None,
         Some(there) if name.starts_with(SOURCE) => {
             let known = there.split(',').any(|repository| repository == value);
-            (!known).then(|| (name, format!("{there},{value}")))
+            let longer = format!("{there},{value}");
+            (!known && fits(&name, &longer)).then_some((name, longer))
         }
         Some(_) => Some((name, value)),
     };
@@ -120,5 +133,22 @@ mod tests {
         }
         let (old, new) = (Digest::of(b"old"), Digest::of(b"new"));
         assert_eq!(missing(&of_config("s", &old), of_config("s", &new)), of_config("s", &new));
+    }
+
+    #[test]
+    fn a_list_of_repositories_ends_where_containerd_would_refuse_it() {
+        let name = format!("{SOURCE}r.example");
+        let room = LABEL_MAX_BYTES - name.len();
+        let list = |bytes: usize| Labels::from([(name.clone(), "x".repeat(bytes))]);
+        // Bytes that are there, bytes of the repository, whether it is appended.
+        let table = [(room - 4, 3, true), (room - 4, 4, false), (room, 1, false), (room + 10, 1, false)];
+        for (there, bytes, appended) in table {
+            let wanted = of_source("r.example", &"y".repeat(bytes));
+            let written = missing(&list(there), wanted);
+            assert_eq!(written.len(), usize::from(appended), "{there} {bytes}");
+            assert!(written.values().all(|value| value.len() == there + 1 + bytes), "{there} {bytes}");
+        }
+        assert_eq!(of_source("r.example", &"y".repeat(room)).len(), 1);
+        assert!(of_source("r.example", &"y".repeat(room + 1)).is_empty(), "it is dropped");
     }
 }

@@ -7,6 +7,10 @@ use crate::error::{Error, Reason, Result};
 
 /// Manifests and configurations above this are refused, in bytes.
 pub(super) const DOCUMENT_MAX_BYTES: usize = 8 << 20;
+/// Images that want more said to their process are refused, in bytes as [`ProcessConfig::bytes`] counts them: each
+/// lease, the ledger and many replies repeat it. Linux gives a process's arguments and environment 2 MiB at the most;
+/// real images have a few KiB.
+const PROCESS_MAX_BYTES: usize = 64 << 10;
 /// Images with more layers are refused.
 const LAYERS_MAX: usize = 512;
 
@@ -66,6 +70,15 @@ pub struct ProcessConfig {
     pub env: Vec<String>,
     pub user: String,
     pub working_dir: String,
+}
+
+impl ProcessConfig {
+    /// Its size: each string with the few bytes that any form of it takes besides, so that empty ones count too.
+    fn bytes(&self) -> usize {
+        const BESIDES: usize = 4;
+        let many = self.entrypoint.iter().chain(&self.cmd).chain(&self.env);
+        many.chain([&self.user, &self.working_dir]).map(|text| text.len() + BESIDES).sum()
+    }
 }
 
 /// What of an image configuration matters here.
@@ -156,11 +169,14 @@ pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageCon
     if diffs != layers {
         return Err(unsupported(format!("its configuration names {diffs} layers, its manifest {layers}")));
     }
-    Ok(ImageConfig {
-        platform: Platform::from(&raw.platform),
-        process: raw.config.unwrap_or_default(),
-        diff_ids: raw.rootfs.diff_ids,
-    })
+    let process = raw.config.unwrap_or_default();
+    let bytes = process.bytes();
+    if bytes > PROCESS_MAX_BYTES {
+        return Err(unsupported(format!(
+            "its Entrypoint, Cmd, Env, User and WorkingDir have {bytes} bytes, {PROCESS_MAX_BYTES} are allowed"
+        )));
+    }
+    Ok(ImageConfig { platform: Platform::from(&raw.platform), process, diff_ids: raw.rootfs.diff_ids })
 }
 
 /// Whether this is the media type of an index.

@@ -112,10 +112,47 @@ fn configurations() {
     short["rootfs"]["diff_ids"] = json!([digest(7).as_str()]);
     let error = parse_config(short.to_string().as_bytes(), &manifest).unwrap_err();
     assert!(error.to_string().contains("names 1 layers, its manifest 2"), "{error}");
+    let mut odd = config.clone();
+    odd["architecture"] = "x".repeat(65).into();
+    let error = parse_config(odd.to_string().as_bytes(), &manifest).unwrap_err();
+    assert!(error.to_string().contains("65 bytes, 64 are allowed"), "{error}");
     let mut bare = config;
     bare["config"] = Value::Null;
     assert_eq!(
         parse_config(bare.to_string().as_bytes(), &manifest).unwrap().process,
         ProcessConfig::default()
     );
+}
+
+#[test]
+fn what_the_process_is_told_is_bounded() {
+    let (_, Document::Manifest(manifest)) = parsed(&manifest(None, &[LAYERS[1]])).unwrap() else {
+        panic!("no manifest")
+    };
+    let much = "x".repeat(PROCESS_MAX_BYTES);
+    let table = [
+        (json!({ "Env": ["x".repeat(PROCESS_MAX_BYTES - 12)] }), true),
+        (json!({ "Env": ["x".repeat(PROCESS_MAX_BYTES - 11)] }), false),
+        (json!({ "Entrypoint": [much] }), false),
+        (json!({ "Cmd": [much] }), false),
+        (json!({ "User": much }), false),
+        (json!({ "WorkingDir": much }), false),
+        // Empty ones take room too.
+        (json!({ "Env": vec![""; PROCESS_MAX_BYTES / 2] }), false),
+        // Nobody is told of these.
+        (json!({ "Labels": { "a": much } }), true),
+    ];
+    for (process, is_taken) in table {
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "config": process, "rootfs": { "diff_ids": [digest(7).as_str()] },
+        });
+        match parse_config(config.to_string().as_bytes(), &manifest) {
+            Ok(_) => assert!(is_taken),
+            Err(error) => {
+                assert!(!is_taken, "{error}");
+                assert_eq!(error.reason(), Reason::ImageUnsupported);
+                assert!(error.to_string().contains("bytes, 65536 are allowed"), "{error}");
+            }
+        }
+    }
 }

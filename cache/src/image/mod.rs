@@ -7,6 +7,7 @@ mod flight;
 mod labels;
 mod locks;
 mod manifest;
+mod pace;
 mod platform;
 mod progress;
 mod pull;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de};
 
 use crate::error::{Error, Reason, Result};
 
@@ -18,9 +18,27 @@ pub struct Platform {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct DeclaredPlatform {
+    #[serde(deserialize_with = "short")]
     os: String,
+    #[serde(deserialize_with = "short")]
     architecture: String,
+    #[serde(deserialize_with = "short")]
     variant: String,
+}
+
+/// Longer names of systems, architectures and variants are refused: leases and errors repeat them.
+const NAME_MAX_BYTES: usize = 64;
+
+fn short<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    if name.len() > NAME_MAX_BYTES {
+        let what = format!(
+            "a platform's os, architecture or variant has {} bytes, {NAME_MAX_BYTES} are allowed",
+            name.len()
+        );
+        return Err(de::Error::custom(what));
+    }
+    Ok(name)
 }
 
 impl Platform {

@@ -14,6 +14,7 @@ use super::{
     brake::Brake,
     digest::chain_ids,
     facts::Facts,
+    flight::caught,
     labels::{self, Labels},
     manifest::{self, DOCUMENT_MAX_BYTES, Document, ImageConfig, Manifest},
     progress::Board,
@@ -48,17 +49,26 @@ pub(super) async fn run(
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
             let store = Store { shared, lease: &lease, image, source: &source, brake: Brake::default() };
-            Box::pin(pull(&store, bytes, digest, platform, board)).await
+            // What it has made is cleared away below, also if it panics.
+            caught(Box::pin(pull(&store, bytes, digest, platform, board))).await
         }
         Err(error) => Err(shared.containerd.explain(error)),
     };
-    // If this fails, the reclaimer finds the lease in the journal and nobody running it.
-    match shared.containerd.delete_lease(&lease, outcome.is_err()).await {
-        Ok(()) => shared.journal.end(&lease).await?,
-        Err(error) => tracing::warn!(lease, %error, "the pull's containerd lease is deleted later"),
-    }
+    end(shared, &lease, outcome.is_err()).await;
     drop(running);
     outcome
+}
+
+/// Lets go of the pull's containerd lease. Whatever of it fails changes nothing about the pull: the reclaimer finds the
+/// lease in the journal and nobody running it.
+async fn end(shared: &Shared, lease: &str, collect: bool) {
+    let ended = match shared.containerd.delete_lease(lease, collect).await {
+        Ok(()) => shared.journal.end(lease).await,
+        Err(error) => Err(shared.containerd.explain(error)),
+    };
+    if let Err(error) = ended {
+        tracing::warn!(lease, %error, "the pull's containerd lease is ended later");
+    }
 }
 
 /// The image, if its record says what the registry says and nothing of it is missing.
@@ -166,8 +176,8 @@ async fn top(shared: &Shared, image: &ImageRef, source: &Source) -> Result<(Vec<
     if let Some(pinned) = image.digest() {
         return Ok((document(shared, source, &pinned).await?, pinned));
     }
-    let refused = match source.document(None, &manifest::ACCEPTED).await {
-        Ok(found) => return bounded(found),
+    let refused = match source.document(None, &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await {
+        Ok(found) => return Ok(found),
         Err(error) => error,
     };
     if refused.reason() != Reason::RegistryUnavailable {
@@ -191,14 +201,7 @@ async fn document(shared: &Shared, source: &Source, digest: &Digest) -> Result<V
     if let Some(bytes) = shared.document_in_store(digest).await? {
         return Ok(bytes);
     }
-    Ok(bounded(source.document(Some(digest), &manifest::ACCEPTED).await?)?.0)
-}
-
-fn bounded((bytes, digest): (Vec<u8>, Digest)) -> Result<(Vec<u8>, Digest)> {
-    if bytes.len() > DOCUMENT_MAX_BYTES {
-        return Err(manifest::unsupported(format!("its manifest {digest} has {} bytes", bytes.len())));
-    }
-    Ok((bytes, digest))
+    Ok(source.document(Some(digest), &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await?.0)
 }
 
 async fn read_config(store: &Store<'_>, manifest: &Manifest, platform: &Platform) -> Result<ImageConfig> {

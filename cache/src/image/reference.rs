@@ -6,6 +6,9 @@ use oci_client::Reference;
 
 use crate::error::{Error, Reason, Result};
 
+/// Longer references are refused, in bytes: leases, labels and errors repeat them.
+const MAX_BYTES: usize = 512;
+
 /// A parsed image reference. Equal if they mean the same: `debian` is `docker.io/library/debian:latest`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ImageRef(Reference);
@@ -25,6 +28,9 @@ impl ImageRef {
         };
         if text.is_empty() {
             return Err(wrong("it is empty"));
+        }
+        if text.len() > MAX_BYTES {
+            return Err(wrong(&format!("it has {} bytes, {MAX_BYTES} are allowed", text.len())));
         }
         let reference: Reference = text.parse().map_err(|e: oci_client::ParseError| wrong(&e.to_string()))?;
         // What stands where a registry could stand is let through by the parser.
@@ -94,5 +100,9 @@ mod tests {
             let reason = ImageRef::parse(bad).err().map(|error| error.reason());
             assert_eq!(reason, Some(Reason::ImageReferenceInvalid), "{bad:?}");
         }
+        let of = |bytes: usize| format!("{}.r/app:1", "r".repeat(bytes - 8));
+        assert!(ImageRef::parse(&of(512)).is_ok());
+        let error = ImageRef::parse(&of(513)).unwrap_err().to_string();
+        assert!(error.contains("513 bytes, 512 are allowed"), "{error}");
     }
 }

@@ -1,6 +1,9 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt as _;
 
@@ -8,7 +11,9 @@ use super::{
     Cache, Digest, ImageRef, Shared,
     brake::Brake,
     labels::{self, Labels},
+    locks::Turn,
     manifest::Descriptor,
+    pace::Pace,
 };
 use crate::{
     containerd::{CallError, ContentWriter},
@@ -32,18 +37,26 @@ pub(super) struct Store<'a> {
     pub(super) brake: Brake,
 }
 
+/// A blob to fetch.
+struct Errand<'a> {
+    blob: &'a Descriptor,
+    labels: Labels,
+    /// The name under which it is written.
+    reference: String,
+}
+
 impl Store<'_> {
     /// Writes a document, or finds it; labels it either way.
     pub(super) async fn put(&self, digest: &Digest, bytes: &[u8], labels: Labels) -> Result<Cache> {
-        let _turn = self.shared.locks.lock(digest.to_string()).await;
+        let turn = self.turn(digest).await;
         if self.is_held(digest).await? {
             self.label(digest, labels).await?;
             return Ok(Cache::Hit);
         }
         let size = bytes.len() as u64;
-        let reference = write_reference(digest);
+        let reference = self.reference(digest, &turn);
         let written = async {
-            let mut writer = self.writer(digest, size).await?;
+            let mut writer = self.writer(&reference, digest, size).await?;
             writer.restart();
             for piece in bytes.chunks(PIECE) {
                 writer.write(piece.to_vec()).await?;
@@ -53,7 +66,7 @@ impl Store<'_> {
         match written.await {
             Ok(()) => Ok(Cache::Miss),
             Err(error) if error.is_already_exists() => {
-                self.label(digest, labels).await?;
+                self.adopt(digest, labels).await?;
                 Ok(Cache::Hit)
             }
             Err(error) => Err(self.abort(&reference, self.explain(error)).await),
@@ -67,15 +80,16 @@ impl Store<'_> {
         labels: Labels,
         progress: impl Fn(u64) + Send + Sync,
     ) -> Result<Cache> {
-        let _turn = self.brake.or(self.shared.locks.lock(blob.digest.to_string())).await?;
+        let turn = self.brake.or(self.turn(&blob.digest)).await?;
         if self.is_held(&blob.digest).await? {
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
+        let errand = Errand { blob, labels, reference: self.reference(&blob.digest, &turn) };
         let mut pause = FIRST_PAUSE;
         let mut attempt = 0;
         loop {
-            let tried = self.brake.or(self.try_fetch(blob, attempt, &labels, &progress)).await;
+            let tried = self.brake.or(Box::pin(self.try_fetch(&errand, attempt, &progress))).await;
             let broken = match tried.unwrap_or_else(|stopped| Err(Broken::ForGood(stopped))) {
                 Ok(()) => return Ok(Cache::Miss),
                 Err(broken) => broken,
@@ -84,11 +98,11 @@ impl Store<'_> {
             let again = broken.is_worth(attempt, self.shared.limits.attempts, self.source.endpoints());
             let (Broken::ForNow(error) | Broken::Wrong(error) | Broken::ForGood(error)) = &broken;
             if !again {
-                return Err(self.abort(&write_reference(&blob.digest), error.clone()).await);
+                return Err(self.abort(&errand.reference, error.clone()).await);
             }
             tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
             if let Broken::Wrong(error) = &broken {
-                self.abort_or(&blob.digest, error).await?;
+                self.abort_or(&errand.reference, error).await?;
             }
             // If the brake is pulled, the next try says so.
             let _stopped = self.brake.or(tokio::time::sleep(pause)).await;
@@ -98,15 +112,16 @@ impl Store<'_> {
 
     async fn try_fetch(
         &self,
-        blob: &Descriptor,
+        errand: &Errand<'_>,
         attempt: u32,
-        labels: &Labels,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
-        let mut writer = match self.writer(&blob.digest, blob.size).await {
+        let Errand { blob, labels, reference } = errand;
+        let mut writer = match self.writer(reference, &blob.digest, blob.size).await {
             Ok(writer) => writer,
             Err(error) if error.is_already_exists() => {
-                return self.label(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
+                self.forget(reference).await;
+                return self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
             }
             Err(error) => return Err(self.broken(error)),
         };
@@ -116,7 +131,12 @@ impl Store<'_> {
         if writer.offset() < blob.size || blob.size == 0 {
             self.copy(blob, attempt, &mut writer, progress).await?;
         }
-        writer.commit(labels.clone()).await.map_err(|error| self.refused(blob, error))
+        match writer.commit(labels.clone()).await {
+            Err(error) if error.is_already_exists() => {
+                self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood)
+            }
+            committed => committed.map_err(|error| self.refused(blob, error)),
+        }
     }
 
     /// Copies what is missing from the registry to containerd.
@@ -132,9 +152,14 @@ impl Store<'_> {
             writer.restart();
         }
         let mut bytes = source.bytes;
-        let mut piece = Vec::new();
-        while let Some(part) = bytes.next().await {
+        let (mut piece, mut pace) = (Vec::new(), Pace::default());
+        loop {
+            let asked = Instant::now();
+            let Some(part) = bytes.next().await else { break };
             let part = part.map_err(|error| self.torn(blob, &source.endpoint, &error))?;
+            if !pace.keeps(part.len(), asked.elapsed()) {
+                return Err(Broken::ForNow(self.interrupted(blob, &source.endpoint, "it is too slow")));
+            }
             self.shared.observer.fetched(part.len() as u64);
             piece.extend_from_slice(&part);
             if writer.offset() + piece.len() as u64 > blob.size {
@@ -178,6 +203,19 @@ impl Store<'_> {
         Ok(containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?.is_some())
     }
 
+    /// Takes the blob that somebody else has finished first.
+    async fn adopt(&self, digest: &Digest, labels: Labels) -> Result<()> {
+        self.is_held(digest).await?;
+        self.label(digest, labels).await
+    }
+
+    /// Removes what was written of a blob that is there by now. What stays goes with the lease.
+    async fn forget(&self, reference: &str) {
+        if let Err(error) = self.shared.containerd.abort_write(reference).await {
+            tracing::warn!(reference, %error, "what was written of a blob is collected later");
+        }
+    }
+
     /// Labels a blob that is there; each change is a write of containerd's, so only if something changes.
     pub(super) async fn label(&self, digest: &Digest, labels: Labels) -> Result<()> {
         let containerd = &self.shared.containerd;
@@ -189,14 +227,29 @@ impl Store<'_> {
         containerd.label_blob(digest.as_str(), missing).await.map_err(|e| self.explain(e))
     }
 
-    async fn writer(&self, digest: &Digest, size: u64) -> Result<ContentWriter, CallError> {
-        let reference = write_reference(digest);
+    /// Those who pull from the same registry are kin.
+    async fn turn(&self, digest: &Digest) -> Turn {
+        self.shared.locks.turn(digest.as_str(), self.image.registry()).await
+    }
+
+    /// The name under which a blob is written; the same after a restart, so that it goes on. Nobody else writes under
+    /// it while the turn lasts.
+    fn reference(&self, digest: &Digest, turn: &Turn) -> String {
+        if turn.is_beside_another() {
+            format!("cowshed-{digest}-{}", self.image.registry())
+        } else {
+            format!("cowshed-{digest}")
+        }
+    }
+
+    async fn writer(&self, reference: &str, digest: &Digest, size: u64) -> Result<ContentWriter, CallError> {
+        let reference = reference.to_owned();
         self.shared.containerd.write_blob(self.lease, reference, digest.to_string(), size).await
     }
 
     /// Forgets what was written, so that the next try begins anew.
-    async fn abort_or(&self, digest: &Digest, error: &Error) -> Result<()> {
-        let aborted = self.shared.containerd.abort_write(&write_reference(digest)).await;
+    async fn abort_or(&self, reference: &str, error: &Error) -> Result<()> {
+        let aborted = self.shared.containerd.abort_write(reference).await;
         aborted.map_err(|second| error.clone().context(format!("(and the next try cannot begin: {second})")))
     }
 
@@ -282,11 +335,6 @@ impl From<Error> for Broken {
     fn from(error: Error) -> Self {
         if error.reason() == Reason::RegistryUnavailable { Self::ForNow(error) } else { Self::ForGood(error) }
     }
-}
-
-/// The name under which a blob is written; the same after a restart, so that it goes on.
-fn write_reference(digest: &Digest) -> String {
-    format!("cowshed-{digest}")
 }
 
 #[cfg(test)]

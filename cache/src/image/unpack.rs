@@ -26,7 +26,11 @@ pub(super) struct Layer<'a> {
 /// Unpacks `layer` unless it is there; its snapshot is held by the store's lease.
 pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>) -> Result<Cache> {
     let (shared, lease) = (store.shared, store.lease);
-    let _turn = store.brake.or(shared.locks.lock(format!("unpack {}", layer.chain_id))).await?;
+    // The same bytes take everybody equally long, and each try is bounded by the unpack timeout. Other bytes that claim to
+    // be the same layer are strangers: they may need all of that time and come to nothing. Working beside them does no
+    // harm: each has a snapshot of its own until it is committed.
+    let thing = format!("unpack {}", layer.chain_id);
+    let _turn = store.brake.or(shared.locks.turn(&thing, layer.blob.digest.as_str())).await?;
     if is_held(shared, lease, layer.chain_id).await? {
         return Ok(Cache::Hit);
     }

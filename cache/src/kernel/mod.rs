@@ -1,9 +1,13 @@
 //! What the kernel says of thin devices and their pool. Asked, never cached: it is the authority.
 
+mod devices;
+
 use std::{
     fs, io,
     os::{linux::fs::MetadataExt as _, unix::fs::FileTypeExt as _},
     path::Path,
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use cowshed_leases::{DeviceIdentity, DeviceNumber};
@@ -13,8 +17,10 @@ use nix::{errno::Errno, sys::stat};
 use thiserror::Error as ThisError;
 
 pub use cowshed_pool::device::{PoolMode, PoolUsage};
+pub use devices::Devices;
 
-/// The seam to device-mapper; tests put a fake here. Calls block for microseconds.
+/// The seam to device-mapper; tests put a fake here. Calls block: for microseconds, or while device-mapper is busy. From
+/// async code they are made through [`Devices`].
 pub trait Kernel: Send + Sync {
     /// The thin device behind `path`, which can be opened.
     fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError>;
@@ -49,13 +55,25 @@ pub enum KernelError {
         /// Its answer.
         error: String,
     },
+    /// The kernel has not answered yet.
+    #[error(
+        "device-mapper, {what}: no answer within {} s; it is busy, or a device is suspended (dmsetup info)", .after.as_secs()
+    )]
+    Slow {
+        /// What was asked.
+        what: String,
+        /// How long it was waited for.
+        after: Duration,
+    },
 }
 
 /// The real kernel.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct DeviceMapper {
     /// Name of the pool; empty for the only one there is.
     pool: String,
+    /// That one, once it was found: to find it, every device of the host is looked at.
+    found: Mutex<String>,
 }
 
 type Targets = Vec<(u64, u64, String, String)>;
@@ -63,7 +81,7 @@ type Targets = Vec<(u64, u64, String, String)>;
 impl DeviceMapper {
     /// `pool` is a device-mapper name, or empty.
     pub fn new(pool: String) -> Self {
-        Self { pool }
+        Self { pool, found: Mutex::default() }
     }
 
     fn targets(context: &DM, name: &str, flags: DmFlags) -> Result<Option<Targets>, KernelError> {
@@ -76,11 +94,29 @@ impl DeviceMapper {
         }
     }
 
-    /// The name of the pool that is meant.
-    fn pool_name(&self, context: &DM) -> Result<String, KernelError> {
-        if !self.pool.is_empty() {
-            return Ok(self.pool.clone());
+    /// The only pool there is; the one that was found before, if it still is one.
+    fn only_pool(&self, context: &DM) -> Result<PoolUsage, KernelError> {
+        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if !known.is_empty()
+            && let Ok(usage) = Self::usage(context, &known)
+        {
+            return Ok(usage);
         }
+        let name = Self::find_pool(context)?;
+        let usage = Self::usage(context, &name)?;
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = name;
+        Ok(usage)
+    }
+
+    fn usage(context: &DM, name: &str) -> Result<PoolUsage, KernelError> {
+        let missing = || KernelError::NoPool(format!("there is no thin pool {name}: activate or make it"));
+        let tables = Self::targets(context, name, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)?;
+        let status = Self::targets(context, name, DmFlags::empty())?.ok_or_else(missing)?;
+        table::parse_pool(name, &tables, &status)
+            .map_err(|what| KernelError::NoPool(format!("{name} is not a usable thin pool: {what}")))
+    }
+
+    fn find_pool(context: &DM) -> Result<String, KernelError> {
         let devices = context.list_devices().map_err(|e| refused("list", &e))?;
         let mut pools = Vec::new();
         for (name, _, _) in devices {
@@ -142,12 +178,7 @@ impl Kernel for DeviceMapper {
 
     fn pool(&self) -> Result<PoolUsage, KernelError> {
         let context = context()?;
-        let name = self.pool_name(&context)?;
-        let missing = || KernelError::NoPool(format!("there is no thin pool {name}: activate or make it"));
-        let tables = Self::targets(&context, &name, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)?;
-        let status = Self::targets(&context, &name, DmFlags::empty())?.ok_or_else(missing)?;
-        table::parse_pool(&name, &tables, &status)
-            .map_err(|what| KernelError::NoPool(format!("{name} is not a usable thin pool: {what}")))
+        if self.pool.is_empty() { self.only_pool(&context) } else { Self::usage(&context, &self.pool) }
     }
 }
 

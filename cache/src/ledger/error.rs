@@ -1,64 +1,20 @@
-//! What is wrong with a ledger, and what to do about it.
-
-use std::{io, path::Path};
+//! What a refused write means to a caller.
 
 use cowshed_leases::BookError;
-use thiserror::Error as ThisError;
+use cowshed_pool::store::WriteError;
 
 use crate::error::{Error, Reason};
 
-/// A ledger that cannot be opened. Nothing was changed.
-#[derive(Debug, ThisError)]
-pub enum OpenError {
-    /// Its contents are not what was written.
-    #[error(
-        "the ledger {path} is damaged: {what}. It is left as it is, for it is all that says which VM holds which disk: \
-         put back a backup, or, only if no VM runs on this host, move it away and start with none"
-    )]
-    Damaged {
-        /// The file.
-        path: String,
-        /// What was found.
-        what: String,
-    },
-    /// A later version has written it.
-    #[error(
-        "the ledger {path} has format {found}, this version knows {known}: install the version that wrote it"
-    )]
-    Newer {
-        /// The file.
-        path: String,
-        /// Its format.
-        found: i64,
-        /// Ours.
-        known: i64,
-    },
-    /// The operating system refused.
-    #[error("the ledger {path} cannot be opened: {what}; check that its directory is writable and not full")]
-    Io {
-        /// The file.
-        path: String,
-        /// What the system said.
-        what: String,
-    },
-}
-
-impl OpenError {
-    pub(super) fn damaged(path: &Path, what: impl ToString) -> Self {
-        Self::Damaged { path: path.display().to_string(), what: what.to_string() }
-    }
-
-    pub(super) fn io(path: &Path, source: impl Into<io::Error>) -> Self {
-        Self::Io { path: path.display().to_string(), what: source.into().to_string() }
-    }
-
-    /// Tells a damaged file from one that cannot be reached.
-    pub(super) fn sqlite(path: &Path, error: &rusqlite::Error) -> Self {
-        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-        match error.sqlite_error_code() {
-            Some(DatabaseCorrupt | NotADatabase) => Self::damaged(path, error),
-            Some(_) => Self::Io { path: path.display().to_string(), what: error.to_string() },
-            None => Self::damaged(path, error),
+impl From<WriteError> for Error {
+    fn from(error: WriteError) -> Self {
+        let message = error.to_string();
+        match error {
+            WriteError::Full(path) => Self::new(Reason::StateDirectoryFull, message).with("path", path),
+            WriteError::NotWritten { path, .. } => {
+                Self::new(Reason::LedgerError, format!("the ledger {message}")).with("path", path)
+            }
+            WriteError::Busy => Self::new(Reason::NotReady, message),
+            WriteError::Stopping => Self::new(Reason::Stopping, message),
         }
     }
 }
@@ -84,8 +40,10 @@ impl From<BookError> for Error {
                 .with("differs", fields.join(","))
             }
             BookError::NotPreparing(id) => Self::new(
-                Reason::Stopping,
-                format!("{message}: it was released while its disk was being made; acquire again"),
+                Reason::Released,
+                format!(
+                    "{message}: it was released while its disk was being made; acquire again if it is wanted still"
+                ),
             )
             .with("lease_id", id),
             BookError::DeviceTaken { device, owner, .. } => Self::new(

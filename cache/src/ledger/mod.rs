@@ -1,45 +1,34 @@
 //! The ledger: which VM holds which disk, on disk, as the book of leases decided it.
 //!
-//! One SQLite file, one writer thread. The writer takes what has queued up, lets the book decide each in turn, makes
-//! the lot durable with one commit, and only then answers and publishes. A commit that fails is taken back in memory
-//! and every caller of it is told; a failed fsync ends the process, for what is on the disk is then unknown.
+//! One SQLite file, one writer thread (see `cowshed_pool::store`), in which the book decides each write in turn.
 
 mod error;
 mod schema;
-mod writer;
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
-};
+use std::{collections::BTreeMap, path::Path};
 
-use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, UnixMicros, VmId};
-use tokio::sync::{mpsc, oneshot};
+use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, State, UnixMicros, VmId};
+use cowshed_pool::store::{Batch, Store, file::OpenError};
 
-pub use error::OpenError;
-use writer::{Batch, Job, Order};
+pub use crate::flights::GivenUp;
 
 use crate::error::{Error, Reason, Result};
+use schema::{Change, FORMAT, Records};
 
-/// How many writes may queue up before a caller is told to come back.
-const QUEUE: usize = 4096;
+/// What a release comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// There was nothing to release.
+    Nothing,
+    /// It had been released before.
+    Again(Lease),
+    /// It is released.
+    Now(Lease),
+}
 
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
-pub struct Ledger {
-    orders: mpsc::Sender<Order>,
-    published: Arc<RwLock<Published>>,
-    path: PathBuf,
-}
-
-/// What is durable, for readers.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Published {
-    pub(crate) book: Book,
-    /// Pulls under way: containerd lease → image.
-    pub(crate) pulls: BTreeMap<String, String>,
-}
+pub struct Ledger(Store<Records>);
 
 impl Ledger {
     /// Opens `directory/ledger.db`, making it if there is none, and starts its writer.
@@ -48,41 +37,43 @@ impl Ledger {
     /// If the file is damaged, empty, newer than this program, not a ledger, or cannot be read or written.
     pub fn open(directory: &Path) -> Result<Self, OpenError> {
         let path = directory.join("ledger.db");
-        let connection = schema::open(&path)?;
-        let stored = schema::load(&connection, &path)?;
-        let published = Arc::new(RwLock::new(stored.clone()));
-        let orders = writer::start(connection, stored, published.clone(), path.clone(), QUEUE)
-            .map_err(|source| OpenError::io(&path, source))?;
-        Ok(Self { orders, published, path })
+        let connection = FORMAT.open(&path)?;
+        let records = schema::load(&connection, &path)?;
+        let store = Store::start(connection, records, path.clone());
+        store.map(Self).map_err(|source| FORMAT.io(&path, source))
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.0.path()
     }
 
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
-        look(&self.published.read().unwrap_or_else(PoisonError::into_inner).book)
+        self.0.read(|records| look(&records.book))
     }
 
     /// The containerd leases of pulls that have begun and not ended, with their images.
     pub fn pulls(&self) -> BTreeMap<String, String> {
-        self.published.read().unwrap_or_else(PoisonError::into_inner).pulls.clone()
+        self.0.read(|records| records.pulls.clone())
     }
 
-    /// Writes the intent of a new lease, or finds the one that the VM holds.
+    /// Writes the intent of a new lease, or finds the one that the VM holds. Refused if it was given up by then.
     pub async fn acquire(
         &self,
         vm: VmId,
         spec: Spec,
         fresh: LeaseId,
         now: UnixMicros,
+        given_up: GivenUp,
     ) -> Result<Acquisition> {
         self.write(move |batch| {
-            let acquisition = batch.book().acquire(&vm, &spec, fresh, now).map_err(Error::from)?;
+            if given_up.is_set() {
+                return Err(released(&vm));
+            }
+            let acquisition = book(batch).acquire(&vm, &spec, fresh, now).map_err(Error::from)?;
             if let Acquisition::New(lease) = &acquisition {
-                batch.change(cowshed_leases::Change::Put(lease.clone()));
+                batch.change(Change::Lease(cowshed_leases::Change::Put(lease.clone())));
             }
             Ok(acquisition)
         })
@@ -92,9 +83,9 @@ impl Ledger {
     /// Confirms that the lease's device is there.
     pub async fn grant(&self, id: LeaseId, grant: Grant) -> Result<Lease> {
         self.write(move |batch| {
-            let change = batch.book().grant(&id, grant).map_err(Error::from)?;
-            batch.change(change);
-            batch.lease(&id)
+            let change = book(batch).grant(&id, grant).map_err(Error::from)?;
+            batch.change(Change::Lease(change));
+            lease_in(batch, &id)
         })
         .await
     }
@@ -102,23 +93,42 @@ impl Ledger {
     /// Marks the lease for reclaiming. `None` if it is gone; unchanged if it is marked.
     pub async fn release(&self, id: LeaseId, now: UnixMicros) -> Result<Option<Lease>> {
         self.write(move |batch| {
-            if let Some(change) = batch.book().release(&id, now) {
-                batch.change(change);
+            if let Some(change) = book(batch).release(&id, now) {
+                batch.change(Change::Lease(change));
             }
-            Ok(batch.book().get(&id).cloned())
+            Ok(book(batch).get(&id).cloned())
         })
         .await
     }
 
-    /// Marks all `ids` at once.
-    pub async fn release_all(&self, ids: Vec<LeaseId>, now: UnixMicros) -> Result<()> {
+    /// Marks the lease that the VM has, or only this one of it, for reclaiming. The writer looks it up, in turn, so that
+    /// it also finds one that was asked for just before.
+    pub async fn release_of(&self, vm: VmId, only: Option<LeaseId>, now: UnixMicros) -> Result<Release> {
         self.write(move |batch| {
+            let found = match &only {
+                Some(id) => book(batch).get(id).filter(|lease| lease.vm == vm),
+                None => book(batch).of_vm(&vm),
+            };
+            let Some(lease) = found.cloned() else { return Ok(Release::Nothing) };
+            let Some(change) = book(batch).release(&lease.id, now) else { return Ok(Release::Again(lease)) };
+            batch.change(Change::Lease(change));
+            lease_in(batch, &lease.id).map(Release::Now)
+        })
+        .await
+    }
+
+    /// Marks those of `ids` that are still being prepared; says how many.
+    pub async fn give_up_all(&self, ids: Vec<LeaseId>, now: UnixMicros) -> Result<usize> {
+        self.write(move |batch| {
+            let mut count = 0;
             for id in &ids {
-                if let Some(change) = batch.book().release(id, now) {
-                    batch.change(change);
+                let preparing = book(batch).get(id).is_some_and(|lease| lease.state == State::Preparing);
+                if let Some(change) = book(batch).release(id, now).filter(|_| preparing) {
+                    batch.change(Change::Lease(change));
+                    count += 1;
                 }
             }
-            Ok(())
+            Ok(count)
         })
         .await
     }
@@ -127,8 +137,8 @@ impl Ledger {
     pub async fn remove_all(&self, ids: Vec<LeaseId>) -> Result<()> {
         self.write(move |batch| {
             for id in &ids {
-                if let Some(change) = batch.book().remove(id).map_err(Error::from)? {
-                    batch.change(change);
+                if let Some(change) = book(batch).remove(id).map_err(Error::from)? {
+                    batch.change(Change::Lease(change));
                 }
             }
             Ok(())
@@ -139,7 +149,7 @@ impl Ledger {
     /// Writes down that a pull is about to take the containerd lease `lease`.
     pub async fn begin_pull(&self, lease: String, image: String) -> Result<()> {
         self.write(move |batch| {
-            batch.begin_pull(lease, image);
+            batch.change(Change::Pull(lease, Some(image)));
             Ok(())
         })
         .await
@@ -148,7 +158,7 @@ impl Ledger {
     /// Writes down that the pull's containerd lease is gone.
     pub async fn end_pull(&self, lease: String) -> Result<()> {
         self.write(move |batch| {
-            batch.end_pull(lease);
+            batch.change(Change::Pull(lease, None));
             Ok(())
         })
         .await
@@ -156,38 +166,33 @@ impl Ledger {
 
     /// Finishes the writes that have begun and closes the file; later ones are refused. To be called once, at the end.
     pub async fn close(&self) {
-        let (closed, answer) = oneshot::channel();
-        if self.orders.send(Order::Close(closed)).await.is_ok() {
-            // An error means that the writer is gone, and the file is closed with it.
-            let _closed = answer.await;
-        }
+        self.0.close().await;
     }
 
     async fn write<T: Send + 'static>(
         &self,
-        decide: impl FnOnce(&mut Batch<'_>) -> Result<T> + Send + 'static,
+        decide: impl FnOnce(&mut Batch<'_, Records>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |batch| {
-            let decided = decide(batch);
-            Box::new(move |committed| {
-                // The caller may have gone; what it asked for is durable all the same.
-                let _gone = reply.send(committed.and(decided));
-            })
-        });
-        self.orders.try_send(Order::Write(job)).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => Error::new(
-                Reason::NotReady,
-                format!("{QUEUE} ledger writes are waiting; try again in a second"),
-            ),
-            mpsc::error::TrySendError::Closed(_) => stopped(),
-        })?;
-        answer.await.map_err(|_| stopped())?
+        self.0.write(decide).await
     }
 }
 
-fn stopped() -> Error {
-    Error::new(Reason::Stopping, "the service is stopping; repeat the request when it is up again")
+/// The book with all that was decided before.
+fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
+    &batch.state().book
+}
+
+/// A lease that is there.
+fn lease_in(batch: &Batch<'_, Records>, id: &LeaseId) -> Result<Lease> {
+    let missing = || Error::new(Reason::LedgerError, format!("lease {id} vanished from the book"));
+    book(batch).get(id).cloned().ok_or_else(missing)
+}
+
+fn released(vm: &VmId) -> Error {
+    let message = format!(
+        "the disk of VM {vm} was released while it was being made; acquire again if it is wanted still"
+    );
+    Error::new(Reason::Released, message).with("vm_id", vm)
 }
 
 #[async_trait::async_trait]

@@ -2,8 +2,6 @@
 
 use std::fs;
 
-use cowshed_leases::State;
-
 use super::*;
 
 fn vm(n: u32) -> VmId {
@@ -24,7 +22,9 @@ async fn what_was_answered_is_there_after_a_restart() {
     let ledger = Ledger::open(directory.path()).unwrap();
     let writes = (0..200).map(|n| {
         let ledger = ledger.clone();
-        tokio::spawn(async move { ledger.acquire(vm(n % 100), spec(), id(n), UnixMicros(0)).await.unwrap() })
+        tokio::spawn(async move {
+            ledger.acquire(vm(n % 100), spec(), id(n), UnixMicros(0), GivenUp::default()).await.unwrap()
+        })
     });
     for write in writes.collect::<Vec<_>>() {
         write.await.unwrap();
@@ -47,7 +47,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     let ledger = Ledger::open(directory.path()).unwrap();
     assert_eq!(ledger.read(|b| b.after(None).count()), 99);
     assert!(ledger.pulls().is_empty());
-    let again = ledger.acquire(vm(7), spec(), id(999), UnixMicros(9)).await.unwrap();
+    let again = ledger.acquire(vm(7), spec(), id(999), UnixMicros(9), GivenUp::default()).await.unwrap();
     let Acquisition::New(again) = again else { unreachable!("{again:?}") };
     assert!(again.generation > some.generation, "a generation is never given out twice");
 }
@@ -59,7 +59,9 @@ async fn closing_leaves_one_file_with_all_that_was_queued() {
     let writes: Vec<_> = (0..50)
         .map(|n| {
             let ledger = ledger.clone();
-            tokio::spawn(async move { ledger.acquire(vm(n), spec(), id(n), UnixMicros(0)).await })
+            tokio::spawn(async move {
+                ledger.acquire(vm(n), spec(), id(n), UnixMicros(0), GivenUp::default()).await
+            })
         })
         .collect();
     for write in writes {
@@ -68,7 +70,8 @@ async fn closing_leaves_one_file_with_all_that_was_queued() {
     ledger.close().await;
     let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["ledger.db"]);
-    let refused = ledger.acquire(vm(51), spec(), id(51), UnixMicros(0)).await.unwrap_err();
+    let refused =
+        ledger.acquire(vm(51), spec(), id(51), UnixMicros(0), GivenUp::default()).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::Stopping);
     ledger.close().await;
     assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 50);
@@ -79,7 +82,7 @@ async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ledger.db");
     let ledger = Ledger::open(directory.path()).unwrap();
-    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0)).await.unwrap();
+    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), GivenUp::default()).await.unwrap();
     drop(ledger);
     wait_for_close(&path);
     let good = fs::read(&path).unwrap();
@@ -106,6 +109,12 @@ async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
         assert!(error.contains(expected) && error.contains("ledger.db"), "{name}: {error:?}");
         assert_eq!(fs::read(&path).unwrap(), bytes, "{name}: touched");
     }
+    fs::remove_file(&path).unwrap();
+    fs::write(path.with_extension("db-wal"), b"frames").unwrap();
+    let error = Ledger::open(directory.path()).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("write-ahead log is there") && error.contains("ledger.db-shm"), "{error:?}");
+    fs::remove_file(path.with_extension("db-wal")).unwrap();
+
     fs::write(&path, &good).unwrap();
     assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 1);
 }
@@ -129,11 +138,34 @@ async fn a_half_made_ledger_is_made_anew() {
 async fn conflicts_name_what_differs() {
     let directory = tempfile::tempdir().unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();
-    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0)).await.unwrap();
+    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), GivenUp::default()).await.unwrap();
     let other = Spec { image: "registry.example/other:2".into(), ..spec() };
-    let error = ledger.acquire(vm(1), other, id(2), UnixMicros(0)).await.unwrap_err();
+    let error = ledger.acquire(vm(1), other, id(2), UnixMicros(0), GivenUp::default()).await.unwrap_err();
     assert_eq!(error.reason(), Reason::SpecConflict);
     for part in ["vm-1", id(1).as_str(), "image", "registry.example/app:1", "registry.example/other:2"] {
         assert!(error.to_string().contains(part), "{part}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_release_finds_what_was_asked_for_just_before_and_what_was_given_up_is_not_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let given_up = GivenUp::default();
+    // Both queue up before either is published.
+    let (asked, released) = tokio::join!(
+        ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), given_up.clone()),
+        ledger.release_of(vm(1), None, UnixMicros(1)),
+    );
+    assert!(matches!(asked.unwrap(), Acquisition::New(_)));
+    let Release::Now(lease) = released.unwrap() else { unreachable!("not found") };
+    assert!(matches!(lease.state, State::Releasing { .. }));
+    let again = ledger.release_of(vm(1), Some(id(1)), UnixMicros(2)).await.unwrap();
+    assert_eq!(again, Release::Again(lease));
+    assert_eq!(ledger.release_of(vm(2), Some(id(1)), UnixMicros(2)).await.unwrap(), Release::Nothing);
+
+    given_up.set();
+    let refused = ledger.acquire(vm(1), spec(), id(2), UnixMicros(0), given_up).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::Released);
+    assert!(ledger.read(|book| book.get(&id(2)).is_none()));
 }

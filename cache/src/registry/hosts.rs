@@ -147,7 +147,7 @@ fn itself(registry: &str) -> Endpoint {
 }
 
 fn parse(text: &str, file: &Path, registry: &str) -> Result<Vec<Endpoint>> {
-    let hosts: HostsFile = toml::from_str(text).map_err(|e| wrong(file, e.to_string().trim()))?;
+    let hosts: HostsFile = toml::from_str(text).map_err(|e| wrong(file, &in_one_line(&e)))?;
     let mut endpoints = Vec::new();
     for (url, host) in hosts.host {
         endpoints.push(endpoint(&url, host, file)?);
@@ -202,6 +202,13 @@ fn serves(capabilities: Option<&[String]>) -> Serves {
         (true, false) => Serves::Digests,
         (false, _) => Serves::Nothing,
     }
+}
+
+/// The parser draws a picture of several lines; errors have one.
+fn in_one_line(error: &toml::de::Error) -> String {
+    let text = error.to_string();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join(" ")
 }
 
 fn wrong(file: &Path, what: &str) -> Error {

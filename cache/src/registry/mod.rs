@@ -1,7 +1,10 @@
 //! Registries: where an image comes from, and what their refusals mean.
 
+mod body;
+mod connection;
 mod hosts;
 mod refusal;
+mod token;
 
 use std::{
     collections::HashMap,
@@ -11,24 +14,20 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream::BoxStream};
-use oci_client::{
-    Client, Reference,
-    client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol, SizedStream},
-    errors::{DigestError, OciDistributionError},
-    secrets::RegistryAuth,
-};
+use oci_client::Reference;
+use reqwest::StatusCode;
 
+use connection::{Connection, Document, Patience};
 pub use hosts::{Endpoint, Scheme, Serves, Verify};
-use refusal::Outlook;
+use refusal::{Failure, Outlook};
 
 use crate::{
     error::{Error, Reason, Result},
     image::{Digest, ImageRef},
 };
 
-/// So many clients are kept; more than a host has registries.
-const CLIENTS: usize = 256;
+/// So many connections are kept; more than a host has registries.
+const CONNECTIONS: usize = 256;
 /// How often a document is asked for if the registry is overloaded or a connection breaks.
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
@@ -37,19 +36,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(300);
 #[derive(Clone)]
 pub struct Registries {
     config_path: PathBuf,
-    connect_timeout: Duration,
-    read_timeout: Duration,
-    /// One client per endpoint, its settings and the certificates as they were read: it keeps connections and
-    /// anonymous tokens.
-    clients: Arc<Mutex<HashMap<ClientKey, Arc<Client>>>>,
+    patience: Patience,
+    /// One per endpoint, its settings and the certificates as they were read.
+    connections: Arc<Mutex<HashMap<Key, Arc<Connection>>>>,
 }
 
-type ClientKey = (Endpoint, Vec<Vec<u8>>);
+type Key = (Endpoint, Vec<Vec<u8>>);
 
 /// Where one image comes from.
 pub struct Source {
     image: ImageRef,
-    endpoints: Vec<(Endpoint, Arc<Client>)>,
+    endpoints: Vec<(Endpoint, Arc<Connection>)>,
 }
 
 /// Bytes of a blob as they arrive.
@@ -59,13 +56,14 @@ pub struct Blob {
     /// Where they begin.
     pub offset: u64,
     /// The bytes from there on. `InvalidData` at their end says that they do not have the digest.
-    pub bytes: BoxStream<'static, std::io::Result<Vec<u8>>>,
+    pub bytes: body::Parts,
 }
 
 impl Registries {
     /// `config_path` is containerd's directory of `hosts.toml` files; it is read anew for each pull.
     pub fn new(config_path: PathBuf, connect_timeout: Duration, read_timeout: Duration) -> Self {
-        Self { config_path, connect_timeout, read_timeout, clients: Arc::default() }
+        let patience = Patience { connect: connect_timeout, read: read_timeout };
+        Self { config_path, patience, connections: Arc::default() }
     }
 
     /// Where `image` comes from.
@@ -74,54 +72,36 @@ impl Registries {
     /// If a configuration or certificate file cannot be used.
     pub fn source(&self, image: &ImageRef) -> Result<Source> {
         let endpoints = hosts::endpoints(&self.config_path, image.registry())?;
-        let with_client = |endpoint: Endpoint| Ok((endpoint.clone(), self.client(endpoint)?));
+        let connected = |endpoint: Endpoint| Ok((endpoint.clone(), self.connection(endpoint)?));
         Ok(Source {
             image: image.clone(),
-            endpoints: endpoints.into_iter().map(with_client).collect::<Result<_>>()?,
+            endpoints: endpoints.into_iter().map(connected).collect::<Result<_>>()?,
         })
     }
 
-    fn client(&self, endpoint: Endpoint) -> Result<Arc<Client>> {
+    fn connection(&self, endpoint: Endpoint) -> Result<Arc<Connection>> {
         // Read anew each time: certificates are renewed under a running service.
         let certificates = endpoint.ca.iter().map(certificate).collect::<Result<Vec<_>>>()?;
         let key = (endpoint, certificates);
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = clients.get(&key) {
-            return Ok(client.clone());
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = connections.get(&key) {
+            return Ok(connection.clone());
         }
         let (endpoint, certificates) = &key;
-        let config = self.client_config(endpoint, certificates);
-        let client = Client::try_from(config).map_err(|e| {
+        let connection = Connection::new(endpoint, certificates, self.patience).map_err(|e| {
             let message = format!(
-                "no connection to registry {} can be set up: {e}; look at its hosts.toml",
-                endpoint.authority
+                "no connection to registry {} can be set up: {}; look at its hosts.toml",
+                endpoint.authority,
+                refusal::words(&e)
             );
             Error::new(Reason::RegistryConfiguration, message)
         })?;
-        let client = Arc::new(client);
-        if clients.len() >= CLIENTS {
-            clients.clear();
+        let connection = Arc::new(connection);
+        if connections.len() >= CONNECTIONS {
+            connections.clear();
         }
-        clients.insert(key, client.clone());
-        Ok(client)
-    }
-
-    fn client_config(&self, endpoint: &Endpoint, certificates: &[Vec<u8>]) -> ClientConfig {
-        let certificate =
-            |data: &Vec<u8>| Certificate { encoding: CertificateEncoding::Pem, data: data.clone() };
-        ClientConfig {
-            protocol: match endpoint.scheme {
-                Scheme::Http => ClientProtocol::Http,
-                Scheme::Https => ClientProtocol::Https,
-            },
-            accept_invalid_certificates: endpoint.verify == Verify::Nothing,
-            extra_root_certificates: certificates.iter().map(certificate).collect(),
-            connect_timeout: Some(self.connect_timeout),
-            read_timeout: Some(self.read_timeout),
-            user_agent: concat!("cowshed/", env!("CARGO_PKG_VERSION")),
-            platform_resolver: None,
-            ..ClientConfig::default()
-        }
+        connections.insert(key, connection.clone());
+        Ok(connection)
     }
 }
 
@@ -133,15 +113,21 @@ fn certificate(path: &PathBuf) -> Result<Vec<u8>> {
 }
 
 impl Source {
-    /// The manifest or index that `digest`, or else the image's name, points to; its bytes and their digest, checked.
-    pub async fn document(&self, digest: Option<&Digest>, accepted: &[&str]) -> Result<(Vec<u8>, Digest)> {
+    /// The manifest or index that `digest`, or else the image's name, points to, of `limit` bytes at the most; its bytes
+    /// and their digest, checked.
+    pub async fn document(
+        &self,
+        digest: Option<&Digest>,
+        accepted: &[&str],
+        limit: usize,
+    ) -> Result<(Vec<u8>, Digest)> {
         let wanted = match digest {
             Some(digest) => self.image.inner().clone_with_digest(digest.to_string()),
             None => self.image.inner().clone(),
         };
         let mut pause = FIRST_PAUSE;
         for _ in 1..TRIES {
-            match self.ask(&wanted, accepted).await {
+            match self.ask(&wanted, accepted, limit).await {
                 Err((Outlook::Passing, error)) => {
                     tracing::warn!(%error, "asking again");
                     tokio::time::sleep(pause).await;
@@ -150,7 +136,7 @@ impl Source {
                 answer => return answer.map_err(|(_, error)| error),
             }
         }
-        self.ask(&wanted, accepted).await.map_err(|(_, error)| error)
+        self.ask(&wanted, accepted, limit).await.map_err(|(_, error)| error)
     }
 
     /// Asks every endpoint that may be asked, until one answers. The last one's refusal counts: it is the registry itself.
@@ -158,17 +144,16 @@ impl Source {
         &self,
         wanted: &Reference,
         accepted: &[&str],
+        limit: usize,
     ) -> Result<(Vec<u8>, Digest), (Outlook, Error)> {
         let by_tag = wanted.digest().is_none();
         let mut failure = None;
-        for (endpoint, client) in &self.endpoints {
+        for (endpoint, connection) in &self.endpoints {
             if by_tag && endpoint.serves != Serves::TagsAndDigests {
                 continue;
             }
-            let at = at(wanted, endpoint);
-            let answer = client.pull_manifest_raw(&at, &RegistryAuth::Anonymous, accepted).await;
-            let refusal = match answer {
-                Ok((bytes, _)) => match self.checked(bytes.to_vec(), wanted.digest()) {
+            let refusal = match connection.document(&at(wanted, endpoint), accepted, limit).await {
+                Ok(document) => match self.checked(document, wanted.digest()) {
                     Ok(found) => return Ok(found),
                     Err(error) => (Outlook::Lasting, error),
                 },
@@ -192,23 +177,17 @@ impl Source {
         let (count, first) = (self.endpoints.len(), attempt as usize);
         let from_first =
             self.endpoints.iter().cycle().skip(first.checked_rem(count).unwrap_or(0)).take(count);
-        for (endpoint, client) in from_first {
-            let at = at(self.image.inner(), endpoint);
-            client.store_auth_if_needed(at.resolve_registry(), &RegistryAuth::Anonymous).await;
-            let from = match offset {
-                0 => client.pull_blob_stream(&at, digest.as_str()).await.map(BlobResponse::Full),
-                offset => client.pull_blob_stream_partial(&at, digest.as_str(), offset, None).await,
-            };
-            match from {
-                Ok(BlobResponse::Full(stream)) => {
-                    return Ok(Blob {
-                        endpoint: endpoint.authority.clone(),
-                        offset: 0,
-                        bytes: bytes(stream),
+        for (endpoint, connection) in from_first {
+            match connection.blob(&at(self.image.inner(), endpoint), digest, offset).await {
+                Ok(response) => {
+                    let endpoint = endpoint.authority.clone();
+                    return Ok(match response.status() {
+                        // A part has no digest; containerd checks the whole.
+                        StatusCode::PARTIAL_CONTENT => {
+                            Blob { endpoint, offset, bytes: body::parts(response) }
+                        }
+                        _ => Blob { endpoint, offset: 0, bytes: body::verified(response, digest.clone()) },
                     });
-                }
-                Ok(BlobResponse::Partial(stream)) => {
-                    return Ok(Blob { endpoint: endpoint.authority.clone(), offset, bytes: bytes(stream) });
                 }
                 Err(error) => {
                     let error = self.explain(&error, endpoint, digest.as_str());
@@ -223,9 +202,11 @@ impl Source {
         Err(failure.unwrap_or_else(|| self.nowhere()))
     }
 
-    fn checked(&self, bytes: Vec<u8>, wanted: Option<&str>) -> Result<(Vec<u8>, Digest)> {
+    /// Holds it against the digest that is wanted, or else against the one that the registry says it has.
+    fn checked(&self, document: Document, wanted: Option<&str>) -> Result<(Vec<u8>, Digest)> {
+        let Document { bytes, digest: said } = document;
         let digest = Digest::of(&bytes);
-        match wanted {
+        match wanted.or(said.as_ref().map(Digest::as_str)) {
             Some(wanted) if wanted != digest.as_str() => {
                 let message = format!("{}: the registry served {digest} for {wanted}", self.image);
                 Err(Error::new(Reason::ImageCorrupt, message).with("digest", wanted))
@@ -244,7 +225,7 @@ impl Source {
     }
 
     #[allow(clippy::wildcard_enum_match_arm, reason = "`refusal::reason` gives these few only")]
-    fn explain(&self, error: &OciDistributionError, endpoint: &Endpoint, what: &str) -> Error {
+    fn explain(&self, error: &Failure, endpoint: &Endpoint, what: &str) -> Error {
         let (image, at) = (&self.image, &endpoint.authority);
         let reason = refusal::reason(error);
         let words = refusal::words(error);
@@ -257,7 +238,7 @@ impl Source {
                     "registry {at} does not hand out {image} to us ({words}); only what it serves to anybody can be pulled"
                 )
             }
-            Reason::ImageCorrupt => format!("registry {at} serves a wrong {what} for {image}: {words}"),
+            Reason::ImageUnsupported => format!("its {what} at registry {at} cannot be used: {words}"),
             _ => {
                 let hint = if endpoint.scheme == Scheme::Https {
                     "; if it speaks plain HTTP, say so in its hosts.toml"
@@ -290,15 +271,6 @@ fn at(image: &Reference, endpoint: &Endpoint) -> Reference {
     let mut image = image.clone();
     image.set_mirror_registry(authority.to_owned());
     image
-}
-
-fn bytes(stream: SizedStream) -> BoxStream<'static, std::io::Result<Vec<u8>>> {
-    let plain = |error: std::io::Error| {
-        let is_wrong = error.get_ref().is_some_and(|inner| inner.is::<DigestError>());
-        let kind = if is_wrong { std::io::ErrorKind::InvalidData } else { error.kind() };
-        std::io::Error::new(kind, refusal::words(&error))
-    };
-    stream.stream.map(move |part| part.map(|bytes| bytes.to_vec()).map_err(plain)).boxed()
 }
 
 #[cfg(test)]

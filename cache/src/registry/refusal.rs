@@ -1,8 +1,67 @@
 //! What a registry's refusal means: a reason for the caller, whether it may pass, and words without secrets.
 
-use oci_client::errors::{OciDistributionError, OciErrorCode};
+use std::time::Duration;
 
-use crate::error::Reason;
+use oci_client::errors::{OciEnvelope, OciErrorCode};
+use reqwest::{Response, StatusCode};
+use thiserror::Error as ThisError;
+
+use super::body;
+use crate::error::{Reason, shown};
+
+/// Words above this are cut, in bytes.
+const WORDS_MAX_BYTES: usize = 500;
+
+/// Why an endpoint did not give what it was asked for.
+#[derive(Debug, ThisError)]
+pub(super) enum Failure {
+    /// No connection, or one that broke.
+    #[error(transparent)]
+    Request(#[from] reqwest::Error),
+    /// It answered, and refused.
+    #[error("{status} for {url}{}", after_colon(.text))]
+    Refused {
+        status: StatusCode,
+        url: String,
+        /// As the distribution specification names them; empty if it named none.
+        codes: Vec<OciErrorCode>,
+        /// What it said; may be empty.
+        text: String,
+    },
+    /// It sent more than it may.
+    #[error("it has more than {0} bytes")]
+    TooLarge(usize),
+    /// It was not done in time.
+    #[error("it was not there after {} s", .0.as_secs())]
+    Late(Duration),
+    /// What was to be a token is none.
+    #[error("the reply with the token: {0}")]
+    NoToken(&'static str),
+}
+
+impl Failure {
+    /// What `response` says, as far as the first `limit` bytes of its body tell.
+    pub(super) async fn refused(response: Response, limit: usize) -> Self {
+        let (status, url) = (response.status(), response.url().to_string());
+        Self::of_status(status, url, &body::beginning(response, limit).await)
+    }
+
+    fn of_status(status: StatusCode, url: String, body: &[u8]) -> Self {
+        let envelope: Option<OciEnvelope> = serde_json::from_slice(body).ok();
+        let (codes, text) = match envelope.filter(|_| status.is_client_error()) {
+            Some(OciEnvelope { errors }) => {
+                let texts: Vec<String> = errors.iter().map(|error| error.message.clone()).collect();
+                (errors.into_iter().map(|error| error.code).collect(), texts.join("; "))
+            }
+            None => (Vec::new(), String::from_utf8_lossy(body).into_owned()),
+        };
+        Self::Refused { status, url, codes, text }
+    }
+}
+
+fn after_colon(text: &str) -> String {
+    if text.trim().is_empty() { String::new() } else { format!(": {text}") }
+}
 
 /// Whether asking again in a moment may help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,60 +72,50 @@ pub(super) enum Outlook {
     Lasting,
 }
 
-#[allow(
-    clippy::wildcard_enum_match_arm,
-    reason = "whatever else the registry client can say is no decision of the registry's"
-)]
-pub(super) fn reason(error: &OciDistributionError) -> Reason {
-    match error {
-        OciDistributionError::ImageManifestNotFoundError(_)
-        | OciDistributionError::ServerError { code: 404, .. } => Reason::ImageNotFound,
-        OciDistributionError::RegistryError { envelope, .. } => {
-            let codes = envelope.errors.iter().map(|error| by_code(&error.code));
-            codes
-                .into_iter()
-                .find(|reason| *reason != Reason::RegistryUnavailable)
-                .unwrap_or(Reason::RegistryUnavailable)
+pub(super) fn reason(failure: &Failure) -> Reason {
+    match failure {
+        // Whatever it says besides.
+        Failure::Refused { status: StatusCode::UNAUTHORIZED, .. } => Reason::RegistryDenied,
+        Failure::Refused { status, codes, .. } => {
+            codes.iter().find_map(by_code).unwrap_or_else(|| by_status(*status))
         }
-        OciDistributionError::AuthenticationFailure(_)
-        | OciDistributionError::UnauthorizedError { .. }
-        | OciDistributionError::ServerError { code: 401 | 403, .. } => Reason::RegistryDenied,
-        OciDistributionError::DigestError(_) => Reason::ImageCorrupt,
+        Failure::TooLarge(_) => Reason::ImageUnsupported,
+        Failure::Request(_) | Failure::Late(_) | Failure::NoToken(_) => Reason::RegistryUnavailable,
+    }
+}
+
+fn by_status(status: StatusCode) -> Reason {
+    match status {
+        StatusCode::NOT_FOUND => Reason::ImageNotFound,
+        StatusCode::FORBIDDEN => Reason::RegistryDenied,
         _ => Reason::RegistryUnavailable,
     }
 }
 
-#[allow(
-    clippy::wildcard_enum_match_arm,
-    reason = "whatever else the registry client can say is no decision of the registry's"
-)]
-fn by_code(code: &OciErrorCode) -> Reason {
+#[allow(clippy::wildcard_enum_match_arm, reason = "what is none of these decides nothing")]
+fn by_code(code: &OciErrorCode) -> Option<Reason> {
     match code {
         OciErrorCode::ManifestUnknown
         | OciErrorCode::ManifestBlobUnknown
         | OciErrorCode::NameUnknown
         | OciErrorCode::NameInvalid
         | OciErrorCode::BlobUnknown
-        | OciErrorCode::NotFound => Reason::ImageNotFound,
-        OciErrorCode::Unauthorized | OciErrorCode::Denied => Reason::RegistryDenied,
-        _ => Reason::RegistryUnavailable,
+        | OciErrorCode::NotFound => Some(Reason::ImageNotFound),
+        OciErrorCode::Unauthorized | OciErrorCode::Denied => Some(Reason::RegistryDenied),
+        OciErrorCode::Toomanyrequests => Some(Reason::RegistryUnavailable),
+        _ => None,
     }
 }
 
-#[allow(
-    clippy::wildcard_enum_match_arm,
-    reason = "whatever else the registry client can say is no decision of the registry's"
-)]
-pub(super) fn outlook(error: &OciDistributionError) -> Outlook {
-    let passing = match error {
-        OciDistributionError::ServerError { code, .. } => *code == 429 || (500..600).contains(code),
-        OciDistributionError::RegistryError { envelope, .. } => {
-            envelope.errors.iter().any(|error| error.code == OciErrorCode::Toomanyrequests)
+pub(super) fn outlook(failure: &Failure) -> Outlook {
+    let passing = match failure {
+        Failure::Refused { status, codes, .. } => {
+            *status == StatusCode::TOO_MANY_REQUESTS
+                || status.is_server_error()
+                || codes.contains(&OciErrorCode::Toomanyrequests)
         }
-        OciDistributionError::RequestError(error) => {
-            !error.is_connect() && !error.is_timeout() && !error.is_builder()
-        }
-        _ => false,
+        Failure::Request(error) => !error.is_connect() && !error.is_timeout() && !error.is_builder(),
+        Failure::TooLarge(_) | Failure::Late(_) | Failure::NoToken(_) => false,
     };
     if passing { Outlook::Passing } else { Outlook::Lasting }
 }
@@ -82,7 +131,7 @@ pub(super) fn words(error: &dyn std::error::Error) -> String {
         }
         source = error.source();
     }
-    without_queries(&text).chars().take(500).collect()
+    shown(&without_queries(&text), WORDS_MAX_BYTES)
 }
 
 /// Registries redirect to storage with URLs whose query is a credential.
@@ -98,37 +147,40 @@ fn without_queries(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn server(code: u16) -> OciDistributionError {
-        OciDistributionError::ServerError { code, url: String::new(), message: "no".to_owned() }
+    fn refused(status: u16, body: &str) -> Failure {
+        let status = StatusCode::from_u16(status).unwrap();
+        Failure::of_status(status, "http://r.example/v2/".to_owned(), body.as_bytes())
     }
 
     #[test]
     fn meanings() {
-        let envelope = |code: &str| {
-            let text = format!(r#"{{"errors":[{{"code":"{code}","message":"m"}}]}}"#);
-            match serde_json::from_str(&text) {
-                Ok(envelope) => OciDistributionError::RegistryError { envelope, url: String::new() },
-                Err(error) => OciDistributionError::JsonError(error),
-            }
+        let envelope = |status: u16, code: &str| {
+            refused(status, &format!(r#"{{"errors":[{{"code":"{code}","message":"m"}}]}}"#))
         };
         use Outlook::{Lasting, Passing};
         let table = [
-            (server(404), Reason::ImageNotFound, Lasting),
-            (server(401), Reason::RegistryDenied, Lasting),
-            (server(403), Reason::RegistryDenied, Lasting),
-            (server(429), Reason::RegistryUnavailable, Passing),
-            (server(503), Reason::RegistryUnavailable, Passing),
-            (envelope("MANIFEST_UNKNOWN"), Reason::ImageNotFound, Lasting),
-            (envelope("NAME_UNKNOWN"), Reason::ImageNotFound, Lasting),
-            (envelope("DENIED"), Reason::RegistryDenied, Lasting),
-            (envelope("TOOMANYREQUESTS"), Reason::RegistryUnavailable, Passing),
-            (envelope("SOMETHING_ELSE"), Reason::RegistryUnavailable, Lasting),
-            (OciDistributionError::UnauthorizedError { url: String::new() }, Reason::RegistryDenied, Lasting),
+            (refused(404, "no"), Reason::ImageNotFound, Lasting),
+            (refused(401, ""), Reason::RegistryDenied, Lasting),
+            (refused(403, "no"), Reason::RegistryDenied, Lasting),
+            (refused(429, "no"), Reason::RegistryUnavailable, Passing),
+            (refused(503, "no"), Reason::RegistryUnavailable, Passing),
+            (refused(204, ""), Reason::RegistryUnavailable, Lasting),
+            (envelope(404, "MANIFEST_UNKNOWN"), Reason::ImageNotFound, Lasting),
+            (envelope(400, "NAME_UNKNOWN"), Reason::ImageNotFound, Lasting),
+            (envelope(404, "DENIED"), Reason::RegistryDenied, Lasting),
+            (envelope(403, "TOOMANYREQUESTS"), Reason::RegistryUnavailable, Passing),
+            (envelope(400, "SOMETHING_ELSE"), Reason::RegistryUnavailable, Lasting),
+            (envelope(404, "SOMETHING_ELSE"), Reason::ImageNotFound, Lasting),
+            (envelope(401, "MANIFEST_UNKNOWN"), Reason::RegistryDenied, Lasting),
+            (envelope(500, "DENIED"), Reason::RegistryUnavailable, Passing),
+            (Failure::TooLarge(1), Reason::ImageUnsupported, Lasting),
+            (Failure::Late(Duration::ZERO), Reason::RegistryUnavailable, Lasting),
         ];
-        for (error, expected, expected_outlook) in table {
-            assert_eq!((reason(&error), outlook(&error)), (expected, expected_outlook), "{error:?}");
+        for (failure, expected, expected_outlook) in table {
+            assert_eq!((reason(&failure), outlook(&failure)), (expected, expected_outlook), "{failure:?}");
         }
     }
 
@@ -136,5 +188,16 @@ mod tests {
     fn the_query_of_a_url_is_not_repeated() {
         let text = "failed for url (https://s3.example/x?X-Signature=abc&y=z) in transit, really?";
         assert_eq!(without_queries(text), "failed for url (https://s3.example/x?…) in transit, really?");
+    }
+
+    #[test]
+    fn words_are_one_short_line() {
+        let failure = refused(500, &format!("<html>\r\n{}", "x".repeat(100_000)));
+        let words = words(&failure);
+        assert!(
+            words.starts_with("500 Internal Server Error for http://r.example/v2/: <html>\\r\\n"),
+            "{words}"
+        );
+        assert!(words.len() <= WORDS_MAX_BYTES, "{words}");
     }
 }

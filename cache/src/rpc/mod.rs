@@ -1,6 +1,7 @@
 //! The gRPC service: parses requests, calls what does the work, and turns the outcome into replies.
 
 mod convert;
+mod page;
 mod pull;
 
 use std::{
@@ -15,18 +16,14 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     acquire::{Acquired, Acquirer, Wish},
     admission::Admission,
-    clock,
     error::{Error, Reason, Result},
     image::{ImageRef, Images, Platform},
-    kernel::Kernel,
+    kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
-    reclaim::{Waiting, Wake},
+    reclaim::Waiting,
     status::StatusSource,
 };
-
-/// Leases in one page at the most.
-const PAGE_MAX: usize = 1000;
 
 /// `cowshed.v1.Cowshed`.
 pub struct Api {
@@ -39,13 +36,11 @@ pub struct Api {
     /// Whether there is room for another pull.
     pub admission: Admission,
     /// The pool.
-    pub kernel: Arc<dyn Kernel>,
+    pub kernel: Devices,
     /// Status.
-    pub status: StatusSource,
+    pub status: Arc<StatusSource>,
     /// Why released disks are still there.
     pub waiting: Waiting,
-    /// To be woken after a release.
-    pub wake: Wake,
     /// Counts calls.
     pub metrics: Metrics,
 }
@@ -105,15 +100,14 @@ impl Cowshed for Api {
     ) -> Result<Response<Self::PullImageStream>, Status> {
         let begun = Instant::now();
         let v1::PullImageRequest { image, platform } = request.into_inner();
-        let begin = || {
+        let begin = async {
             let (image, platform) = (image_reference(&image)?, self::platform(platform.as_deref())?);
-            self.admission.admit(&*self.kernel)?;
-            Ok(self.images.pull(&image, &platform))
+            self.admission.admit(&self.kernel).await?;
+            Ok::<_, Error>(self.images.pull(&image, &platform))
         };
-        match begin() {
+        match begin.await {
             Ok(pull) => Ok(Response::new(pull::stream(pull, self.metrics.clone(), begun))),
             Err(error) => {
-                let error: Error = error;
                 self.metrics.called("PullImage", error.reason().code(), begun.elapsed());
                 Err(error.into())
             }
@@ -167,20 +161,7 @@ impl Api {
     async fn release_now(&self, request: v1::ReleaseRequest) -> Result<Option<Lease>> {
         let vm = vm_id(&request.vm_id)?;
         let only = request.lease_id.as_deref().map(lease_id).transpose()?;
-        let found = self.ledger.read(|book| {
-            let lease = match &only {
-                Some(id) => book.get(id).filter(|lease| lease.vm == vm),
-                None => book.of_vm(&vm),
-            };
-            lease.map(|lease| lease.id.clone())
-        });
-        let Some(id) = found else { return Ok(None) };
-        let released = self.ledger.release(id, clock::now()).await?;
-        self.wake.now();
-        if let Some(lease) = &released {
-            tracing::info!(vm = %lease.vm, lease = %lease.id, "released");
-        }
-        Ok(released)
+        self.acquirer.release(&vm, only).await
     }
 
     fn find_lease(&self, request: v1::GetLeaseRequest) -> Result<v1::Lease> {
@@ -212,24 +193,17 @@ impl Api {
                 Error::new(Reason::PageTokenInvalid, message).with("field", "page_token")
             })?),
         };
-        let size = match request.page_size as usize {
-            0 => PAGE_MAX,
-            size => size.min(PAGE_MAX),
-        };
         let wanted = |lease: &&Lease| {
             request.states.is_empty() || request.states.contains(&i32::from(convert::state(&lease.state)))
         };
-        let mut leases: Vec<Lease> = self
-            .ledger
-            .read(|book| book.after(after.as_ref()).filter(wanted).take(size + 1).cloned().collect());
-        let more = leases.len() > size;
-        leases.truncate(size);
-        let next_page_token =
-            leases.last().filter(|_| more).map(|lease| lease.id.to_string()).unwrap_or_default();
-        Ok(v1::ListLeasesResponse {
-            leases: leases.iter().map(|lease| self.lease(lease)).collect(),
-            next_page_token,
-        })
+        let mut page =
+            self.ledger.read(|book| page::of(book.after(after.as_ref()).filter(wanted), request.page_size));
+        // After the ledger was let go of, so that nobody holds the one while waiting for the other.
+        let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner);
+        for (id, lease) in page.ids.iter().zip(&mut page.reply.leases) {
+            lease.waiting_for = waiting.get(id).cloned();
+        }
+        Ok(page.reply)
     }
 
     fn lease(&self, lease: &Lease) -> v1::Lease {

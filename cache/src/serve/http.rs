@@ -9,14 +9,16 @@ use axum::{
 use tokio::{net::TcpListener, sync::watch};
 
 /// Serves what `scrape` gives until `stopped`.
-pub(super) async fn serve(
+pub(super) async fn serve<F>(
     listener: TcpListener,
-    scrape: impl Fn() -> prometheus::Result<Vec<u8>> + Clone + Send + Sync + 'static,
+    scrape: impl Fn() -> F + Clone + Send + Sync + 'static,
     mut stopped: watch::Receiver<bool>,
-) {
+) where
+    F: Future<Output = prometheus::Result<Vec<u8>>> + Send + 'static,
+{
     let answer = move || {
         let scrape = scrape.clone();
-        async move { reply(scrape()) }
+        async move { reply(scrape().await) }
     };
     let router = Router::new().route("/metrics", get(answer));
     let until = async move {

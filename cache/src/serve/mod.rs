@@ -6,12 +6,11 @@ mod lock;
 mod snapshotter;
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
-use cowshed_pool::store::file::OpenError as SnapshotsError;
+use cowshed_pool::store::file::OpenError;
 use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
 use thiserror::Error as ThisError;
 use tokio::{
@@ -21,6 +20,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
+use tonic_health::ServingStatus;
 
 use crate::{
     acquire::Acquirer,
@@ -28,9 +28,11 @@ use crate::{
     config::{Config, ConfigError},
     containerd::{Containerd, Snapshots},
     exit,
+    flights::Flights,
     image::{Images, PullLimits},
-    kernel::{DeviceMapper, Kernel},
-    ledger::{Ledger, OpenError},
+    kernel::{DeviceMapper, Devices},
+    ledger::Ledger,
+    making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
@@ -65,9 +67,9 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
+    /// The ledger or the snapshot store cannot be opened.
     #[error(transparent)]
-    Ledger(#[from] OpenError),
+    Store(#[from] OpenError),
     /// Somebody else listens there, or it cannot be made.
     #[error("cannot listen on {address}: {what}")]
     Listen {
@@ -76,9 +78,6 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// See there.
-    #[error(transparent)]
-    Snapshots(#[from] SnapshotsError),
     /// It ran, and broke.
     #[error("the service stopped: {0}")]
     Broke(String),
@@ -90,10 +89,8 @@ impl ServeError {
         match self {
             Self::Config(_) => exit::CONFIGURATION,
             Self::InUse { .. } => exit::STATE_IN_USE,
-            Self::State { .. } | Self::Ledger(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Ledger(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
-            Self::Snapshots(SnapshotsError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Snapshots(_) => exit::LEDGER_DAMAGED,
+            Self::State { .. } | Self::Store(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
+            Self::Store(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }
@@ -102,6 +99,8 @@ impl ServeError {
 
 /// How long replies under way and the reclaimer's step may take once everything else has stopped.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// How old gRPC health's answer can be.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
 const SWEEP_RETRY: Duration = Duration::from_secs(10);
 
 /// The parts, put together.
@@ -111,7 +110,7 @@ struct Parts {
     reclaimer: Arc<Reclaimer>,
     tasks: Tasks,
     ledger: Ledger,
-    kernel: Arc<dyn Kernel>,
+    kernel: Devices,
     metrics: Metrics,
 }
 
@@ -147,7 +146,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let look = plugin.as_ref().map(snapshotter::Served::looker);
         let scrape = move || {
             look.iter().for_each(|look| look());
-            metrics.scrape(&ledger, &*kernel)
+            let (metrics, ledger, kernel) = (metrics.clone(), ledger.clone(), kernel.clone());
+            async move { metrics.scrape(&ledger, kernel.pool().await.ok().as_ref()) }
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
@@ -197,19 +197,22 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         c.snapshotter.clone(),
         config.call_timeout(),
     ));
-    let kernel: Arc<dyn Kernel> = Arc::new(DeviceMapper::new(config.pool.name.clone()));
+    let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
         data_headroom_percent: config.pool.data_headroom_percent,
         metadata_headroom_percent: config.pool.metadata_headroom_percent,
+        allow_unzeroed: config.pool.allow_unzeroed,
     };
     let images = images(config, &containerd, &ledger, &metrics);
     let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
+    let making = Making::default();
     let snapshots: Arc<dyn Snapshots> = containerd.clone();
     let reclaimer = Reclaimer {
         ledger: ledger.clone(),
         snapshots: snapshots.clone(),
         kernel: kernel.clone(),
         running_pulls: Arc::new(images.clone()),
+        making: making.clone(),
         wake: wake.clone(),
         waiting: waiting.clone(),
         metrics: metrics.clone(),
@@ -223,18 +226,19 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         snapshots,
         kernel: kernel.clone(),
         admission,
-        wake: wake.clone(),
+        wake,
+        making,
         tasks: tasks.clone(),
-        flights: Mutex::new(HashMap::new()),
+        flights: Flights::default(),
     };
-    let status = StatusSource {
+    let status = Arc::new(StatusSource {
         ledger: ledger.clone(),
         containerd: containerd.clone(),
         kernel: kernel.clone(),
         admission,
         images: images.clone(),
         started_at: SystemTime::now(),
-    };
+    });
     let api = Api {
         acquirer: Arc::new(acquirer),
         ledger: ledger.clone(),
@@ -243,7 +247,6 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         kernel: kernel.clone(),
         status,
         waiting,
-        wake,
         metrics: metrics.clone(),
     };
     Ok(Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
@@ -272,14 +275,18 @@ async fn listen_until_stopped(
 ) -> Result<(), ServeError> {
     let broke = |e: &dyn std::fmt::Display| ServeError::Broke(e.to_string());
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    health_reporter.set_serving::<CowshedServer<Api>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| broke(&e))?;
-    let router =
-        Server::builder().add_service(health).add_service(reflection).add_service(CowshedServer::new(api));
+    tokio::spawn(report_health(health_reporter, api.status.clone()));
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let router = Server::builder()
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(|e| broke(&e))?)
+        // Many clients speak only this one yet.
+        .add_service(reflection().build_v1alpha().map_err(|e| broke(&e))?)
+        .add_service(CowshedServer::new(api));
     let until = |mut stopped: watch::Receiver<bool>| async move {
         // The sender lives as long as the service: an error means that it has stopped as well.
         let _stopped = stopped.wait_for(|stop| *stop).await;
@@ -291,6 +298,18 @@ async fn listen_until_stopped(
     };
     let over_tcp = router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), until(stopped));
     tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
+}
+
+/// gRPC health is what `cowshed status` calls serving.
+async fn report_health(reporter: tonic_health::server::HealthReporter, source: Arc<StatusSource>) {
+    loop {
+        let status =
+            if source.look().await.serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", <CowshedServer<Api> as tonic::server::NamedService>::NAME] {
+            reporter.set_service_status(service, status).await;
+        }
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+    }
 }
 
 /// Once containerd answers, for what a crash has left.
@@ -337,7 +356,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         let look = plugin.looker();
         let scrape = move || {
             look();
-            crate::metrics::encode(&registry)
+            std::future::ready(crate::metrics::encode(&registry))
         };
         tokio::spawn(http::serve(http, scrape, stopped));
     }

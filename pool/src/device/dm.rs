@@ -127,12 +127,11 @@ impl DeviceMapper {
 impl Pool for DeviceMapper {
     fn facts(&self) -> Result<PoolFacts, DeviceError> {
         let (info, tables) = self.pool_table()?;
-        let (_, zeroing) = table::parse_pool_table(&tables).map_err(|what| self.no_pool(what))?;
         let gone = || self.no_pool("it has just gone");
         let (_, status) = self.targets(&self.pool, DmFlags::empty())?.ok_or_else(gone)?;
         let usage = table::parse_pool(&self.pool, &tables, &status).map_err(|what| self.no_pool(what))?;
         let uuid = info.uuid().map(ToString::to_string).unwrap_or_default();
-        Ok(PoolFacts { usage, uuid, zeroing })
+        Ok(PoolFacts { usage, uuid })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -278,7 +277,7 @@ impl DeviceMapper {
 
     fn metadata(&self) -> Result<DeviceNumber, DeviceError> {
         let (_, tables) = self.pool_table()?;
-        let (metadata, _) = table::parse_pool_table(&tables).map_err(|what| self.no_pool(what))?;
+        let metadata = table::parse_pool_table(&tables).map_err(|what| self.no_pool(what))?;
         Ok(metadata)
     }
 }

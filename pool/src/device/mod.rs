@@ -110,8 +110,6 @@ pub struct PoolFacts {
     pub usage: PoolUsage,
     /// Uuid of its device: tells it from another pool of the same name.
     pub uuid: String,
-    /// Whether new blocks are zeroed before a disk reads them.
-    pub zeroing: bool,
 }
 
 /// Why device-mapper, or a helper, did not do what it was asked.

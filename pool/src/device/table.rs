@@ -30,6 +30,8 @@ pub struct PoolUsage {
     pub metadata_total: u64,
     /// Whether it works.
     pub mode: PoolMode,
+    /// Whether new blocks are zeroed before a disk reads them.
+    pub zeroing: bool,
 }
 
 /// The state of a thin pool.
@@ -123,6 +125,7 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
         metadata_used: metadata_used * METADATA_BLOCK_BYTES,
         metadata_total: metadata_total * METADATA_BLOCK_BYTES,
         mode: mode(&words[3..]),
+        zeroing: !table.split_ascii_whitespace().any(|word| word == "skip_block_zeroing"),
     })
 }
 
@@ -140,19 +143,17 @@ fn mode(words: &[&str]) -> PoolMode {
     }
 }
 
-/// The metadata device of a `thin-pool` table, and whether it zeroes new blocks.
+/// The metadata device of a `thin-pool` table.
 ///
 /// # Errors
 /// Says what it is instead.
-pub fn parse_pool_table(targets: &[Target]) -> Result<(DeviceNumber, bool), String> {
+pub fn parse_pool_table(targets: &[Target]) -> Result<DeviceNumber, String> {
     let [(_, _, kind, table)] = targets else {
         return Err(format!("its table has {} targets", targets.len()));
     };
     let metadata = table.split_ascii_whitespace().next().and_then(device_number);
     match metadata {
-        Some(metadata) if kind == "thin-pool" => {
-            Ok((metadata, !table.split_ascii_whitespace().any(|word| word == "skip_block_zeroing")))
-        }
+        Some(metadata) if kind == "thin-pool" => Ok(metadata),
         _ => Err(format!("its target is {kind:?} {table:?}")),
     }
 }
@@ -209,8 +210,8 @@ mod tests {
     fn pool_tables_and_thin_status() {
         let pool = |params: &str| parse_pool_table(&target(8, "thin-pool", params));
         let metadata = DeviceNumber { major: 252, minor: 1 };
-        assert_eq!(pool("252:1 252:2 128 0 0 "), Ok((metadata, true)));
-        assert_eq!(pool("252:1 252:2 128 0 1 skip_block_zeroing"), Ok((metadata, false)));
+        assert_eq!(pool("252:1 252:2 128 0 0 "), Ok(metadata));
+        assert_eq!(pool("252:1 252:2 128 0 1 skip_block_zeroing"), Ok(metadata));
         assert!(pool("").is_err());
         assert_eq!(parse_thin_status(&target(8, "thin", "2048 2047")), Ok(1 << 20));
         assert_eq!(parse_thin_status(&target(8, "thin", "0 -")), Ok(0));
@@ -225,6 +226,11 @@ mod tests {
         assert_eq!(usage.data_used, 1200 * 65536);
         assert_eq!(usage.data_total, 10 << 30);
         assert_eq!((usage.metadata_used, usage.metadata_total), (40 * 4096, 128 << 20));
+        assert!(usage.zeroing);
+        let careless =
+            target(20_971_520, "thin-pool", "252:1 252:2 128 0 2 skip_block_zeroing ignore_discard ");
+        let usage = parse_pool("vg-pool", &careless, &target(8, "thin-pool", "0 1/2 3/4 - rw - -")).unwrap();
+        assert!(!usage.zeroing);
         let modes = [
             ("- rw discard_passdown queue_if_no_space - 1024", PoolMode::ReadWrite),
             ("- ro no_discard_passdown queue_if_no_space - 1024", PoolMode::ReadOnly),

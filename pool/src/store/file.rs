@@ -16,7 +16,7 @@ pub struct Format {
     pub version: i64,
     /// SQL that makes its tables.
     pub tables: &'static str,
-    /// What to do if it is damaged.
+    /// Why it is precious, and what to do if it is damaged; a clause.
     pub advice: &'static str,
 }
 
@@ -24,7 +24,10 @@ pub struct Format {
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
 pub enum OpenError {
     /// Its contents are not what was written.
-    #[error("the {noun} {path} is damaged: {what}. It is left as it is: {advice}")]
+    #[error(
+        "the {noun} {path} is damaged: {what}. It is left as it is, for {advice}. {path}-wal and {path}-shm are part of \
+         it: move all three away together, and leave none of them beside a backup that is put back"
+    )]
     Damaged {
         /// What kind of store.
         noun: &'static str,
@@ -94,7 +97,10 @@ impl Format {
         match fs::metadata(path) {
             Ok(found) if found.len() == 0 => return Err(self.damaged(path, "it is empty")),
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.create(path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.expect_no_log(path)?;
+                self.create(path)?;
+            }
             Err(error) => return Err(self.io(path, error)),
         }
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -115,6 +121,20 @@ impl Format {
     pub fn open_for_reading(&self, path: &Path) -> Result<Connection, OpenError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))
+    }
+
+    /// SQLite would replay a log that was left behind into the file that is made beside it.
+    fn expect_no_log(&self, path: &Path) -> Result<(), OpenError> {
+        let mut log = path.as_os_str().to_owned();
+        log.push("-wal");
+        match fs::metadata(log) {
+            Ok(found) if found.len() > 0 => {
+                Err(self.damaged(path, "its write-ahead log is there, the file is not"))
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(self.io(path, error)),
+        }
     }
 
     /// Made whole beside its name and then renamed: a crash leaves either no store or a good one.
@@ -145,7 +165,7 @@ impl Format {
                 .map_err(|e| self.sqlite(path, &e))
         };
         if number("application_id")? != self.application_id {
-            return Err(self.damaged(path, format!("it is a SQLite file, but no {}", self.noun)));
+            return Err(self.damaged(path, format!("it is a SQLite file, but not a {}", self.noun)));
         }
         let found = number("user_version")?;
         if found > self.version {
@@ -163,4 +183,35 @@ fn settings(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "busy_timeout", 5000)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const FORMAT: Format = Format {
+        noun: "herd book",
+        application_id: 0x434f_5754,
+        version: 1,
+        tables: "CREATE TABLE cows (name TEXT) STRICT;",
+        advice: "it knows the cows: look for a backup",
+    };
+
+    #[test]
+    fn a_log_without_its_file_is_damage_and_left_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, log) = (directory.path().join("herd.db"), directory.path().join("herd.db-wal"));
+        fs::write(&log, b"frames").unwrap();
+        let error = FORMAT.open(&path).err().unwrap().to_string();
+        for part in ["write-ahead log is there", "herd.db-wal", "herd.db-shm", "look for a backup"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        assert_eq!(fs::read(&log).unwrap(), b"frames");
+        assert!(!path.exists());
+
+        // An empty one has nothing to replay.
+        fs::write(&log, b"").unwrap();
+        FORMAT.open(&path).unwrap();
+    }
 }

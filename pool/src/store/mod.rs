@@ -18,7 +18,7 @@ use thiserror::Error as ThisError;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use snapshots::{open, open_for_reading};
-pub use writer::Batch;
+pub use writer::{Batch, DISK_FAILED};
 use writer::{Job, Order};
 
 /// How many writes may queue up before a caller is told to come back.

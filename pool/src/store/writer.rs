@@ -20,7 +20,7 @@ type Finish = Box<dyn FnOnce(Result<(), WriteError>) + Send>;
 /// At most so many writes share a commit: bounds how long the first waits for the last.
 const BATCH: usize = 512;
 /// The process's exit status when the disk of a store has failed.
-const DISK_FAILED: i32 = 25;
+pub const DISK_FAILED: u8 = 25;
 
 /// Writes that will be made durable together.
 pub struct Batch<'a, S: Stored> {
@@ -62,8 +62,9 @@ pub(super) fn start<S: Stored>(
     queue: usize,
 ) -> io::Result<mpsc::Sender<Order<S>>> {
     let (sender, receiver) = mpsc::channel(queue);
+    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let writer = Writer { connection, state, published, path };
-    thread::Builder::new().name("store".to_owned()).spawn(move || writer.run(receiver))?;
+    thread::Builder::new().name(name).spawn(move || writer.run(receiver))?;
     Ok(sender)
 }
 
@@ -162,5 +163,5 @@ fn commit<S: Stored>(connection: &mut Connection, changes: &[S::Change]) -> rusq
 /// reads what is there.
 fn fatal(path: &Path, error: &rusqlite::Error) -> ! {
     tracing::error!(path = %path.display(), %error, "the state's disk failed; stopping, so that no reply is a lie");
-    process::exit(DISK_FAILED);
+    process::exit(i32::from(DISK_FAILED));
 }

@@ -33,8 +33,13 @@ impl FakeImage {
 
     /// With this layer, and what the configuration says of it.
     pub(crate) fn of(layer: Vec<u8>, diff_id: &str) -> Self {
+        Self::saying(layer, diff_id, "amd64", r#"{"Cmd":["/bin/sh"]}"#)
+    }
+
+    /// The same, for this architecture and with this process configuration.
+    pub(crate) fn saying(layer: Vec<u8>, diff_id: &str, architecture: &str, process: &str) -> Self {
         let config = format!(
-            r#"{{"architecture":"amd64","os":"linux","config":{{"Cmd":["/bin/sh"]}},"rootfs":{{"type":"layers","diff_ids":["{diff_id}"]}}}}"#
+            r#"{{"architecture":"{architecture}","os":"linux","config":{process},"rootfs":{{"type":"layers","diff_ids":["{diff_id}"]}}}}"#
         )
         .into_bytes();
         let manifest = format!(

@@ -8,6 +8,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
 };
 
 use super::{
@@ -32,6 +33,12 @@ pub(crate) enum Answer {
     Bytes(Vec<u8>),
     /// A status, with an empty body.
     Status(u16),
+    /// A status, with a body that does not end.
+    Endless(u16),
+    /// Says that it sends all, and sends a byte a second.
+    Drip(Vec<u8>),
+    /// Not without a token, which is to be had at this path.
+    Challenge(String),
     /// Says that it sends all, and closes the connection after so many bytes, the first time; honours ranges after it.
     CutOnce(Vec<u8>, usize),
     /// Never answers.
@@ -117,6 +124,11 @@ impl FakeRegistry {
         self.shared.lock().answers.insert(format!("/v2/{REPOSITORY}/blobs/{digest}"), answer);
     }
 
+    /// What it answers to a path of no image.
+    pub(crate) fn answer(&self, path: &str, answer: Answer) {
+        self.shared.lock().answers.insert(path.to_owned(), answer);
+    }
+
     /// What it was asked so far, as far as `about` is in the line.
     pub(crate) fn requests(&self, about: &str) -> Vec<Request> {
         self.shared.lock().requests.iter().filter(|r| r.line.contains(about)).cloned().collect()
@@ -151,13 +163,17 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> Option<()> {
     let answer = {
         let mut state = shared.lock();
         state.requests.push(request.clone());
-        if path == "/v2/" { Some(Answer::Bytes(b"{}".to_vec())) } else { state.answers.get(&path).cloned() }
+        let greeting = (path == "/v2/").then(|| Answer::Bytes(b"{}".to_vec()));
+        state.answers.get(&path).cloned().or(greeting)
     };
     let head_only = request.line.starts_with("HEAD ");
     match answer {
         None => status(&mut stream, 404),
         Some(Answer::Status(code)) => status(&mut stream, code),
         Some(Answer::Bytes(bytes)) => whole(&mut stream, &path, &bytes, head_only),
+        Some(Answer::Endless(code)) => endless(&mut stream, code),
+        Some(Answer::Drip(bytes)) => drip(shared, &mut stream, &path, &bytes),
+        Some(Answer::Challenge(path)) => challenge(&mut stream, &path),
         Some(Answer::Stall) => wait(shared),
         Some(Answer::Gated(bytes)) => {
             wait(shared)?;
@@ -192,6 +208,37 @@ fn wait(shared: &Shared) -> Option<()> {
 
 fn status(stream: &mut TcpStream, code: u16) -> Option<()> {
     write!(stream, "HTTP/1.1 {code} As told\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").ok()
+}
+
+fn endless(stream: &mut TcpStream, code: u16) -> Option<()> {
+    write!(stream, "HTTP/1.1 {code} As told\r\nConnection: close\r\n\r\n").ok()?;
+    // Until the client has had enough.
+    while stream.write_all(&[b'x'; 1 << 16]).is_ok() {}
+    None
+}
+
+/// Until the client has had enough, or the registry is dropped.
+fn drip(shared: &Shared, stream: &mut TcpStream, path: &str, bytes: &[u8]) -> Option<()> {
+    head(stream, 200, path, bytes.len(), "")?;
+    for byte in bytes {
+        stream.write_all(&[*byte]).ok()?;
+        let state = shared.lock();
+        let slept = shared.changed.wait_timeout(state, Duration::from_secs(1));
+        if slept.unwrap_or_else(PoisonError::into_inner).0.open {
+            return None;
+        }
+    }
+    None
+}
+
+fn challenge(stream: &mut TcpStream, path: &str) -> Option<()> {
+    let place = format!("http://{}{path}", stream.local_addr().ok()?);
+    write!(
+        stream,
+        "HTTP/1.1 401 As told\r\nWWW-Authenticate: Bearer realm=\"{place}\",service=\"fake\"\r\n\
+         Content-Length: 0\r\nConnection: close\r\n\r\n"
+    )
+    .ok()
 }
 
 fn head(stream: &mut TcpStream, code: u16, path: &str, length: usize, more: &str) -> Option<()> {

@@ -1,0 +1,373 @@
+//! Fakes of containerd, the kernel and the images, which can be stopped, or made to fail, at every effect; and a
+//! process that runs on them.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use cowshed_leases::{DeviceIdentity, DeviceNumber, Lease};
+use tonic::Status;
+
+use crate::{
+    acquire::{Acquirer, Wish},
+    admission::Admission,
+    containerd::{CallError, Mount, Snapshots},
+    error::{Error, Reason, Result},
+    flights::Flights,
+    image::{Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls},
+    kernel::{Devices, Kernel, KernelError, PoolMode, PoolUsage},
+    ledger::Ledger,
+    making::Making,
+    metrics::Metrics,
+    reclaim::{Reclaimer, Waiting, Wake},
+    tasks::Tasks,
+};
+
+/// containerd and the kernel in one: leases, snapshots, devices; and a count-down to a failure.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) state: Mutex<State_>,
+    /// How often everything was looked at.
+    pub(crate) looks: AtomicUsize,
+    /// The image has to be pulled.
+    pub(crate) absent: AtomicBool,
+    /// Whoever has these keeps pulls and Prepares from being done.
+    pub(crate) pulls: tokio::sync::Mutex<()>,
+    pub(crate) prepares: tokio::sync::Mutex<()>,
+    effects: AtomicUsize,
+    fail_at: AtomicUsize,
+    fault: Mutex<Fault>,
+}
+
+/// What happens at the effect that is counted down to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It is not made, and says so.
+    #[default]
+    Refused,
+    /// It is made, and says that it was not.
+    AnswerLost,
+    /// It is not made, and the process is gone: it never answers.
+    CrashBefore,
+    /// It is made, and the process is gone.
+    CrashAfter,
+    /// It is made, and its caller panics.
+    Panics,
+}
+
+/// What the kernel tells of a device that is there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Sight {
+    #[default]
+    Clear,
+    NotThin,
+    Blind,
+}
+
+#[derive(Default)]
+pub(crate) struct State_ {
+    pub(crate) leases: BTreeSet<String>,
+    /// Key → device name.
+    pub(crate) snapshots: BTreeMap<String, String>,
+    /// Device name → open count.
+    pub(crate) devices: BTreeMap<String, u32>,
+    next_device: u32,
+    /// What the kernel tells of devices.
+    pub(crate) sight: Sight,
+    /// The device that somebody opens when a snapshot is removed.
+    pub(crate) opened_by_removal: Option<String>,
+    pub(crate) parents: BTreeSet<String>,
+}
+
+pub(crate) fn image() -> ResolvedImage {
+    ResolvedImage {
+        name: ImageRef::parse("r.example/app:1").unwrap(),
+        target: Digest::of(b"target"),
+        manifest: Digest::of(b"manifest"),
+        platform: Platform::host(),
+        chain_id: Digest::of(b"chain"),
+        process: ProcessConfig { cmd: vec!["/bin/app".into()], ..ProcessConfig::default() },
+        compressed_bytes: 1,
+        layers: 1,
+        created_at: None,
+    }
+}
+
+fn gone() -> CallError {
+    CallError::Status { call: "fake", status: Box::new(Status::not_found("not there")) }
+}
+
+fn broken() -> CallError {
+    CallError::Status { call: "fake", status: Box::new(Status::unavailable("cut off")) }
+}
+
+impl World {
+    /// An effect, or the fault that it is to have.
+    async fn effect<T>(
+        &self,
+        make: impl FnOnce(&mut State_) -> Result<T, CallError>,
+    ) -> Result<T, CallError> {
+        let number = self.effects.fetch_add(1, Ordering::SeqCst) + 1;
+        let fault = *self.fault.lock().unwrap();
+        let fault = (number == self.fail_at.load(Ordering::SeqCst)).then_some(fault);
+        let made = match fault {
+            Some(Fault::Refused | Fault::CrashBefore) => Err(broken()),
+            None | Some(Fault::AnswerLost | Fault::CrashAfter | Fault::Panics) => {
+                make(&mut self.state.lock().unwrap())
+            }
+        };
+        match fault {
+            None => made,
+            Some(Fault::Refused | Fault::AnswerLost) => Err(broken()),
+            Some(Fault::Panics) => panic!("as the test wants it"),
+            Some(Fault::CrashBefore | Fault::CrashAfter) => std::future::pending().await,
+        }
+    }
+
+    pub(crate) fn arm(&self, fault: Fault, fail_at: usize) {
+        *self.fault.lock().unwrap() = fault;
+        self.effects.store(0, Ordering::SeqCst);
+        self.fail_at.store(fail_at, Ordering::SeqCst);
+    }
+
+    pub(crate) fn has_struck(&self) -> bool {
+        let at = self.fail_at.load(Ordering::SeqCst);
+        at > 0 && self.effects.load(Ordering::SeqCst) >= at
+    }
+
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&State_) -> T) -> T {
+        look(&self.state.lock().unwrap())
+    }
+
+    pub(crate) fn set_open(&self, device: &str, count: u32) {
+        self.state.lock().unwrap().devices.insert(device.to_owned(), count);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.look(|s| s.leases.is_empty() && s.snapshots.is_empty() && s.devices.is_empty())
+    }
+}
+
+#[async_trait::async_trait]
+impl Snapshots for World {
+    async fn create_lease(&self, id: &str, _labels: HashMap<String, String>) -> Result<(), CallError> {
+        self.effect(|s| {
+            s.leases.insert(id.to_owned());
+            Ok(())
+        })
+        .await
+    }
+
+    async fn delete_lease(&self, id: &str, _sync: bool) -> Result<(), CallError> {
+        self.effect(|s| {
+            s.leases.remove(id);
+            // The collection: snapshots without a lease, then devices without a snapshot.
+            let leases = s.leases.clone();
+            s.snapshots.retain(|key, _| leases.contains(key));
+            let kept: BTreeSet<&String> = s.snapshots.values().collect();
+            for (device, open) in &s.devices {
+                assert!(kept.contains(device) || *open == 0, "{device} was removed while open");
+            }
+            s.devices.retain(|device, _| kept.contains(device));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn our_leases(&self) -> Result<Vec<String>, CallError> {
+        self.looks.fetch_add(1, Ordering::SeqCst);
+        Ok(self.look(|s| s.leases.iter().cloned().collect()))
+    }
+
+    async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
+        // Not kept: a process that crashes in here would hold up the next one.
+        drop(self.prepares.lock().await);
+        self.effect(|s| {
+            assert!(s.leases.contains(lease), "a snapshot that nothing holds");
+            if !s.parents.contains(parent) {
+                return Err(gone());
+            }
+            s.next_device += 1;
+            let device = format!("snap-{}", s.next_device);
+            s.devices.insert(device.clone(), 0);
+            s.snapshots.insert(key.to_owned(), device.clone());
+            Ok(vec![mount(&device)])
+        })
+        .await
+    }
+
+    async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {
+        self.look(|s| s.snapshots.get(key).map(|device| vec![mount(device)]).ok_or_else(gone))
+    }
+
+    async fn remove(&self, key: &str) -> Result<(), CallError> {
+        self.effect(|s| {
+            s.snapshots.remove(key);
+            if let Some(device) = s.opened_by_removal.take() {
+                s.devices.insert(device, 1);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError> {
+        Ok(self.look(|s| s.snapshots.keys().filter(|key| key.starts_with(prefix)).cloned().collect()))
+    }
+
+    fn explain(&self, error: CallError) -> Error {
+        Error::new(Reason::ContainerdUnavailable, error.to_string())
+    }
+}
+
+fn mount(device: &str) -> Mount {
+    Mount { r#type: "ext4".into(), source: format!("/dev/mapper/{device}"), ..Mount::default() }
+}
+
+impl Kernel for World {
+    fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
+        let name = path.rsplit('/').next().unwrap().to_owned();
+        if !self.look(|s| s.devices.contains_key(&name)) {
+            return Err(KernelError::Missing(path.to_owned()));
+        }
+        match self.look(|s| s.sight) {
+            Sight::Clear => {}
+            Sight::NotThin => {
+                return Err(KernelError::NotThin { path: path.to_owned(), what: "linear".into() });
+            }
+            Sight::Blind => {
+                return Err(KernelError::Refused { what: "opening".into(), error: "EMFILE".into() });
+            }
+        }
+        let thin_id = name.trim_start_matches("snap-").parse().unwrap();
+        Ok(DeviceIdentity {
+            path: path.to_owned(),
+            number: DeviceNumber { major: 253, minor: thin_id },
+            dm_name: name,
+            dm_uuid: None,
+            thin_id,
+            pool: DeviceNumber { major: 253, minor: 0 },
+            size_bytes: 1 << 30,
+        })
+    }
+
+    fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
+        Ok(self.look(|s| s.devices.get(name).copied()))
+    }
+
+    fn pool(&self) -> Result<PoolUsage, KernelError> {
+        Ok(PoolUsage {
+            name: "pool".into(),
+            data_used: 0,
+            data_total: 100,
+            metadata_used: 0,
+            metadata_total: 100,
+            mode: PoolMode::ReadWrite,
+            zeroing: true,
+        })
+    }
+}
+
+#[async_trait::async_trait]
+impl ImageCache for World {
+    async fn resolve(&self, _image: &ImageRef, _platform: &Platform) -> Result<Option<ResolvedImage>> {
+        Ok(Some(image()).filter(|_| !self.absent.load(Ordering::SeqCst)))
+    }
+
+    async fn ensure(&self, _image: &ImageRef, _platform: &Platform) -> Result<ResolvedImage> {
+        drop(self.pulls.lock().await);
+        self.state.lock().unwrap().parents.insert(image().chain_id.to_string());
+        Ok(image())
+    }
+}
+
+impl RunningPulls for World {
+    fn running(&self) -> BTreeSet<String> {
+        BTreeSet::new()
+    }
+}
+
+/// One process: what it has in memory; the world and the directory outlive it.
+pub(crate) struct Process_ {
+    pub(crate) acquirer: Arc<Acquirer>,
+    pub(crate) reclaimer: Reclaimer,
+}
+
+pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
+    let ledger = Ledger::open(directory).unwrap();
+    let kernel = Devices::new(world.clone());
+    let (wake, making) = (Wake::default(), Making::default());
+    let acquirer = Acquirer {
+        ledger: ledger.clone(),
+        images: world.clone(),
+        snapshots: world.clone(),
+        kernel: kernel.clone(),
+        admission: Admission {
+            data_headroom_percent: 5,
+            metadata_headroom_percent: 5,
+            allow_unzeroed: false,
+        },
+        wake: wake.clone(),
+        making: making.clone(),
+        tasks: Tasks::default(),
+        flights: Flights::default(),
+    };
+    let reclaimer = Reclaimer {
+        ledger,
+        snapshots: world.clone(),
+        kernel,
+        running_pulls: world.clone(),
+        making,
+        wake,
+        waiting: Waiting::default(),
+        metrics: Metrics::new().unwrap(),
+        retry: Duration::from_millis(1),
+        interval: Duration::from_millis(1),
+        suspects: Mutex::default(),
+    };
+    Process_ { acquirer: Arc::new(acquirer), reclaimer }
+}
+
+pub(crate) fn world() -> Arc<World> {
+    let world = World::default();
+    world.state.lock().unwrap().parents.insert(image().chain_id.to_string());
+    Arc::new(world)
+}
+
+pub(crate) fn wish(vm: &str) -> Wish {
+    Wish { vm: vm.parse().unwrap(), image: image().name, platform: Platform::host() }
+}
+
+impl Process_ {
+    /// What the service does between requests, to the end.
+    pub(crate) async fn settle(&self) {
+        for _ in 0..4 {
+            self.reclaimer.pass_over_everything().await;
+        }
+    }
+
+    /// Invariants 1 and 2: every granted lease has its own device, and there is nothing else.
+    pub(crate) fn audit(&self, world: &World, what: &str) {
+        let granted: BTreeMap<String, String> = self.acquirer.ledger.read(|book| {
+            let of = |lease: &Lease| (lease.id.snapshot_key(), lease.grant().unwrap().device.dm_name.clone());
+            book.after(None).map(of).collect()
+        });
+        world.look(|s| {
+            assert_eq!(s.snapshots, granted, "{what}: snapshots");
+            assert_eq!(s.leases, granted.keys().cloned().collect(), "{what}: containerd leases");
+            assert_eq!(
+                s.devices.keys().collect::<BTreeSet<_>>(),
+                granted.values().collect::<BTreeSet<_>>(),
+                "{what}: devices"
+            );
+        });
+    }
+}

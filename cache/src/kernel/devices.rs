@@ -1,0 +1,143 @@
+//! The kernel, asked from async code: a call that hangs holds up its caller for a while, and no thread of the runtime.
+
+use std::{sync::Arc, time::Duration};
+
+use cowshed_leases::DeviceIdentity;
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+
+use super::{Kernel, KernelError, PoolUsage};
+
+/// dm-thin tells of a pool when it gets the pool's metadata lock, which the deletion of a large disk can hold for long.
+const POOL_LIMIT: Duration = Duration::from_secs(2);
+/// A device is looked up under device-mapper's own lock, which each removal of a device holds for milliseconds.
+const DEVICE_LIMIT: Duration = Duration::from_secs(10);
+/// So many threads may be stuck in the kernel.
+const PARALLEL: usize = 64;
+
+/// Asks the kernel. Clones share the turns.
+#[derive(Clone)]
+pub struct Devices {
+    kernel: Arc<dyn Kernel>,
+    turns: Arc<Semaphore>,
+    /// The pool is asked by one at a time: if it hangs, it holds one thread.
+    pool_turn: Arc<Semaphore>,
+}
+
+impl Devices {
+    /// Asks this kernel.
+    pub fn new(kernel: Arc<dyn Kernel>) -> Self {
+        let (turns, pool_turn) = (Semaphore::new(PARALLEL), Semaphore::new(1));
+        Self { kernel, turns: Arc::new(turns), pool_turn: Arc::new(pool_turn) }
+    }
+
+    /// See [`Kernel::inspect`].
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
+        let (what, path) = (format!("looking at {path}"), path.to_owned());
+        self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.inspect(&path)).await
+    }
+
+    /// See [`Kernel::open_count`].
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
+        let (what, name) = (format!("looking at {name}"), name.to_owned());
+        self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.open_count(&name)).await
+    }
+
+    /// See [`Kernel::pool`].
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn pool(&self) -> Result<PoolUsage, KernelError> {
+        self.ask(&self.pool_turn, POOL_LIMIT, "looking at the thin pool".to_owned(), |kernel| kernel.pool())
+            .await
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        turns: &Arc<Semaphore>,
+        limit: Duration,
+        what: String,
+        call: impl FnOnce(&dyn Kernel) -> Result<T, KernelError> + Send + 'static,
+    ) -> Result<T, KernelError> {
+        let kernel = self.kernel.clone();
+        let answer = async {
+            // Fails only if the semaphore is closed, which it never is.
+            let turn = turns.clone().acquire_owned().await.map_err(|e| e.to_string())?;
+            let asked = spawn_blocking(move || {
+                // Held until the kernel answers, however long that takes.
+                let _turn = turn;
+                call(&*kernel)
+            });
+            asked.await.map_err(|e| e.to_string())
+        };
+        match timeout(limit, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => Err(KernelError::Refused { what, error }),
+            Err(_) => Err(KernelError::Slow { what, after: limit }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use super::*;
+
+    /// A kernel whose pool hangs for as long as the test has its lock.
+    #[derive(Default)]
+    struct Hung {
+        pool: Mutex<()>,
+        asked: AtomicUsize,
+    }
+
+    impl Kernel for Hung {
+        fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
+            panic!("{path}")
+        }
+
+        fn open_count(&self, _name: &str) -> Result<Option<u32>, KernelError> {
+            Ok(Some(3))
+        }
+
+        fn pool(&self) -> Result<PoolUsage, KernelError> {
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            let _pool = self.pool.lock().unwrap();
+            Err(KernelError::NoPool("it answers".into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_hangs_holds_one_thread_and_nobody_for_long() {
+        let kernel = Arc::new(Hung::default());
+        let devices = Devices::new(kernel.clone());
+        // In a thread of its own: a guard must not be held across an await.
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (held, holds) = std::sync::mpsc::channel();
+        let hanging = kernel.clone();
+        let holder = std::thread::spawn(move || {
+            let _pool = hanging.pool.lock().unwrap();
+            held.send(()).unwrap();
+            let _end = released.recv();
+        });
+        holds.recv().unwrap();
+        let slow = |answer| matches!(answer, Err(KernelError::Slow { .. }));
+        let (a, b, open) = tokio::join!(devices.pool(), devices.pool(), devices.open_count("x"));
+        assert!(slow(a) && slow(b));
+        assert_eq!(open, Ok(Some(3)), "other questions are answered meanwhile");
+        assert_eq!(kernel.asked.load(Ordering::SeqCst), 1);
+        drop(release);
+        holder.join().unwrap();
+        assert_eq!(devices.pool().await, Err(KernelError::NoPool("it answers".into())));
+        assert!(matches!(devices.inspect("/dev/x").await, Err(KernelError::Refused { .. })), "a panic");
+    }
+}

@@ -1,0 +1,99 @@
+//! What an endpoint sends: read whole up to a bound, or as it comes, and then held against its digest.
+
+use std::io;
+
+use futures_util::{StreamExt as _, stream, stream::BoxStream};
+use reqwest::Response;
+use sha2::{Digest as _, Sha256};
+
+use super::refusal::{Failure, words};
+use crate::image::Digest;
+
+/// All of it, if it has `limit` bytes at the most.
+pub(super) async fn whole(mut response: Response, limit: usize) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    while let Some(part) = response.chunk().await? {
+        if bytes.len() + part.len() > limit {
+            return Err(Failure::TooLarge(limit));
+        }
+        bytes.extend_from_slice(&part);
+    }
+    Ok(bytes)
+}
+
+/// The first `limit` bytes, or as many as come.
+pub(super) async fn beginning(mut response: Response, limit: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while bytes.len() < limit {
+        let Ok(Some(part)) = response.chunk().await else { break };
+        bytes.extend_from_slice(&part[..part.len().min(limit - bytes.len())]);
+    }
+    bytes
+}
+
+/// Bytes as they arrive.
+pub(super) type Parts = BoxStream<'static, io::Result<Vec<u8>>>;
+
+/// The bytes as they arrive.
+pub(super) fn parts(response: Response) -> Parts {
+    let next = |mut response: Response| async move {
+        let part = response.chunk().await.map_err(|error| io::Error::other(words(&error)));
+        part.map(|part| part.map(|bytes| (bytes.to_vec(), response)))
+    };
+    stream::try_unfold(response, next).boxed()
+}
+
+/// The bytes as they arrive; `InvalidData` at their end if they do not have the digest.
+pub(super) fn verified(response: Response, wanted: Digest) -> Parts {
+    struct State {
+        parts: Parts,
+        hash: Sha256,
+        wanted: Digest,
+    }
+    let next = |mut state: State| async move {
+        if let Some(part) = state.parts.next().await {
+            let part = part?;
+            state.hash.update(&part);
+            return Ok(Some((part, state)));
+        }
+        let found = Digest::of_hash(&state.hash.finalize());
+        if found == state.wanted {
+            return Ok(None);
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, format!("its digest is {found}")))
+    };
+    stream::try_unfold(State { parts: parts(response), hash: Sha256::new(), wanted }, next).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use futures_util::TryStreamExt as _;
+
+    use super::*;
+
+    fn response(text: &'static str) -> Response {
+        Response::from(axum::http::Response::new(text))
+    }
+
+    #[tokio::test]
+    async fn bounds() {
+        for (limit, fits) in [(5, true), (6, true), (4, false), (0, false)] {
+            let read = whole(response("12345"), limit).await;
+            assert_eq!(read.is_ok(), fits, "{limit}");
+            assert!(fits || matches!(read, Err(Failure::TooLarge(_))), "{limit}");
+        }
+        for (limit, text) in [(5, "12345"), (9, "12345"), (3, "123"), (0, "")] {
+            assert_eq!(beginning(response("12345"), limit).await, text.as_bytes(), "{limit}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_held_against_its_digest() {
+        let right: Vec<Vec<u8>> =
+            verified(response("12345"), Digest::of(b"12345")).try_collect().await.unwrap();
+        assert_eq!(right.concat(), b"12345");
+        let wrong = verified(response("12345"), Digest::of(b"1234")).try_collect::<Vec<_>>().await;
+        assert_eq!(wrong.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -1,0 +1,139 @@
+//! One endpoint: its HTTP client, and requests that are bounded in bytes and in time whatever the endpoint does.
+
+use std::{future::Future, time::Duration};
+
+use oci_client::Reference;
+use reqwest::{
+    Certificate, Client, RequestBuilder, Response, StatusCode,
+    header::{ACCEPT, AUTHORIZATION, HeaderMap, RANGE},
+};
+
+use super::{
+    body,
+    hosts::{Endpoint, Scheme, Verify},
+    refusal::Failure,
+    token::Tokens,
+};
+use crate::image::Digest;
+
+/// What a refusal says is read up to here, in bytes.
+const REFUSAL_MAX_BYTES: usize = 64 << 10;
+/// A document, and the beginning of a blob, may take so many times what a connection and the wait for its first byte
+/// may take: there are up to three requests in it (greeting, token, the thing itself). An endpoint that sends a byte now
+/// and then is cut off here.
+const REQUESTS: u32 = 3;
+
+/// How long to wait for an endpoint.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// For a connection.
+    pub(super) connect: Duration,
+    /// For the next bytes.
+    pub(super) read: Duration,
+}
+
+/// Keeps connections and tokens.
+#[derive(Debug)]
+pub(super) struct Connection {
+    http: Client,
+    scheme: Scheme,
+    tokens: Tokens,
+    limit: Duration,
+}
+
+/// A manifest or an index, as it came.
+#[derive(Debug)]
+pub(super) struct Document {
+    pub(super) bytes: Vec<u8>,
+    /// The digest that the endpoint says it has, if it says any that we know.
+    pub(super) digest: Option<Digest>,
+}
+
+impl Connection {
+    /// To `endpoint`, which may also be known by these certificates (PEM).
+    pub(super) fn new(
+        endpoint: &Endpoint,
+        certificates: &[Vec<u8>],
+        patience: Patience,
+    ) -> Result<Self, reqwest::Error> {
+        let certificates = certificates.iter().map(|pem| Certificate::from_pem(pem));
+        let http = Client::builder()
+            .danger_accept_invalid_certs(endpoint.verify == Verify::Nothing)
+            .tls_certs_merge(certificates.collect::<Result<Vec<_>, _>>()?)
+            .connect_timeout(patience.connect)
+            .read_timeout(patience.read)
+            .user_agent(concat!("cowshed/", env!("CARGO_PKG_VERSION")))
+            .build()?;
+        let limit = (patience.connect + patience.read) * REQUESTS;
+        Ok(Self { http, scheme: endpoint.scheme, tokens: Tokens::default(), limit })
+    }
+
+    /// The manifest or index that `at` names, of `limit` bytes at the most.
+    pub(super) async fn document(
+        &self,
+        at: &Reference,
+        accepted: &[&str],
+        limit: usize,
+    ) -> Result<Document, Failure> {
+        let name = at.digest().or(at.tag()).unwrap_or("latest");
+        let request = self.get(at, &format!("manifests/{name}")).header(ACCEPT, accepted.join(", "));
+        let work = async {
+            let response = self.answer(at, request).await?;
+            let digest = said_digest(response.headers());
+            Ok(Document { bytes: body::whole(response, limit).await?, digest })
+        };
+        self.in_time(Box::pin(work)).await
+    }
+
+    /// A blob from `offset` on, or, if the status is not "partial content", from its beginning. Only its head is
+    /// waited for.
+    pub(super) async fn blob(
+        &self,
+        at: &Reference,
+        digest: &Digest,
+        offset: u64,
+    ) -> Result<Response, Failure> {
+        let mut request = self.get(at, &format!("blobs/{digest}"));
+        if offset > 0 {
+            request = request.header(RANGE, format!("bytes={offset}-"));
+        }
+        self.in_time(Box::pin(self.answer(at, request))).await
+    }
+
+    fn base(&self, at: &Reference) -> String {
+        let scheme = match self.scheme {
+            Scheme::Http => "http",
+            Scheme::Https => "https",
+        };
+        format!("{scheme}://{}", at.resolve_registry())
+    }
+
+    fn get(&self, at: &Reference, what: &str) -> RequestBuilder {
+        let namespace = at.namespace().map(|registry| format!("?ns={registry}")).unwrap_or_default();
+        self.http.get(format!("{}/v2/{}/{what}{namespace}", self.base(at), at.repository()))
+    }
+
+    async fn answer(&self, at: &Reference, mut request: RequestBuilder) -> Result<Response, Failure> {
+        if let Some(token) = self.tokens.of(&self.http, &self.base(at), at.repository()).await {
+            request = request.header(AUTHORIZATION, token);
+        }
+        let response = request.send().await?;
+        match response.status() {
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(response),
+            _ => Err(Failure::refused(response, REFUSAL_MAX_BYTES).await),
+        }
+    }
+
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let in_time = tokio::time::timeout(self.limit, work).await;
+        in_time.unwrap_or(Err(Failure::Late(self.limit)))
+    }
+}
+
+fn said_digest(headers: &HeaderMap) -> Option<Digest> {
+    headers.get("docker-content-digest")?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

@@ -1,0 +1,298 @@
+//! The load of the power cuts and kills: snapshots are made, written, committed, viewed and removed, all at once, until
+//! the lights go out; afterwards what was committed is looked at.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    io::Write as _,
+    os::unix::fs::FileExt as _,
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use clap::Parser;
+use containerd_client::{
+    connect,
+    services::v1::snapshots::{
+        CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, PrepareSnapshotRequest,
+        RemoveSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+    },
+};
+use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Churns until it is killed, or audits.
+#[derive(Parser)]
+struct Arguments {
+    /// The snapshotter.
+    #[arg(long, default_value = "cowshed")]
+    snapshotter: String,
+    /// Makes the order of operations another one.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Stop after so many seconds; 0 is never.
+    #[arg(long, default_value_t = 0)]
+    seconds: u64,
+    /// Calls that fail since somebody was killed are made again.
+    #[arg(long)]
+    tolerant: bool,
+    /// Only look at what was committed, through a fresh view each.
+    #[arg(long)]
+    audit: bool,
+}
+
+const NAMESPACE: &str = "churn";
+const SOCKET: &str = "/run/containerd/containerd.sock";
+const WORKERS: u64 = 6;
+/// Snapshots that a worker keeps before it only removes.
+const ENOUGH: usize = 12;
+/// Where on the disk the mark is, and how long: beyond what mkfs writes, several blocks of the pool.
+const MARK_AT: u64 = 300 << 20;
+const MARK_BYTES: usize = 256 << 10;
+
+/// xorshift: good enough to choose what is next.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit.max(1) as u64).unwrap_or(0)
+    }
+}
+
+#[derive(Clone)]
+struct Side {
+    channel: Channel,
+    snapshotter: String,
+}
+
+fn request<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(NAMESPACE));
+    request
+}
+
+fn kept() -> HashMap<String, String> {
+    HashMap::from([("containerd.io/gc.root".to_owned(), "churn".to_owned())])
+}
+
+impl Side {
+    fn client(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone())
+    }
+
+    async fn prepare(&self, key: &str, parent: &str) -> Result<String, Status> {
+        let message = PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: kept(),
+        };
+        let reply = self.client().prepare(request(message)).await?.into_inner();
+        Ok(reply.mounts.into_iter().next().map(|mount| mount.source).unwrap_or_default())
+    }
+
+    async fn view(&self, key: &str, parent: &str) -> Result<String, Status> {
+        let message = ViewSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels: kept(),
+        };
+        let reply = self.client().view(request(message)).await?.into_inner();
+        Ok(reply.mounts.into_iter().next().map(|mount| mount.source).unwrap_or_default())
+    }
+
+    async fn commit(&self, name: &str, key: &str) -> Result<(), Status> {
+        let message = CommitSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            labels: kept(),
+        };
+        self.client().commit(request(message)).await.map(drop)
+    }
+
+    async fn remove(&self, key: &str) -> Result<(), Status> {
+        let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
+        self.client().remove(request(message)).await.map(drop)
+    }
+
+    async fn list(&self) -> Result<Vec<Info>, Status> {
+        let message = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters: Vec::new() };
+        let mut stream = self.client().list(request(message)).await?.into_inner();
+        let mut all = Vec::new();
+        while let Some(page) = stream.message().await? {
+            all.extend(page.info);
+        }
+        Ok(all)
+    }
+}
+
+/// What is written into the snapshot that is committed as `name`.
+fn mark(name: &str) -> Vec<u8> {
+    name.bytes().chain([b' ']).cycle().take(MARK_BYTES).collect()
+}
+
+fn write_mark(path: &str, name: &str) -> Outcome {
+    let file = File::options().write(true).open(path)?;
+    file.write_all_at(&mark(name), MARK_AT)?;
+    file.sync_all()?;
+    Ok(())
+}
+
+/// A call that failed since its other end was killed.
+fn is_broken(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded)
+        || status.message().contains("transport")
+        || status.message().contains("unavailable")
+}
+
+struct Worker {
+    side: Side,
+    prefix: String,
+    dice: Dice,
+    tolerant: bool,
+    count: u64,
+}
+
+impl Worker {
+    async fn run(mut self, until: Option<Instant>) -> Outcome<u64> {
+        let mut done = 0;
+        while until.is_none_or(|until| Instant::now() < until) {
+            match self.step().await {
+                Ok(()) => done += 1,
+                Err(error) => {
+                    let broken = error.downcast_ref::<Status>().is_some_and(is_broken);
+                    if !(self.tolerant && broken) {
+                        return Err(format!("{}: {error}", self.prefix).into());
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    /// What there is is asked each time: after a broken call nobody knows whether it was made.
+    async fn step(&mut self) -> Outcome {
+        let all = self.side.list().await?;
+        let mine: Vec<&Info> = all.iter().filter(|info| info.name.starts_with(&self.prefix)).collect();
+        let parents: BTreeSet<&str> = all.iter().map(|info| info.parent.as_str()).collect();
+        let of = |kind: Kind| -> Vec<&Info> {
+            mine.iter().copied().filter(|info| info.kind == i32::from(kind)).collect()
+        };
+        let (active, committed, views) = (of(Kind::Active), of(Kind::Committed), of(Kind::View));
+        let leaves: Vec<&Info> =
+            mine.iter().copied().filter(|info| !parents.contains(info.name.as_str())).collect();
+        let choice = if mine.len() > ENOUGH { 9 } else { self.dice.below(10) };
+        self.count += 1;
+        let fresh = format!("{}{}-{}", self.prefix, std::process::id(), self.count);
+        match choice {
+            0..=3 => {
+                let parent =
+                    committed.get(self.dice.below(committed.len() + 1)).map_or("", |info| &info.name);
+                let path = self.side.prepare(&fresh, parent).await?;
+                write_mark(&path, &format!("{fresh}-c"))?;
+            }
+            4..=5 if !active.is_empty() => {
+                let key = &active[self.dice.below(active.len())].name;
+                let name = format!("{key}-c");
+                self.side.commit(&name, key).await?;
+            }
+            6 if !committed.is_empty() => {
+                let name = &committed[self.dice.below(committed.len())].name;
+                let path = self.side.view(&fresh, name).await?;
+                check_mark(&path, name)?;
+            }
+            _ if !views.is_empty() => self.side.remove(&views[0].name).await?,
+            _ if !leaves.is_empty() => self.side.remove(&leaves[self.dice.below(leaves.len())].name).await?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A committed snapshot was marked before it was committed. One whose Prepare was answered and whose mark was not yet
+/// written when the lights went out is never committed by its worker: it stays active, under its own name.
+fn check_mark(path: &str, name: &str) -> Outcome {
+    let mut found = vec![0; MARK_BYTES];
+    File::open(path)?.read_exact_at(&mut found, MARK_AT)?;
+    if found == mark(name) {
+        Ok(())
+    } else {
+        Err(format!("{name} at {path} has another content than it was committed with").into())
+    }
+}
+
+async fn audit(side: &Side) -> Outcome<usize> {
+    let all = side.list().await?;
+    let mut looked = 0;
+    for info in all.iter().filter(|info| info.kind == i32::from(Kind::Committed)) {
+        let key = format!("audit-{looked}");
+        // One of an audit before that was cut off.
+        if let Err(status) = side.remove(&key).await
+            && status.code() != Code::NotFound
+        {
+            return Err(status.into());
+        }
+        let path = side.view(&key, &info.name).await?;
+        check_mark(&path, &info.name)?;
+        side.remove(&key).await?;
+        looked += 1;
+    }
+    Ok(looked)
+}
+
+/// Disks of VMs and pulls beside the snapshots; what they say is nothing to us here.
+async fn bystander(image: &'static str, until: Option<Instant>) {
+    let mut n = 0;
+    while until.is_none_or(|until| Instant::now() < until) {
+        n += 1;
+        let vm = format!("churn-{}", n % 5);
+        let script = format!(
+            "cowshed acquire {vm} {image}; cowshed release {vm}; [ $(({n} % 4)) != 0 ] || ctr images rm --sync {image}"
+        );
+        let _ran =
+            tokio::task::spawn_blocking(move || Command::new("sh").args(["-c", &script]).output()).await;
+    }
+}
+
+async fn run(arguments: Arguments) -> Outcome<String> {
+    let side = Side { channel: connect(SOCKET).await?, snapshotter: arguments.snapshotter };
+    if arguments.audit {
+        return Ok(format!("{} committed snapshots have their contents", audit(&side).await?));
+    }
+    let until = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
+    let workers = (0..WORKERS).map(|n| {
+        let worker = Worker {
+            side: side.clone(),
+            prefix: format!("w{n}-"),
+            dice: Dice((arguments.seed + 1) * 0x9e37_79b9 + n),
+            tolerant: arguments.tolerant,
+            count: 0,
+        };
+        tokio::spawn(worker.run(until))
+    });
+    let workers: Vec<_> = workers.collect();
+    let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", until));
+    let mut done = 0;
+    for worker in workers {
+        done += worker.await??;
+    }
+    beside.await?;
+    Ok(format!("{done} operations"))
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let (text, code) = match run(Arguments::parse()).await {
+        Ok(text) => (text, ExitCode::SUCCESS),
+        Err(error) => (format!("@failed {error}"), ExitCode::FAILURE),
+    };
+    let _gone = writeln!(std::io::stdout(), "{text}");
+    code
+}
