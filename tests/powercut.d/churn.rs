@@ -1,15 +1,19 @@
 //! The load of the power cuts and kills: snapshots are made, written, committed, viewed and removed, all at once, until
-//! the lights go out; afterwards what was committed is looked at.
+//! the lights go out; afterwards what was promised and what was committed is looked at.
+
+mod acks;
 
 use std::{
     collections::{BTreeSet, HashMap},
     fs::File,
     io::Write as _,
     os::unix::fs::FileExt as _,
+    path::PathBuf,
     process::{Command, ExitCode},
     time::{Duration, Instant},
 };
 
+use acks::{Acks, GONE};
 use clap::Parser;
 use containerd_client::{
     connect,
@@ -37,9 +41,12 @@ struct Arguments {
     /// Calls that fail since somebody was killed are made again.
     #[arg(long)]
     tolerant: bool,
-    /// Only look at what was committed, through a fresh view each.
+    /// Only look at what was committed, through a fresh view each, and compare all with what was promised.
     #[arg(long)]
     audit: bool,
+    /// Where to write down what was promised, or, for an audit, where it was.
+    #[arg(long)]
+    acks: Option<PathBuf>,
 }
 
 const NAMESPACE: &str = "churn";
@@ -153,6 +160,7 @@ fn is_broken(status: &Status) -> bool {
 
 struct Worker {
     side: Side,
+    acks: Acks,
     prefix: String,
     dice: Dice,
     tolerant: bool,
@@ -195,24 +203,39 @@ impl Worker {
             0..=3 => {
                 let parent =
                     committed.get(self.dice.below(committed.len() + 1)).map_or("", |info| &info.name);
+                self.acks.begin(&[&fresh])?;
                 let path = self.side.prepare(&fresh, parent).await?;
+                self.acks.done(&[(&fresh, "active")])?;
                 write_mark(&path, &format!("{fresh}-c"))?;
             }
             4..=5 if !active.is_empty() => {
                 let key = &active[self.dice.below(active.len())].name;
                 let name = format!("{key}-c");
+                self.acks.begin(&[key, &name])?;
                 self.side.commit(&name, key).await?;
+                self.acks.done(&[(key, GONE), (&name, "committed")])?;
             }
             6 if !committed.is_empty() => {
                 let name = &committed[self.dice.below(committed.len())].name;
+                self.acks.begin(&[&fresh])?;
                 let path = self.side.view(&fresh, name).await?;
+                self.acks.done(&[(&fresh, "view")])?;
                 check_mark(&path, name)?;
             }
-            _ if !views.is_empty() => self.side.remove(&views[0].name).await?,
-            _ if !leaves.is_empty() => self.side.remove(&leaves[self.dice.below(leaves.len())].name).await?,
+            _ if !views.is_empty() => self.remove(&views[0].name).await?,
+            _ if !leaves.is_empty() => {
+                let leaf = leaves[self.dice.below(leaves.len())].name.clone();
+                self.remove(&leaf).await?;
+            }
             _ => {}
         }
         Ok(())
+    }
+
+    async fn remove(&self, key: &str) -> Outcome {
+        self.acks.begin(&[key])?;
+        self.side.remove(key).await?;
+        Ok(self.acks.done(&[(key, GONE)])?)
     }
 }
 
@@ -226,6 +249,28 @@ fn check_mark(path: &str, name: &str) -> Outcome {
     } else {
         Err(format!("{name} at {path} has another content than it was committed with").into())
     }
+}
+
+fn kind_of(info: &Info) -> &'static str {
+    match Kind::try_from(info.kind) {
+        Ok(Kind::Active) => "active",
+        Ok(Kind::View) => "view",
+        Ok(Kind::Committed) => "committed",
+        _ => "of an unknown kind",
+    }
+}
+
+/// What was answered is so, whatever happened since.
+fn compare_with_promises(all: &[Info], lines: &str) -> Outcome<usize> {
+    let there: HashMap<&str, &str> = all.iter().map(|info| (info.name.as_str(), kind_of(info))).collect();
+    let promised = acks::promised(lines);
+    for (key, state) in &promised {
+        let is = there.get(key).copied().unwrap_or(GONE);
+        if is != *state {
+            return Err(format!("{key} was promised to be {state}, and is {is}").into());
+        }
+    }
+    Ok(promised.len())
 }
 
 async fn audit(side: &Side) -> Outcome<usize> {
@@ -266,12 +311,21 @@ async fn bystander(image: &'static str, until: Option<Instant>) {
 async fn run(arguments: Arguments) -> Outcome<String> {
     let side = Side { channel: connect(SOCKET).await?, snapshotter: arguments.snapshotter };
     if arguments.audit {
-        return Ok(format!("{} committed snapshots have their contents", audit(&side).await?));
+        let lines = arguments.acks.map(std::fs::read_to_string).transpose()?.unwrap_or_default();
+        let kept = compare_with_promises(&side.list().await?, &lines)?;
+        let looked = audit(&side).await?;
+        let open = acks::uncertain(&lines);
+        return Ok(format!("{kept} promises kept, {open} open; {looked} committed snapshots have their contents"));
+    }
+    let acks = Acks::open(arguments.acks.as_deref())?;
+    for info in side.list().await?.iter().filter(|info| info.name.starts_with('w')) {
+        acks.done(&[(&info.name, kind_of(info))])?;
     }
     let until = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
     let workers = (0..WORKERS).map(|n| {
         let worker = Worker {
             side: side.clone(),
+            acks: acks.clone(),
             prefix: format!("w{n}-"),
             dice: Dice((arguments.seed + 1) * 0x9e37_79b9 + n),
             tolerant: arguments.tolerant,

@@ -4,13 +4,18 @@ mod client;
 mod pull;
 mod show;
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    config::{Config, DEFAULT_SOCKET, LogFormat},
+    config::{Config, DEFAULT_PATH, DEFAULT_SOCKET, LogFormat},
     exit,
     serve::{self, ServeError},
 };
@@ -159,7 +164,10 @@ fn run_service<F: Future<Output = Result<(), ServeError>>>(
         return fail(&error, exit::CONFIGURATION);
     }
     if check {
-        return finish(print("the configuration is right\n"));
+        let read = path.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
+        // Read has succeeded: only the default file can be absent.
+        let which = if read.exists() { "" } else { " is absent, the defaults are in force" };
+        return finish(print(&format!("{}{which}: the configuration is right\n", read.display())));
     }
     match runtime.block_on(serve(config)) {
         Ok(()) => ExitCode::SUCCESS,
