@@ -11,6 +11,7 @@ mod odd_registries;
 mod pulls;
 mod release;
 mod service;
+mod snapshotter;
 mod stampede;
 mod support;
 
@@ -26,12 +27,15 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // All tests share one host.
     arguments.test_threads = Some(1);
-    let groups: [(&str, &[Test]); 11] = [
+    // Another snapshotter is not ours to test.
+    let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
+    let groups: [(&str, &[Test]); 12] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),
+        ("snapshotter", own),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
         ("broken_pool", broken_pool::TESTS),

@@ -2,6 +2,8 @@
 //! the lights go out; afterwards what was promised and what was committed is looked at.
 
 mod acks;
+#[path = "../support/snapshots.rs"]
+mod snapshots;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -15,14 +17,9 @@ use std::{
 
 use acks::{Acks, GONE};
 use clap::Parser;
-use containerd_client::{
-    connect,
-    services::v1::snapshots::{
-        CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, PrepareSnapshotRequest,
-        RemoveSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
-    },
-};
-use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+use containerd_client::services::v1::snapshots::{Info, Kind};
+use snapshots::{CONTAINERD, Snapshots};
+use tonic::{Code, Status};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -50,7 +47,6 @@ struct Arguments {
 }
 
 const NAMESPACE: &str = "churn";
-const SOCKET: &str = "/run/containerd/containerd.sock";
 const WORKERS: u64 = 6;
 /// Snapshots that a worker keeps before it only removes.
 const ENOUGH: usize = 12;
@@ -67,75 +63,6 @@ impl Dice {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         usize::try_from(self.0 % limit.max(1) as u64).unwrap_or(0)
-    }
-}
-
-#[derive(Clone)]
-struct Side {
-    channel: Channel,
-    snapshotter: String,
-}
-
-fn request<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(NAMESPACE));
-    request
-}
-
-fn kept() -> HashMap<String, String> {
-    HashMap::from([("containerd.io/gc.root".to_owned(), "churn".to_owned())])
-}
-
-impl Side {
-    fn client(&self) -> SnapshotsClient<Channel> {
-        SnapshotsClient::new(self.channel.clone())
-    }
-
-    async fn prepare(&self, key: &str, parent: &str) -> Result<String, Status> {
-        let message = PrepareSnapshotRequest {
-            snapshotter: self.snapshotter.clone(),
-            key: key.to_owned(),
-            parent: parent.to_owned(),
-            labels: kept(),
-        };
-        let reply = self.client().prepare(request(message)).await?.into_inner();
-        Ok(reply.mounts.into_iter().next().map(|mount| mount.source).unwrap_or_default())
-    }
-
-    async fn view(&self, key: &str, parent: &str) -> Result<String, Status> {
-        let message = ViewSnapshotRequest {
-            snapshotter: self.snapshotter.clone(),
-            key: key.to_owned(),
-            parent: parent.to_owned(),
-            labels: kept(),
-        };
-        let reply = self.client().view(request(message)).await?.into_inner();
-        Ok(reply.mounts.into_iter().next().map(|mount| mount.source).unwrap_or_default())
-    }
-
-    async fn commit(&self, name: &str, key: &str) -> Result<(), Status> {
-        let message = CommitSnapshotRequest {
-            snapshotter: self.snapshotter.clone(),
-            name: name.to_owned(),
-            key: key.to_owned(),
-            labels: kept(),
-        };
-        self.client().commit(request(message)).await.map(drop)
-    }
-
-    async fn remove(&self, key: &str) -> Result<(), Status> {
-        let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
-        self.client().remove(request(message)).await.map(drop)
-    }
-
-    async fn list(&self) -> Result<Vec<Info>, Status> {
-        let message = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters: Vec::new() };
-        let mut stream = self.client().list(request(message)).await?.into_inner();
-        let mut all = Vec::new();
-        while let Some(page) = stream.message().await? {
-            all.extend(page.info);
-        }
-        Ok(all)
     }
 }
 
@@ -159,7 +86,7 @@ fn is_broken(status: &Status) -> bool {
 }
 
 struct Worker {
-    side: Side,
+    side: Snapshots,
     acks: Acks,
     prefix: String,
     dice: Dice,
@@ -190,10 +117,10 @@ impl Worker {
         let all = self.side.list().await?;
         let mine: Vec<&Info> = all.iter().filter(|info| info.name.starts_with(&self.prefix)).collect();
         let parents: BTreeSet<&str> = all.iter().map(|info| info.parent.as_str()).collect();
-        let of = |kind: Kind| -> Vec<&Info> {
-            mine.iter().copied().filter(|info| info.kind == i32::from(kind)).collect()
+        let of = |kind: &str| -> Vec<&Info> {
+            mine.iter().copied().filter(|info| kind_of(info) == kind).collect()
         };
-        let (active, committed, views) = (of(Kind::Active), of(Kind::Committed), of(Kind::View));
+        let (active, committed, views) = (of("active"), of("committed"), of("view"));
         let leaves: Vec<&Info> =
             mine.iter().copied().filter(|info| !parents.contains(info.name.as_str())).collect();
         let choice = if mine.len() > ENOUGH { 9 } else { self.dice.below(10) };
@@ -204,7 +131,7 @@ impl Worker {
                 let parent =
                     committed.get(self.dice.below(committed.len() + 1)).map_or("", |info| &info.name);
                 self.acks.begin(&[&fresh])?;
-                let path = self.side.prepare(&fresh, parent).await?;
+                let path = self.side.prepare(&fresh, parent, &[]).await?.path;
                 self.acks.done(&[(&fresh, "active")])?;
                 write_mark(&path, &format!("{fresh}-c"))?;
             }
@@ -212,13 +139,13 @@ impl Worker {
                 let key = &active[self.dice.below(active.len())].name;
                 let name = format!("{key}-c");
                 self.acks.begin(&[key, &name])?;
-                self.side.commit(&name, key).await?;
+                self.side.commit(&name, key, &[]).await?;
                 self.acks.done(&[(key, GONE), (&name, "committed")])?;
             }
             6 if !committed.is_empty() => {
                 let name = &committed[self.dice.below(committed.len())].name;
                 self.acks.begin(&[&fresh])?;
-                let path = self.side.view(&fresh, name).await?;
+                let path = self.side.view(&fresh, name).await?.path;
                 self.acks.done(&[(&fresh, "view")])?;
                 check_mark(&path, name)?;
             }
@@ -251,6 +178,7 @@ fn check_mark(path: &str, name: &str) -> Outcome {
     }
 }
 
+/// Its kind, in a word.
 fn kind_of(info: &Info) -> &'static str {
     match Kind::try_from(info.kind) {
         Ok(Kind::Active) => "active",
@@ -273,11 +201,11 @@ fn compare_with_promises(all: &[Info], lines: &str) -> Outcome<usize> {
     Ok(promised.len())
 }
 
-async fn audit(side: &Side) -> Outcome<usize> {
+async fn audit(side: &Snapshots) -> Outcome<usize> {
     let all = side.list().await?;
     let mut looked = 0;
     // Only what a worker made has a mark.
-    let marked = |info: &&Info| info.kind == i32::from(Kind::Committed) && info.name.starts_with('w');
+    let marked = |info: &&Info| kind_of(info) == "committed" && info.name.starts_with('w');
     for info in all.iter().filter(marked) {
         let key = format!("audit-{looked}");
         // One of an audit before that was cut off.
@@ -286,7 +214,7 @@ async fn audit(side: &Side) -> Outcome<usize> {
         {
             return Err(status.into());
         }
-        let path = side.view(&key, &info.name).await?;
+        let path = side.view(&key, &info.name).await?.path;
         check_mark(&path, &info.name)?;
         side.remove(&key).await?;
         looked += 1;
@@ -309,13 +237,16 @@ async fn bystander(image: &'static str, until: Option<Instant>) {
 }
 
 async fn run(arguments: Arguments) -> Outcome<String> {
-    let side = Side { channel: connect(SOCKET).await?, snapshotter: arguments.snapshotter };
+    let side =
+        Snapshots::new(containerd_client::connect(CONTAINERD).await?, &arguments.snapshotter, NAMESPACE);
     if arguments.audit {
         let lines = arguments.acks.map(std::fs::read_to_string).transpose()?.unwrap_or_default();
         let kept = compare_with_promises(&side.list().await?, &lines)?;
         let looked = audit(&side).await?;
         let open = acks::uncertain(&lines);
-        return Ok(format!("{kept} promises kept, {open} open; {looked} committed snapshots have their contents"));
+        return Ok(format!(
+            "{kept} promises kept, {open} open; {looked} committed snapshots have their contents"
+        ));
     }
     let acks = Acks::open(arguments.acks.as_deref())?;
     for info in side.list().await?.iter().filter(|info| info.name.starts_with('w')) {

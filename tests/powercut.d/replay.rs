@@ -151,8 +151,12 @@ fn replay(disk: &Path, log: &Path, seed: u64) -> Outcome<String> {
                 torn += 1;
                 for sector in (0..entry.bytes).step_by(usize::try_from(SECTOR)?) {
                     if dice.below(2) == 0 {
-                        let part =
-                            Entry { at: entry.at + sector, bytes: SECTOR, data: entry.data + sector, ..*entry };
+                        let part = Entry {
+                            at: entry.at + sector,
+                            bytes: SECTOR,
+                            data: entry.data + sector,
+                            ..*entry
+                        };
                         apply(&disk, &log, part)?;
                     }
                 }

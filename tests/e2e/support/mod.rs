@@ -8,6 +8,8 @@ pub(crate) mod fake_image;
 pub(crate) mod fake_registry;
 pub(crate) mod registry_log;
 pub(crate) mod second;
+#[path = "../../support/snapshots.rs"]
+pub(crate) mod snapshots;
 
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,358 @@
+//! Cowshed's snapshotter as containerd's other clients use it. Only where that is the host's snapshotter.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+};
+
+use tonic::{Code, Status};
+
+use crate::{
+    Test,
+    support::{
+        Outcome,
+        api::block_on,
+        check,
+        command::{lines, run, sh},
+        cow::{
+            acquire, collect, evict_all, host, image, release_fully, snapshotter, thin_devices, wait_serving,
+        },
+        same,
+        snapshots::{CONTAINERD, Snapshots},
+        wait_for,
+    },
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("by_hand", by_hand),
+    ("starts_no_process", starts_no_process),
+    ("sizes", sizes),
+    ("an_open_device_outlives_its_snapshot", an_open_device_outlives_its_snapshot),
+    ("views_of_what_was_not_unmounted", views_of_what_was_not_unmounted),
+    ("what_is_not_ours_stays", what_is_not_ours_stays),
+    ("pool_that_does_not_write", pool_that_does_not_write),
+    ("state_full_and_free_again", state_full_and_free_again),
+    ("damaged_store_is_left_alone", damaged_store_is_left_alone),
+];
+
+const STATE: &str = "/var/lib/cowshed";
+const SIZE_LABEL: &str = "containerd.io/snapshot/cowshed.size";
+/// What an unpacker sets on what it unpacks a layer into.
+const LAYER: (&str, &str) = ("containerd.io/snapshot.ref", "e2e");
+
+fn client() -> Outcome<Snapshots> {
+    let channel = block_on(containerd_client::connect(CONTAINERD))?;
+    Ok(Snapshots::new(channel, snapshotter(), "e2e"))
+}
+
+/// Removes what the test has made, and waits until its devices are gone.
+fn remove_all(client: &Snapshots) -> Outcome {
+    // Children first: what still has some is taken in a later round.
+    while let left @ [_, ..] = &block_on(client.list())?[..] {
+        let before = left.len();
+        for info in left {
+            let has_child = left.iter().any(|other| other.parent == info.name);
+            if !has_child {
+                block_on(client.remove(&info.name))?;
+            }
+        }
+        check!(block_on(client.list())?.len() < before, "nothing can be removed of {left:?}");
+    }
+    wait_for("the devices to go", || {
+        collect()?;
+        let left = thin_devices()?;
+        check!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+}
+
+fn refused<T: std::fmt::Debug>(reply: Result<T, Status>, code: Code, words: &[&str]) -> Outcome {
+    let status = match reply {
+        Ok(reply) => return Err(format!("it succeeded: {reply:?}").into()),
+        Err(status) => status,
+    };
+    same!(status.code(), code, "the code of {status:?}");
+    for word in words {
+        check!(status.message().contains(word), "{word:?} is not said: {}", status.message());
+    }
+    Ok(())
+}
+
+fn bytes_of(device: &str) -> Outcome<u64> {
+    Ok(sh(&format!("blockdev --getsize64 {device}"))?.trim().parse()?)
+}
+
+/// Of the filesystem on it.
+fn filesystem_bytes_of(device: &str) -> Outcome<u64> {
+    let script = format!(
+        "dumpe2fs -h {device} 2>/dev/null | awk '/^Block count:/ {{ n = $3 }} /^Block size:/ {{ print n * $3 }}'"
+    );
+    Ok(sh(&script)?.trim().parse()?)
+}
+
+/// As somebody does who knows `ctr` and nothing of Cowshed.
+fn by_hand() -> Outcome {
+    evict_all()?;
+    let (tiny, ctr) = (image("tiny:1"), "ctr snapshots --snapshotter cowshed");
+    sh(&format!("ctr images pull --snapshotter cowshed --hosts-dir /etc/containerd/certs.d {tiny}"))?;
+    let printed = sh(&format!("ctr run --rm --snapshotter cowshed {tiny} e2e-run echo from the container"));
+    // What tiny has to run is its own business; that it was started is ours.
+    check!(printed.is_ok(), "{printed:?}");
+    let top = lines(&format!("{ctr} ls | awk '$NF == \"Committed\" {{ print $1 }}'"))?;
+    let parent = top.first().ok_or("the pull has left no committed snapshot")?;
+    let script = format!(
+        "mkdir -p /tmp/e2e-mnt
+         {ctr} prepare e2e-a {parent} > /dev/null
+         mount $({ctr} mounts /tmp/e2e-mnt e2e-a | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt
+         echo moo > /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
+         {ctr} commit e2e-c e2e-a
+         {ctr} view e2e-v e2e-c > /dev/null
+         mount -o ro $({ctr} mounts /tmp/e2e-mnt e2e-v | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt
+         cat /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
+         {ctr} usage e2e-c | tail -1 | awk '{{ print ($2 > 0) ? \"used\" : $0 }}'
+         {ctr} rm e2e-v; {ctr} rm e2e-c"
+    );
+    let printed = sh(&script)?;
+    check!(printed.starts_with("moo\n"), "{printed}");
+    evict_all()
+}
+
+/// Counted on the whole machine, by the kernel.
+fn starts_no_process() -> Outcome {
+    let client = client()?;
+    block_on(client.prepare("np-first", "", &[]))?;
+    block_on(client.commit("np-parent", "np-first", &[]))?;
+    let traced = "/sys/kernel/tracing/instances/e2e";
+    sh(&format!(
+        "mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+         udevadm settle; mkdir -p {traced}; echo 1 > {traced}/events/sched/sched_process_exec/enable; true"
+    ))?;
+    let trace = Path::new(traced).join("trace");
+    let count = || -> Outcome<Vec<String>> {
+        let text = fs::read_to_string(&trace)?;
+        Ok(text.lines().filter(|line| line.contains("filename=")).map(str::to_owned).collect())
+    };
+    sh("true")?;
+    check!(!count()?.is_empty(), "the tracepoint does not see what is started");
+    fs::write(&trace, "")?;
+    let seen = block_on(async {
+        for n in 0..10 {
+            let made = client.prepare(&format!("np-{n}"), "np-parent", &[]).await?;
+            File::open(&made.path)?;
+            client.view(&format!("np-v-{n}"), "np-parent").await?;
+            client.commit(&format!("np-c-{n}"), &format!("np-{n}"), &[]).await?;
+            client.remove(&format!("np-v-{n}")).await?;
+            client.remove(&format!("np-c-{n}")).await?;
+        }
+        // udevd has time to do what it would do.
+        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        Outcome::Ok(())
+    });
+    let started = count()?;
+    sh(&format!("echo 0 > {traced}/events/sched/sched_process_exec/enable; rmdir {traced}"))?;
+    seen?;
+    // The supervisor's own, of the host, are not ours or udev's.
+    let ours: Vec<&String> =
+        started.iter().filter(|line| !line.contains("filename=/usr/bin/sleep")).collect();
+    check!(ours.is_empty(), "programs were started: {ours:?}");
+    remove_all(&client)
+}
+
+fn sizes() -> Outcome {
+    let client = client()?;
+    let three = [(SIZE_LABEL, "3GiB")];
+    let big = block_on(client.prepare("size-big", "", &three))?;
+    same!(bytes_of(&big.path)?, 3 << 30, "the size of the device");
+    same!(filesystem_bytes_of(&big.path)?, 3 << 30, "the size of its filesystem");
+    // Of a layer: device and filesystem grow.
+    block_on(client.prepare("size-layer", "", &[LAYER]))?;
+    block_on(client.commit("size-base", "size-layer", &[LAYER]))?;
+    let grown = block_on(client.prepare("size-grown", "size-base", &three))?;
+    same!(bytes_of(&grown.path)?, 3 << 30, "the size of the grown device");
+    same!(filesystem_bytes_of(&grown.path)?, 3 << 30, "the size of the grown filesystem");
+    let plain = block_on(client.prepare("size-plain", "size-base", &[]))?;
+    check!(bytes_of(&plain.path)? < 3 << 30, "a disk without the label has the label's size");
+    // Of what a guest may have written: only the device.
+    block_on(client.commit("size-guest", "size-plain", &[]))?;
+    let own = block_on(client.prepare("size-own", "size-guest", &three))?;
+    same!(bytes_of(&own.path)?, 3 << 30, "the size of the guest's new device");
+    check!(filesystem_bytes_of(&own.path)? < 3 << 30, "a guest's filesystem was grown");
+    let smaller = block_on(client.prepare("size-small", "size-base", &[(SIZE_LABEL, "512MiB")]));
+    refused(smaller, Code::InvalidArgument, &["size-small", "size-base"])?;
+    let odd = block_on(client.prepare("size-odd", "", &[(SIZE_LABEL, "much")]));
+    refused(odd, Code::InvalidArgument, &[SIZE_LABEL, "much"])?;
+    remove_all(&client)
+}
+
+fn an_open_device_outlives_its_snapshot() -> Outcome {
+    let client = client()?;
+    let made = block_on(client.prepare("open-a", "", &[]))?;
+    let held = File::open(&made.path)?;
+    block_on(client.remove("open-a"))?;
+    collect()?;
+    // The name is free at once, for another disk.
+    let again = block_on(client.prepare("open-a", "", &[]))?;
+    check!(again.path != made.path, "the name's new disk is the old one, {}", made.path);
+    let mut there = thin_devices()?;
+    check!(
+        there.iter().any(|name| made.path.ends_with(name)),
+        "the open device is gone; there are {there:?}"
+    );
+    // Also over a restart.
+    host("restart", "cowshed")?;
+    wait_serving()?;
+    there = thin_devices()?;
+    check!(there.iter().any(|name| made.path.ends_with(name)), "the restart took it; there are {there:?}");
+    drop(held);
+    wait_for("it to go", || {
+        let there = thin_devices()?;
+        check!(!there.iter().any(|name| made.path.ends_with(name)), "there are {there:?}");
+        Ok(())
+    })?;
+    remove_all(&client)
+}
+
+fn views_of_what_was_not_unmounted() -> Outcome {
+    let client = client()?;
+    let made = block_on(client.prepare("dirty-a", "", &[]))?;
+    sh(&format!(
+        "mkdir -p /tmp/e2e-mnt; mount {} /tmp/e2e-mnt; echo moo > /tmp/e2e-mnt/cow; sync -f /tmp/e2e-mnt; \
+         echo more > /tmp/e2e-mnt/cow2; sync /tmp/e2e-mnt/cow2",
+        made.path
+    ))?;
+    // Committed while it is mounted: its journal has to be replayed, and a view cannot.
+    block_on(client.commit("dirty-c", "dirty-a", &[]))?;
+    let view = block_on(client.view("dirty-v", "dirty-c"))?;
+    let child = block_on(client.prepare("dirty-b", "dirty-c", &[]))?;
+    let seen = sh(&format!(
+        "umount /tmp/e2e-mnt
+         mount -o {} {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
+         mount {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow /tmp/e2e-mnt/cow2; umount /tmp/e2e-mnt",
+        view.options.join(","),
+        view.path,
+        child.path
+    ))?;
+    same!(seen, "moo\nmoo\nmore\n", "what view and child show");
+    same!(
+        sh(&format!("blockdev --getro {}", view.path))?.trim(),
+        "1",
+        "whether the view is read-only in the kernel"
+    );
+    remove_all(&client)
+}
+
+/// A thin device that somebody else has made, with the id that would be next.
+fn what_is_not_ours_stays() -> Outcome {
+    let client = client()?;
+    let first = block_on(client.prepare("foreign-a", "", &[]))?;
+    let free = sh(&format!("dmsetup table {} | awk '{{ print $5 + 1 }}'", first.path))?.trim().to_owned();
+    sh(&format!("dmsetup message vg-pool 0 'create_thin {free}'"))?;
+    let second = block_on(client.prepare("foreign-b", "", &[]));
+    host("restart", "cowshed")?;
+    wait_serving()?;
+    let third = block_on(client.prepare("foreign-c", "", &[]));
+    let left = remove_all(&client);
+    // It deletes only if it is there still.
+    sh(&format!("dmsetup message vg-pool 0 'delete {free}'"))?;
+    left?;
+    let told = sh("cowshed-host log cowshed")?;
+    check!(told.contains("left alone"), "the log does not speak of what is not ours");
+    check!(second.is_ok() && third.is_ok(), "{second:?} {third:?}");
+    Ok(())
+}
+
+fn pool_that_does_not_write() -> Outcome {
+    let client = client()?;
+    let table = sh("dmsetup table vg-pool")?;
+    let words: Vec<&str> = table.split_whitespace().collect();
+    // … thin-pool META DATA BLOCK LOW_WATER COUNT FEATURE…
+    let count: usize = words.get(7).ok_or("a short table")?.parse()?;
+    let (head, features) = (words[..7].join(" "), words[8..].join(" "));
+    let read_only = format!("{head} {} {features} read_only", count + 1);
+    let reload = |table: &str| {
+        sh(&format!(
+            "dmsetup suspend vg-pool; dmsetup reload vg-pool --table '{table}'; dmsetup resume vg-pool"
+        ))
+    };
+    reload(&read_only)?;
+    let refusal = block_on(client.prepare("ro-a", "", &[]));
+    let status = run("cowshed", &["status"]);
+    reload(table.trim())?;
+    refused(refusal, Code::FailedPrecondition, &["vg-pool", "read-only"])?;
+    status?.fails(8, &["vg-pool"])?;
+    check!(block_on(client.list())?.is_empty(), "what was refused is listed");
+    block_on(client.prepare("ro-a", "", &[]))?;
+    remove_all(&client)
+}
+
+/// The service's state in a small filesystem of its own meanwhile.
+fn state_full_and_free_again() -> Outcome {
+    let client = client()?;
+    host("stop", "cowshed")?;
+    let moved = sh(&format!(
+        "cp -a {STATE} /tmp/e2e-state; mount -t tmpfs -o size=8m e2e {STATE}; cp -a /tmp/e2e-state/. {STATE}/"
+    ));
+    let tested = moved.and_then(|_| {
+        host("start", "cowshed")?;
+        wait_serving()?;
+        fill_and_free(&client)
+    });
+    // Its state of now is what counts.
+    host("stop", "cowshed")?;
+    sh(&format!(
+        "rm -f {STATE}/filler; rm -rf /tmp/e2e-state; cp -a {STATE} /tmp/e2e-state; umount {STATE}
+         find {STATE} -mindepth 1 -delete; cp -a /tmp/e2e-state/. {STATE}/; rm -rf /tmp/e2e-state; sync -f {STATE}"
+    ))?;
+    host("start", "cowshed")?;
+    wait_serving()?;
+    tested
+}
+
+fn fill_and_free(client: &Snapshots) -> Outcome {
+    block_on(client.prepare("full-0", "", &[]))?;
+    let mut refusal = None;
+    for n in 1..60 {
+        sh(&format!("dd if=/dev/zero bs=1k status=none >> {STATE}/filler 2>/dev/null || true"))?;
+        // The write-ahead log may have room for some more.
+        if let Err(status) = block_on(client.prepare(&format!("full-{n}"), "", &[])) {
+            refusal = Some(status);
+            break;
+        }
+    }
+    let refusal = refusal.ok_or("no Prepare was refused with a full state directory")?;
+    refused::<()>(Err(refusal), Code::ResourceExhausted, &["state directory is full", "snapshots.db"])?;
+    fs::remove_file(format!("{STATE}/filler"))?;
+    let image = image("tiny:1");
+    acquire("full-vm", &image)?;
+    release_fully("full-vm")?;
+    remove_all(client)
+}
+
+fn damaged_store_is_left_alone() -> Outcome {
+    let client = client()?;
+    block_on(client.prepare("damaged-a", "", &[]))?;
+    block_on(client.commit("damaged-c", "damaged-a", &[]))?;
+    host("stop", "cowshed")?;
+    let store = format!("{STATE}/snapshots.db");
+    sh(&format!(
+        "cp -a {store} /tmp/e2e-store; printf 'xxxxxxxxxxxxxxxx' | dd of={store} conv=notrunc status=none"
+    ))?;
+    let damaged = fs::read(&store)?;
+    host("start", "cowshed")?;
+    let said = wait_for("a refusal", || {
+        let made = block_on(client.prepare("damaged-b", "", &[]));
+        check!(made.is_err(), "a snapshot was made with a damaged store");
+        let log = sh("cowshed-host log cowshed | tail -30")?;
+        check!(log.contains("snapshots.db") && log.contains("damaged"), "{made:?}; the log: {log}");
+        Ok(log)
+    });
+    host("stop", "cowshed")?;
+    let now = fs::read(&store)?;
+    sh(&format!("cp -a /tmp/e2e-store {store}; rm /tmp/e2e-store"))?;
+    host("start", "cowshed")?;
+    wait_serving()?;
+    said?;
+    check!(now == damaged, "the damaged store was changed");
+    block_on(client.view("damaged-v", "damaged-c"))?;
+    remove_all(&client)
+}
