@@ -113,8 +113,7 @@ impl Metrics {
             self.snapshots.with_label_values(&[kind.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.thin_ids.set(i64::try_from(tree.thin_ids_used()).unwrap_or(i64::MAX));
-        let removing: Vec<i64> =
-            tree.all().filter(|s| s.state == State::Removing).map(|s| s.updated.0).collect();
+        let removing: Vec<i64> = tree.removing().map(|s| s.updated.0).collect();
         self.backlog.set(i64::try_from(removing.len()).unwrap_or(i64::MAX));
         let oldest = removing.iter().min().map_or(0, |since| (now_nanos - since).max(0) / 1_000_000_000);
         self.oldest.set(oldest);

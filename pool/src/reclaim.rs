@@ -12,7 +12,7 @@ use crate::{
     device::Deactivated,
     error::Result,
     snapshotter::{Health, Inner},
-    tree::{Change, Snapshot, SnapshotId, State},
+    tree::{Change, Snapshot, SnapshotId},
 };
 
 /// At most so many are deactivated at a time: each waits for the kernel, and they can wait together.
@@ -67,7 +67,7 @@ fn due(inner: &Inner, held: &mut Held) -> Vec<Snapshot> {
     let making = inner.making();
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
-        let removed = tree.all().filter(|s| s.state == State::Removing && !making.contains(&s.id));
+        let removed = tree.removing().filter(|s| !making.contains(&s.id));
         removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(BATCH).cloned().collect()
     })
 }

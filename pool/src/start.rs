@@ -165,12 +165,23 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
             facts.uuid
         )));
     }
-    let thin_ids = pool.thin_ids().inspect_err(|error| {
-        tracing::warn!(%error, "what else is in the pool cannot be told");
-    });
+    let thin_ids = match pool.thin_ids() {
+        Ok(ids) => Some(ids),
+        Err(error) => {
+            // What cannot be listed may be damaged, and every change would make it worse.
+            if let Some(said) = pool.damage().map_err(passing)? {
+                return Err(Hindrance::Lasting(format!(
+                    "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. Stop \
+                     what uses the pool, deactivate it, repair it with lvconvert --repair, and start again"
+                )));
+            }
+            tracing::warn!(%error, "what else is in the pool cannot be told");
+            None
+        }
+    };
     let creations = pool.creations().map_err(passing)?;
     let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
-    Ok((pool, Found { new_uuid, thin_ids: thin_ids.ok(), creations }))
+    Ok((pool, Found { new_uuid, thin_ids, creations }))
 }
 
 fn passing(error: DeviceError) -> Hindrance {
@@ -210,7 +221,7 @@ pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Fo
         active = count(Kind::Active),
         views = count(Kind::View),
         committed = count(Kind::Committed),
-        removed = tree.all().filter(|s| s.state == State::Removing).count(),
+        removed = tree.removing().count(),
         creations = found.creations,
         "snapshotter ready"
     );

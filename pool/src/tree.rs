@@ -11,7 +11,7 @@
 //! after the pool has deleted the thin device. dm-thin's snapshots do not need their origins, so what is Removing can
 //! go in any order.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::{
     error::{Code, Error, Result},
@@ -185,6 +185,7 @@ pub(crate) struct Tree {
     /// How many children that are listed and not Removing.
     children: HashMap<SnapshotId, usize>,
     bases: HashMap<Base, SnapshotId>,
+    removing: BTreeSet<SnapshotId>,
     thins: ThinIds,
     next: u64,
     /// Uuid of the pool's device; empty until it was first seen.
@@ -198,6 +199,7 @@ impl Default for Tree {
             keys: HashMap::new(),
             children: HashMap::new(),
             bases: HashMap::new(),
+            removing: BTreeSet::new(),
             thins: ThinIds::default(),
             next: 1,
             pool: String::new(),
@@ -254,6 +256,11 @@ impl Tree {
     /// All records, by id.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Snapshot> {
         self.all.values()
+    }
+
+    /// What waits to be deleted, by id.
+    pub(crate) fn removing(&self) -> impl Iterator<Item = &Snapshot> {
+        self.removing.iter().filter_map(|id| self.get(*id))
     }
 
     /// What containerd knows, by id.
@@ -508,6 +515,7 @@ impl Tree {
     fn index(&mut self, snapshot: &Snapshot) {
         self.thins.take(snapshot.thin);
         if snapshot.state == State::Removing {
+            self.removing.insert(snapshot.id);
             return;
         }
         if snapshot.kind.is_listed() {
@@ -523,6 +531,7 @@ impl Tree {
     fn unindex(&mut self, snapshot: &Snapshot) {
         self.thins.free(snapshot.thin);
         if snapshot.state == State::Removing {
+            self.removing.remove(&snapshot.id);
             return;
         }
         if snapshot.kind.is_listed() {

@@ -36,6 +36,18 @@ pub(super) fn thin_ls(metadata: DeviceNumber) -> Result<BTreeSet<ThinId>, Device
         .collect()
 }
 
+/// What thin_check has against the pool's reserved metadata snapshot; `None` if nothing, or if it cannot be run.
+pub(super) fn thin_check(metadata: DeviceNumber) -> Option<String> {
+    let path = node(metadata);
+    let checked = Command::new("thin_check").args(["-m", &path]).output().ok()?;
+    if checked.status.success() {
+        return None;
+    }
+    let said = [checked.stderr, checked.stdout].concat();
+    let said: Vec<String> = String::from_utf8_lossy(&said).lines().take(5).map(str::to_owned).collect();
+    Some(said.join("; "))
+}
+
 /// How many snapshots were ever made in the pool: it counts in 24 bits, and corrupts itself beyond.
 ///
 /// # Errors

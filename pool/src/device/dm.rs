@@ -247,18 +247,7 @@ impl Pool for DeviceMapper {
 
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
         let metadata = self.metadata()?;
-        // One that was killed may have left its snapshot of the metadata.
-        if self.holds_metadata_snap()? {
-            self.message("release_metadata_snap")
-                .map_err(|e| refused("releasing an old snapshot of the metadata", &e))?;
-        }
-        self.message("reserve_metadata_snap")
-            .map_err(|e| refused("reserving a snapshot of the metadata", &e))?;
-        let listed = audit::thin_ls(metadata);
-        let released = self.message("release_metadata_snap");
-        let ids = listed?;
-        released.map_err(|e| refused("releasing the snapshot of the metadata", &e))?;
-        Ok(ids)
+        self.with_metadata_snap(|| audit::thin_ls(metadata))?
     }
 
     fn creations(&self) -> Result<u32, DeviceError> {
@@ -267,6 +256,30 @@ impl Pool for DeviceMapper {
 }
 
 impl DeviceMapper {
+    /// What thin_check has against the pool's metadata; `None` if nothing, or if it cannot be asked. Starts a process.
+    ///
+    /// # Errors
+    /// If the pool does not give it a snapshot of its metadata.
+    pub fn damage(&self) -> Result<Option<String>, DeviceError> {
+        let metadata = self.metadata()?;
+        self.with_metadata_snap(|| audit::thin_check(metadata))
+    }
+
+    /// Programs read the metadata of a pool that is in use from a snapshot of it.
+    fn with_metadata_snap<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+        // One that was killed may have left its own.
+        if self.holds_metadata_snap()? {
+            self.message("release_metadata_snap")
+                .map_err(|e| refused("releasing an old snapshot of the metadata", &e))?;
+        }
+        self.message("reserve_metadata_snap")
+            .map_err(|e| refused("reserving a snapshot of the metadata", &e))?;
+        let done = work();
+        self.message("release_metadata_snap")
+            .map_err(|e| refused("releasing the snapshot of the metadata", &e))?;
+        Ok(done)
+    }
+
     /// The held root is the fourth word of a pool's status; "-" if there is none.
     fn holds_metadata_snap(&self) -> Result<bool, DeviceError> {
         let status = self.targets(&self.pool, DmFlags::empty())?;
