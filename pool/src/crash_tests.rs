@@ -113,6 +113,7 @@ async fn audit(s: &Snapshotter, pool: &FakePool, promised: &Promised, what: &str
     assert_eq!(in_pool, ours, "{what}: thin ids of pool and store");
     assert_eq!(pool.device_names(), to_be_active, "{what}: devices of kernel and store");
     assert!(!pool.any_suspended(), "{what}: a device is suspended");
+    assert!(pool.all_whole(), "{what}: a device has no table or no link");
     let mut expected = BTreeSet::new();
     for promise in &promised.0 {
         match *promise {

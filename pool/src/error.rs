@@ -19,6 +19,8 @@ pub enum Code {
     Unavailable,
     /// Store or pool are damaged.
     DataLoss,
+    /// Nobody waits for it any more.
+    Cancelled,
     /// The kernel or a helper refused.
     Internal,
 }
@@ -64,6 +66,7 @@ impl From<Error> for tonic::Status {
             Code::ResourceExhausted => tonic::Code::ResourceExhausted,
             Code::Unavailable => tonic::Code::Unavailable,
             Code::DataLoss => tonic::Code::DataLoss,
+            Code::Cancelled => tonic::Code::Cancelled,
             Code::Internal => tonic::Code::Internal,
         };
         Self::new(code, error.message)

@@ -34,6 +34,8 @@ struct Device {
     access: Access,
     open: u32,
     suspended: bool,
+    loaded: bool,
+    linked: bool,
 }
 
 #[derive(Debug)]
@@ -86,6 +88,11 @@ impl FakePool {
 
     pub(crate) fn is_read_only(&self, name: &str) -> bool {
         self.state().devices[name].access == Access::ReadOnly
+    }
+
+    /// Whether all devices have their tables and links.
+    pub(crate) fn all_whole(&self) -> bool {
+        self.state().devices.values().all(|device| device.loaded && device.linked)
     }
 
     pub(crate) fn any_suspended(&self) -> bool {
@@ -170,7 +177,7 @@ impl Pool for FakePool {
             let moving = state
                 .devices
                 .values()
-                .any(|d| d.thin == origin && !d.suspended && d.access == Access::ReadWrite);
+                .any(|d| d.thin == origin && d.loaded && !d.suspended && d.access == Access::ReadWrite);
             assert!(!moving, "a snapshot of {origin:?} was made while its device was active");
             state.thins.insert(thin, content);
             state.creations += 1;
@@ -187,18 +194,40 @@ impl Pool for FakePool {
     }
 
     fn activate(&self, activation: &Activation) -> Result<(), DeviceError> {
-        self.effect(|state| {
+        let name = activation.name.as_str();
+        let device = Device {
+            thin: activation.thin,
+            access: activation.access,
+            open: 0,
+            suspended: false,
+            loaded: false,
+            linked: false,
+        };
+        if !self.state().devices.contains_key(name) {
+            self.effect(|state| {
+                state.devices.insert(name.to_owned(), device);
+                Ok(())
+            })?;
+        }
+        let loaded = self.effect(|state| {
             if !state.thins.contains_key(&activation.thin) {
                 return Err(DeviceError::ThinMissing(activation.thin));
             }
-            let device =
-                Device { thin: activation.thin, access: activation.access, open: 0, suspended: false };
-            let name = activation.name.as_str().to_owned();
-            let there = state.devices.entry(name).or_insert_with(|| device.clone());
+            let there = state.devices.get_mut(name).ok_or_else(|| refused("load"))?;
             assert_eq!(there.thin, activation.thin, "one name, two thin devices");
-            there.suspended = false;
+            (there.loaded, there.suspended) = (true, false);
             Ok(())
-        })
+        });
+        let linked = loaded.and_then(|()| {
+            self.effect(|state| {
+                state.devices.get_mut(name).ok_or_else(|| refused("link"))?.linked = true;
+                Ok(())
+            })
+        });
+        if linked.is_err() {
+            self.state().devices.remove(name);
+        }
+        linked
     }
 
     fn deactivate(&self, name: &DeviceName) -> Result<Deactivated, DeviceError> {
@@ -230,7 +259,7 @@ impl Pool for FakePool {
     fn look(&self, name: &DeviceName) -> Result<Option<Live>, DeviceError> {
         let state = self.state();
         let device = state.devices.get(name.as_str());
-        Ok(device.map(|d| Live { open: d.open, suspended: d.suspended, mapped: 65536 }))
+        Ok(device.map(|d| Live { open: d.open, suspended: d.suspended, mapped: d.loaded.then_some(65536) }))
     }
 
     fn names(&self) -> Result<BTreeSet<String>, DeviceError> {
@@ -263,7 +292,7 @@ impl Filesystem for FakePool {
         "ext4"
     }
 
-    fn make(&self, path: &str) -> Result<(), DeviceError> {
+    fn make(&self, path: &str, _zeroed: bool) -> Result<(), DeviceError> {
         self.rewrite(path, |_| "empty".to_owned())
     }
 

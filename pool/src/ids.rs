@@ -12,21 +12,29 @@ pub(crate) const LAST: u32 = (1 << 24) - 1;
 pub(crate) struct ThinIds {
     /// Free ones below `next`.
     gaps: BTreeSet<u32>,
-    /// All from here on are free.
+    /// All from here on are free, but for those that are avoided.
     next: u32,
+    /// Somebody else's.
+    avoided: BTreeSet<u32>,
 }
 
 impl Default for ThinIds {
     fn default() -> Self {
-        Self { gaps: BTreeSet::new(), next: 1 }
+        Self { gaps: BTreeSet::new(), next: 1, avoided: BTreeSet::new() }
     }
 }
 
 impl ThinIds {
     /// The lowest free id; `None` if all 2^24 are in use.
     pub(crate) fn lowest_free(&self) -> Option<ThinId> {
-        let id = self.gaps.first().copied().unwrap_or(self.next);
-        (id <= LAST).then_some(ThinId(id))
+        let free = |id: &u32| !self.avoided.contains(id);
+        let id = self.gaps.iter().copied().find(free).or_else(|| (self.next..=LAST).find(free));
+        id.map(ThinId)
+    }
+
+    /// Never gives out `id`.
+    pub(crate) fn avoid(&mut self, id: ThinId) {
+        self.avoided.insert(id.0);
     }
 
     /// Marks `id` as in use; says whether it was free.
@@ -50,9 +58,9 @@ impl ThinIds {
         }
     }
 
-    /// How many are in use.
+    /// How many are in use, by us and by others.
     pub(crate) fn used(&self) -> usize {
-        self.next as usize - 1 - self.gaps.len()
+        self.next as usize - 1 - self.gaps.len() + self.avoided.len()
     }
 }
 
@@ -83,7 +91,7 @@ mod tests {
 
     #[test]
     fn there_are_so_many_and_no_more() {
-        let mut ids = ThinIds { gaps: BTreeSet::new(), next: LAST };
+        let mut ids = ThinIds { next: LAST, ..ThinIds::default() };
         assert!(ids.take(ids.lowest_free().unwrap()));
         assert_eq!(ids.lowest_free(), None);
         ids.free(ThinId(7));

@@ -19,6 +19,8 @@ use crate::{
 const BATCH: usize = 16;
 /// How long one deletion gives way to makings at the most.
 const GIVE_WAY: Duration = Duration::from_millis(40);
+/// From twice as many that wait on, the way is given for half as long, and so on.
+const CROWD: usize = 256;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// What counts itself is compared with the pool so often.
@@ -32,11 +34,13 @@ pub(crate) async fn run(inner: Arc<Inner>) {
     let mut held = Held::new();
     let mut counted = Instant::now();
     loop {
+        let all_written = write_abandoned(&inner).await;
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
         let batch = if serving { due(&inner, &mut held) } else { Vec::new() };
         if batch.is_empty() {
             let next = held.values().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
-            let pause = next.unwrap_or(LONGEST_RETRY).max(Duration::from_millis(10));
+            let longest = if all_written { LONGEST_RETRY } else { FIRST_RETRY };
+            let pause = next.unwrap_or(longest).clamp(Duration::from_millis(10), longest);
             tokio::select! {
                 () = inner.wake.notified() => {}
                 () = tokio::time::sleep(pause) => {}
@@ -47,6 +51,28 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         if serving && counted.elapsed() > RECOUNT {
             counted = Instant::now();
             recount(&inner).await;
+        }
+    }
+}
+
+/// Marks as removed what was given up while the store could not be written; says whether nothing of it is left.
+async fn write_abandoned(inner: &Inner) -> bool {
+    let ids = inner.abandoned().clone();
+    if ids.is_empty() {
+        return true;
+    }
+    let written = ids.clone();
+    let marked = inner.write(move |tree| {
+        Ok((written.into_iter().filter_map(|(id, traces)| tree.give_up(id, traces)).collect(), ()))
+    });
+    match marked.await {
+        Ok(()) => {
+            inner.abandoned().retain(|id, _| !ids.contains_key(id));
+            true
+        }
+        Err(error) => {
+            tracing::debug!(count = ids.len(), %error, "what was given up cannot be written down yet");
+            false
         }
     }
 }
@@ -73,12 +99,17 @@ fn due(inner: &Inner, held: &mut Held) -> Vec<Snapshot> {
 }
 
 async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
-    let deactivated = join_all(batch.iter().map(|snapshot| {
+    let backlog = inner.store.read(|tree| tree.removing().count());
+    let deactivated = join_all(batch.iter().map(|snapshot| async {
         let name = inner.name(snapshot.id);
-        inner.on_pool(move |pool| {
-            let mapped = pool.look(&name)?.map(|live| live.mapped);
-            Ok((pool.deactivate(&name)?, mapped))
-        })
+        // Nobody activates it any more once it is Removing, but one who began before may be at it.
+        let _alone = inner.device_lock(snapshot.id).lock().await;
+        inner
+            .on_pool(move |pool| {
+                let mapped = pool.look(&name)?.and_then(|live| live.mapped);
+                Ok((pool.deactivate(&name)?, mapped))
+            })
+            .await
     }))
     .await;
     let mut gone = Vec::new();
@@ -86,7 +117,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
         let id = snapshot.id;
         let deleted = match outcome {
             Ok((Deactivated::Gone, mapped)) => {
-                give_way(inner).await;
+                give_way(inner, backlog).await;
                 delete(inner, &snapshot, mapped).await
             }
             Ok((Deactivated::InUse, _)) => {
@@ -127,9 +158,10 @@ fn try_later(held: &mut Held, id: SnapshotId) {
     held.insert(id, (Instant::now() + pause, pause));
 }
 
-/// Waits for the makings under way, for a moment.
-async fn give_way(inner: &Inner) {
-    let until = Instant::now() + GIVE_WAY;
+/// Waits for the makings under way, for a moment; for a shorter one if there is much to do, so that it does not pile up.
+async fn give_way(inner: &Inner, backlog: usize) {
+    let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
+    let until = Instant::now() + GIVE_WAY / crowd;
     while inner.under_way.load(Ordering::Relaxed) > 0 && Instant::now() < until {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -9,13 +9,13 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 use crate::{
     device::{Access, Activation, Deactivated, DeviceError, DeviceName, Filesystem, Pool, Tools},
@@ -23,7 +23,7 @@ use crate::{
     metrics::Metrics,
     size::Bytes,
     store::{Store, WriteError},
-    tree::{Base, Change, Kind, Plan, Snapshot, SnapshotId, State, ThinId, Tree, UnixNanos, Wish},
+    tree::{Base, Change, Kind, Plan, Snapshot, SnapshotId, State, ThinId, Traces, Tree, UnixNanos, Wish},
 };
 
 /// What a snapshotter is told.
@@ -64,6 +64,12 @@ pub(crate) struct Mount {
 /// At most so many calls to the kernel at once: they wait for grace periods most of the time.
 const PARALLEL: usize = 64;
 
+/// Locks for devices: as many as make it rare that two have the same.
+const STRIPES: usize = 256;
+
+/// A base that udevd looks at, although no rule sends it, is let go within this time.
+const BASE_IN_USE: Duration = Duration::from_secs(3);
+
 /// So many snapshots can be made in one pool, ever.
 const CREATIONS: u32 = 1 << 24;
 
@@ -80,6 +86,19 @@ impl<'a> UnderWay<'a> {
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A making that failed.
+struct Failed {
+    error: Error,
+    /// What it has left in the pool.
+    traces: Traces,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, traces: Traces::Maybe }
     }
 }
 
@@ -101,6 +120,10 @@ pub(crate) struct Inner {
     pub(crate) active_origins: Mutex<HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>>,
     /// Snapshots whose effects are under way: the reclaimer leaves them alone.
     pub(crate) making: Arc<Mutex<HashSet<SnapshotId>>>,
+    /// Snapshots that were given up, and what they have left, when the store could not be written.
+    abandoned: Mutex<HashMap<SnapshotId, Traces>>,
+    /// Who changes whether a device is active holds one of them, by its snapshot's id.
+    devices: Vec<tokio::sync::Mutex<()>>,
     /// How many Prepares and Views are under way.
     pub(crate) under_way: AtomicUsize,
     /// Snapshots ever made in the pool.
@@ -123,6 +146,8 @@ impl Inner {
             turns: Semaphore::new(PARALLEL),
             active_origins: Mutex::default(),
             making: Arc::default(),
+            abandoned: Mutex::default(),
+            devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             under_way: AtomicUsize::new(0),
             creations: AtomicU32::new(0),
             bases: Mutex::default(),
@@ -191,80 +216,139 @@ impl Inner {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn abandoned(&self) -> MutexGuard<'_, HashMap<SnapshotId, Traces>> {
+        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn device_lock(&self, id: SnapshotId) -> &tokio::sync::Mutex<()> {
+        &self.devices[usize::try_from(id.0 % STRIPES as u64).unwrap_or(0)]
+    }
+
     pub(crate) fn active_origins(&self) -> MutexGuard<'_, HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>> {
         self.active_origins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Prepare and View.
-    async fn make(&self, wish: Wish) -> Result<Mount> {
+    /// Prepare and View. `is_wanted` says whether the caller still waits.
+    async fn make(&self, wish: Wish, is_wanted: impl Fn() -> bool) -> Result<Mount> {
         self.pool()?;
         self.creations_are_left()?;
         let _under_way = UnderWay::begin(&self.under_way);
-        let (new, origin) = self.intend(wish).await?;
-        let id = new.id;
+        loop {
+            let (new, origin) = self.intend(wish.clone()).await?;
+            let made = self.make_of(&new, &origin, &is_wanted).await;
+            let result = match made {
+                Ok(mount) => Ok(mount),
+                Err(failed) => Err((failed.error.code, self.give_up(new.id, failed).await)),
+            };
+            self.making().remove(&new.id);
+            match result {
+                Ok(mount) => return Ok(mount),
+                // A base can be made again. What else is gone is gone.
+                Err((Code::DataLoss, error)) if !origin.kind.is_listed() => {
+                    tracing::error!(base = origin.id.0, %error, "a base is not in the pool any more; it is made anew");
+                    self.write(move |tree| {
+                        Ok((tree.give_up(origin.id, Traces::Maybe).into_iter().collect(), ()))
+                    })
+                    .await?;
+                }
+                Err((_, error)) => return Err(error),
+            }
+        }
+    }
+
+    async fn make_of(
+        &self,
+        new: &Snapshot,
+        origin: &Snapshot,
+        is_wanted: &impl Fn() -> bool,
+    ) -> Result<Mount, Failed> {
         let access = if new.kind == Kind::View { Access::ReadOnly } else { Access::ReadWrite };
-        let made = self.effect(&new, Some(&origin), access).await;
-        let confirmed = match made {
-            Ok(()) => self.write(move |tree| Ok((vec![tree.confirm(id)?], ()))).await,
-            Err(error) => Err(error),
-        };
-        let result = match confirmed {
-            Ok(()) => self.mount_of(&new).await,
-            Err(error) => Err(self.give_up(id, error).await),
-        };
-        self.making().remove(&id);
-        result
+        self.effect(new, Some(origin), access).await?;
+        let mount = self.mount_of(new).await?;
+        if !is_wanted() {
+            // containerd has written down nothing, and would not look for it.
+            return Err(Error::new(Code::Cancelled, "its caller has gone away").into());
+        }
+        let id = new.id;
+        self.write(move |tree| Ok((vec![tree.confirm(id)?], ()))).await?;
+        Ok(mount)
     }
 
     /// Writes down what is about to be made; makes the base first that it needs.
     async fn intend(&self, wish: Wish) -> Result<(Box<Snapshot>, Box<Snapshot>)> {
         loop {
             let (asked, making) = (wish.clone(), self.making.clone());
+            let intended = Arc::new(OnceLock::new());
+            let id = intended.clone();
             let plan = self
                 .store
                 .write(move |batch| {
                     let plan = batch.state().prepare(&asked)?;
                     if let Plan::Make(new, _) = &plan {
+                        let _first = id.set(new.id);
                         making.lock().unwrap_or_else(PoisonError::into_inner).insert(new.id);
                         batch.change(Change::Put(new.clone()));
                     }
                     Ok::<_, Error>(plan)
                 })
-                .await?;
+                .await;
             match plan {
-                Plan::Make(new, origin) => return Ok((new, origin)),
-                Plan::Needs(base) => self.make_base(base, wish.now).await?,
+                Ok(Plan::Make(new, origin)) => return Ok((new, origin)),
+                Ok(Plan::Needs(base)) => self.make_base(base, wish.now).await?,
+                Err(error) => {
+                    self.forget(&intended);
+                    return Err(error);
+                }
             }
         }
     }
 
-    async fn give_up(&self, id: SnapshotId, error: Error) -> Error {
-        let given_up = self.write(move |tree| Ok((tree.give_up(id).into_iter().collect(), ()))).await;
-        self.wake.notify_one();
-        match given_up {
-            Ok(()) => error,
-            Err(second) => error.and(second),
+    /// What was intended was not written down: nobody is making it.
+    fn forget(&self, intended: &OnceLock<SnapshotId>) {
+        if let Some(id) = intended.get() {
+            self.making().remove(id);
         }
     }
 
+    /// Writes down that it is not to be; the reclaimer does so later if that is not possible now.
+    async fn give_up(&self, id: SnapshotId, failed: Failed) -> Error {
+        let traces = failed.traces;
+        let given_up = self.write(move |tree| Ok((tree.give_up(id, traces).into_iter().collect(), ()))).await;
+        let error = match given_up {
+            Ok(()) => failed.error,
+            Err(second) => {
+                self.abandoned().insert(id, traces);
+                failed.error.and(second)
+            }
+        };
+        self.wake.notify_one();
+        error
+    }
+
     /// Makes the thin device of a record that is written, and activates it.
-    async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>, access: Access) -> Result<()> {
+    async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>, access: Access) -> Result<(), Failed> {
         let mut thin = new.thin;
         loop {
             let made = match origin {
                 Some(origin) => self.snap(thin, origin).await,
-                None => self.on_pool(move |pool| pool.create_thin(thin)).await,
+                None => self.on_pool(move |pool| Ok(pool.create_thin(thin))).await,
             };
             match made {
-                Err(error) if error.code == Code::AlreadyExists => {
-                    thin = self.another_thin(new.id, thin).await?;
+                Ok(Ok(())) => break,
+                Ok(Err(DeviceError::ThinExists(_))) => {
+                    let another = self.another_thin(new.id, thin).await;
+                    thin = another.map_err(|error| Failed { error, traces: Traces::None })?;
                 }
-                made => break made?,
+                Ok(Err(error)) => {
+                    let traces = if error.may_have_made() { Traces::Maybe } else { Traces::None };
+                    return Err(Failed { error: error.into(), traces });
+                }
+                Err(error) => return Err(error.into()),
             }
         }
         self.count_creation();
         let activation = Activation { name: self.name(new.id), thin, bytes: new.bytes, access };
-        self.on_pool(move |pool| pool.activate(&activation)).await
+        Ok(self.on_pool(move |pool| pool.activate(&activation)).await?)
     }
 
     /// Somebody else has made a thin device in our pool.
@@ -282,31 +366,30 @@ impl Inner {
         Ok(thin)
     }
 
-    /// Makes a snapshot of an origin that stands still meanwhile.
-    async fn snap(&self, thin: ThinId, origin: &Snapshot) -> Result<()> {
+    /// Makes a snapshot of an origin that stands still meanwhile. The inner result is the pool's own answer.
+    async fn snap(&self, thin: ThinId, origin: &Snapshot) -> Result<Result<(), DeviceError>> {
         let origin_thin = origin.thin;
         let lock = self.active_origins().get(&origin.id).cloned();
         let Some(lock) = lock else {
-            return self.on_pool(move |pool| pool.create_snap(thin, origin_thin)).await;
+            return self.on_pool(move |pool| Ok(pool.create_snap(thin, origin_thin))).await;
         };
         let _still = lock.lock().await;
         let name = self.name(origin.id);
-        let gone = self
+        let (gone, made) = self
             .on_pool(move |pool| {
                 if pool.deactivate(&name)? == Deactivated::Gone {
-                    pool.create_snap(thin, origin_thin)?;
-                    return Ok(true);
+                    return Ok((true, pool.create_snap(thin, origin_thin)));
                 }
                 pool.suspend(&name)?;
                 let made = pool.create_snap(thin, origin_thin);
                 let resumed = pool.resume(&name);
-                made.and(resumed).map(|()| false)
+                Ok((false, made.and(resumed)))
             })
             .await?;
         if gone {
             self.active_origins().remove(&origin.id);
         }
-        Ok(())
+        Ok(made)
     }
 
     /// Makes a base: a blank by mkfs, or a grown copy by resize2fs.
@@ -314,30 +397,38 @@ impl Inner {
         let lock = self.bases.lock().unwrap_or_else(PoisonError::into_inner).entry(base).or_default().clone();
         let _alone = lock.lock().await;
         let making = self.making.clone();
+        let intended = Arc::new(OnceLock::new());
+        let id = intended.clone();
         let intent = self
             .write(move |tree| {
                 let made = tree.make_base(base, now)?;
-                making
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .extend(made.iter().map(|(new, _)| new.id));
+                if let Some((new, _)) = &made {
+                    let _first = id.set(new.id);
+                    making.lock().unwrap_or_else(PoisonError::into_inner).insert(new.id);
+                }
                 Ok((made.iter().map(|(new, _)| Change::Put(new.clone())).collect(), made))
             })
-            .await?;
-        let Some((new, origin)) = intent else { return Ok(()) };
-        let result = self.make_base_of(&new, origin.as_deref()).await;
-        let result = match result {
-            Ok(()) => Ok(()),
+            .await;
+        let (new, origin) = match intent {
+            Ok(Some(base)) => base,
+            Ok(None) => return Ok(()),
             Err(error) => {
-                let what = format!("making the {} of {}", new.kind.as_str(), new.bytes);
-                Err(self.give_up(new.id, error.context(what)).await)
+                self.forget(&intended);
+                return Err(error);
+            }
+        };
+        let result = match self.make_base_of(&new, origin.as_deref()).await {
+            Ok(()) => Ok(()),
+            Err(Failed { error, traces }) => {
+                let error = error.context(format!("making the {} of {}", new.kind.as_str(), new.bytes));
+                Err(self.give_up(new.id, Failed { error, traces }).await)
             }
         };
         self.making().remove(&new.id);
         result
     }
 
-    async fn make_base_of(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<()> {
+    async fn make_base_of(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<(), Failed> {
         self.effect(new, origin, Access::ReadWrite).await?;
         let (name, filesystem, grows) = (self.name(new.id), self.filesystem.clone(), origin.is_some());
         let mapped = self
@@ -345,23 +436,33 @@ impl Inner {
                 if grows {
                     filesystem.grow(&name.path())?;
                 } else {
-                    filesystem.make(&name.path())?;
+                    filesystem.make(&name.path(), pool.facts()?.usage.zeroing)?;
                 }
-                let mapped = pool.look(&name)?.map(|live| live.mapped);
-                match pool.deactivate(&name)? {
-                    Deactivated::Gone => Ok(mapped),
-                    Deactivated::InUse => {
-                        Err(DeviceError::Helper(format!("somebody has opened {}", name.path())))
-                    }
-                }
+                Ok(pool.look(&name)?.and_then(|live| live.mapped))
             })
             .await?;
+        let name = self.name(new.id);
+        let until = Instant::now() + BASE_IN_USE;
+        loop {
+            let name = name.clone();
+            match self.on_pool(move |pool| pool.deactivate(&name)).await? {
+                Deactivated::Gone => break,
+                Deactivated::InUse if Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Deactivated::InUse => {
+                    let what = format!("somebody has opened {}", self.name(new.id).path());
+                    return Err(Error::new(Code::Unavailable, what).into());
+                }
+            }
+        }
         let id = new.id;
-        self.write(move |tree| {
-            let Change::Put(snapshot) = tree.confirm(id)? else { return Ok((Vec::new(), ())) };
-            Ok((vec![Change::Put(Box::new(Snapshot { mapped, ..*snapshot }))], ()))
-        })
-        .await
+        Ok(self
+            .write(move |tree| {
+                let Change::Put(snapshot) = tree.confirm(id)? else { return Ok((Vec::new(), ())) };
+                Ok((vec![Change::Put(Box::new(Snapshot { mapped, ..*snapshot }))], ()))
+            })
+            .await?)
     }
 
     /// How a snapshot that is there is mounted.
@@ -431,9 +532,14 @@ impl Snapshotter {
         let base_size = self.0.settings.base_size;
         let wish = Wish { key, parent, kind, labels, base_size, now: now() };
         let inner = self.0.clone();
+        let (reply, answer) = oneshot::channel();
         // In a task of its own: a caller that goes away must not leave it half made.
-        let made = tokio::spawn(async move { inner.make(wish).await }).await;
-        made.map_err(|e| Error::new(Code::Internal, e.to_string()))?
+        tokio::spawn(async move {
+            let made = inner.make(wish, || !reply.is_closed()).await;
+            // A caller that has gone in this very moment has a snapshot that it does not know of.
+            let _gone = reply.send(made);
+        });
+        answer.await.map_err(|_| Error::new(Code::Internal, "making it has panicked; see the log"))?
     }
 
     pub(crate) async fn mounts(&self, key: &str) -> Result<Mount> {
@@ -442,7 +548,7 @@ impl Snapshotter {
             let what = format!("snapshot {key:?} is committed: it is not mounted, but a view of it can be");
             return Err(Error::new(Code::FailedPrecondition, what));
         }
-        self.0.ensure_active(&snapshot).await?;
+        self.0.ensure_active(snapshot.id).await?;
         self.0.mount_of(&snapshot).await
     }
 
@@ -453,20 +559,21 @@ impl Snapshotter {
         labels: BTreeMap<String, String>,
     ) -> Result<()> {
         self.0.pool()?;
-        let inner = self.0.clone();
-        let id = self
-            .0
-            .write(move |tree| {
+        let (inner, writer) = (self.0.clone(), self.0.clone());
+        // It is put to rest whether or not its caller stays.
+        let committed = tokio::spawn(async move {
+            let written = writer.write(move |tree| {
                 let id = tree.ready(&key)?.id;
                 let change = tree.commit(&name, &key, labels, now())?;
                 // Before it can be a parent.
                 inner.active_origins().entry(id).or_default();
                 Ok((vec![change], id))
-            })
-            .await?;
-        let inner = self.0.clone();
-        tokio::spawn(async move { inner.put_to_rest(id).await });
-        Ok(())
+            });
+            let id = written.await?;
+            tokio::spawn(async move { writer.put_to_rest(id).await });
+            Ok(())
+        });
+        committed.await.map_err(|e| Error::new(Code::Internal, e.to_string()))?
     }
 
     pub(crate) async fn remove(&self, key: String) -> Result<()> {
@@ -523,16 +630,21 @@ impl Snapshotter {
 }
 
 impl Inner {
-    /// Activates a snapshot that should be active and is not: somebody has removed its device by hand.
-    pub(crate) async fn ensure_active(&self, snapshot: &Snapshot) -> Result<()> {
+    /// Activates a snapshot that should be active: after a start, or if somebody has removed its device by hand. One
+    /// that was half activated when the service was killed is completed.
+    pub(crate) async fn ensure_active(&self, id: SnapshotId) -> Result<()> {
+        let _alone = self.device_lock(id).lock().await;
+        // As it is now: its thin id is another's once it was removed.
+        let is_active =
+            |s: &&Snapshot| s.state == State::Ready && matches!(s.kind, Kind::Active | Kind::View);
+        let snapshot = self.store.read(|tree| tree.get(id).filter(is_active).cloned());
+        let Some(snapshot) = snapshot else {
+            return Err(Error::new(Code::NotFound, "the snapshot was removed or committed in the meantime"));
+        };
         let access = if snapshot.kind == Kind::View { Access::ReadOnly } else { Access::ReadWrite };
-        let name = self.name(snapshot.id);
+        let name = self.name(id);
         let activation = Activation { name, thin: snapshot.thin, bytes: snapshot.bytes, access };
-        self.on_pool(move |pool| match pool.look(&activation.name)? {
-            Some(live) if !live.suspended => Ok(()),
-            _ => pool.activate(&activation),
-        })
-        .await
+        self.on_pool(move |pool| pool.activate(&activation)).await
     }
 
     /// Bytes of the blocks that it maps.
@@ -541,8 +653,8 @@ impl Inner {
             return Ok(mapped);
         }
         let name = self.name(snapshot.id);
-        if let Some(live) = self.on_pool(move |pool| pool.look(&name)).await? {
-            return Ok(live.mapped);
+        if let Some(mapped) = self.on_pool(move |pool| pool.look(&name)).await?.and_then(|live| live.mapped) {
+            return Ok(mapped);
         }
         self.active_origins().entry(snapshot.id).or_default();
         self.rest_once(snapshot.id).await?;
@@ -559,6 +671,10 @@ impl Inner {
             match self.rest_once(id).await {
                 Ok(Deactivated::Gone) => return,
                 Ok(Deactivated::InUse) => {}
+                Err(error) if error.code == Code::DataLoss => {
+                    tracing::error!(snapshot = id.0, %error, "a committed snapshot is not in the pool");
+                    return;
+                }
                 Err(error) => tracing::warn!(snapshot = id.0, %error, "a committed snapshot stays active"),
             }
             tokio::time::sleep(pause).await;
@@ -576,13 +692,16 @@ impl Inner {
             return Ok(Deactivated::Gone);
         };
         let name = self.name(id);
+        let _alone = self.device_lock(id).lock().await;
         let (thin, bytes, unknown) = (snapshot.thin, snapshot.bytes, snapshot.mapped.is_none());
         let (done, mapped) = self
             .on_pool(move |pool| {
-                if unknown && pool.look(&name)?.is_none() {
+                let maps =
+                    |pool: &dyn Pool| Ok::<_, DeviceError>(pool.look(&name)?.and_then(|live| live.mapped));
+                if unknown && maps(pool)?.is_none() {
                     pool.activate(&Activation { name: name.clone(), thin, bytes, access: Access::ReadOnly })?;
                 }
-                let mapped = pool.look(&name)?.map(|live| live.mapped);
+                let mapped = maps(pool)?;
                 Ok((pool.deactivate(&name)?, mapped))
             })
             .await?;
@@ -622,7 +741,7 @@ impl From<DeviceError> for Error {
             DeviceError::ThinExists(_) => Code::AlreadyExists,
             DeviceError::ThinMissing(_) => Code::DataLoss,
             DeviceError::NoPool(_) => Code::Unavailable,
-            DeviceError::PoolStopped { .. } => Code::FailedPrecondition,
+            DeviceError::PoolStopped { .. } | DeviceError::PoolRefuses { .. } => Code::FailedPrecondition,
             DeviceError::Refused { .. } | DeviceError::Helper(_) => Code::Internal,
         };
         Self::new(code, error.to_string())

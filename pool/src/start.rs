@@ -2,6 +2,7 @@
 //!
 //! | found | done |
 //! |---|---|
+//! | a record Preparing, its thin id not in the pool | deleted |
 //! | a record Preparing | it was half made: marked Removing |
 //! | a record Ready, Active or View | its device is activated |
 //! | a record Ready, of another kind, its device active | deactivated when nobody has it open |
@@ -9,7 +10,8 @@
 //! | one of our devices, suspended | resumed: a snapshot of it was being made |
 //! | one of our devices without a record | deactivated if closed: its name is ours, and says so |
 //! | a thin id in the pool without a record | reported, avoided, left alone |
-//! | a record without a thin id in the pool | reported; its use fails |
+//! | a base without a thin id in the pool | marked Removing; made anew when it is needed |
+//! | another record without a thin id in the pool | reported; its use fails |
 
 use std::{
     collections::BTreeSet,
@@ -27,7 +29,7 @@ use crate::{
     reclaim,
     snapshotter::{Health, Inner, Settings, Snapshotter},
     store::{self, Store, file::OpenError},
-    tree::{Change, Kind, SnapshotId, State, ThinId, Tree},
+    tree::{Change, Kind, Snapshot, SnapshotId, State, ThinId, Traces, Tree},
 };
 
 /// Pause before a pool that is not there is looked for again.
@@ -157,6 +159,12 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
              `lvchange --zero y`, or allow it with [pool] allow_unzeroed"
         )));
     }
+    if facts.uuid.is_empty() {
+        return Err(Hindrance::Lasting(format!(
+            "the thin pool {name} has no device-mapper uuid, so it could not be told from another of its name: give it one \
+             (`dmsetup rename {name} --setuuid UUID`), wherever it is made"
+        )));
+    }
     if !known.is_empty() && known != facts.uuid {
         return Err(Hindrance::Lasting(format!(
             "the snapshot store {} is of the thin pool with uuid {known}, but {name} has {}: name the right pool, or give \
@@ -192,7 +200,7 @@ fn passing(error: DeviceError) -> Hindrance {
 pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Found) -> Result<(), String> {
     inner.creations.store(found.creations, Ordering::Relaxed);
     inner.metrics.creations(found.creations);
-    half_made(inner, found.new_uuid).await.map_err(|e| e.to_string())?;
+    half_made(inner, found.new_uuid, found.thin_ids.as_ref()).await.map_err(|e| e.to_string())?;
     if let Some(ids) = found.thin_ids {
         compare_ids(inner, ids).await;
     }
@@ -228,12 +236,24 @@ pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Fo
     Ok(())
 }
 
-async fn half_made(inner: &Inner, new_uuid: Option<String>) -> crate::error::Result<()> {
+async fn half_made(
+    inner: &Inner,
+    new_uuid: Option<String>,
+    in_pool: Option<&BTreeSet<ThinId>>,
+) -> crate::error::Result<()> {
+    let in_pool = in_pool.cloned();
+    let is_missing = move |s: &Snapshot| in_pool.as_ref().is_some_and(|ids| !ids.contains(&s.thin));
     let count = inner
         .write(move |tree| {
-            let half: Vec<SnapshotId> =
-                tree.all().filter(|s| s.state == State::Preparing).map(|s| s.id).collect();
-            let mut changes: Vec<Change> = half.iter().filter_map(|id| tree.give_up(*id)).collect();
+            let half: Vec<&Snapshot> = tree.all().filter(|s| s.state == State::Preparing).collect();
+            let is_lost_base =
+                |s: &&Snapshot| s.state == State::Ready && !s.kind.is_listed() && is_missing(s);
+            let mut changes: Vec<Change> = half
+                .iter()
+                .copied()
+                .chain(tree.all().filter(is_lost_base))
+                .filter_map(|s| tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }))
+                .collect();
             changes.extend(new_uuid.map(Change::Pool));
             Ok((changes, half.len()))
         })
@@ -287,14 +307,15 @@ fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<
             continue;
         };
         let name = DeviceName::new(store_id, id);
-        if pool.look(&name)?.is_some_and(|live| live.suspended) {
-            pool.resume(&name)?;
+        // One device that does not obey must not keep all others waiting.
+        if let Err(error) = let_go_on(pool, &name) {
+            tracing::error!(%name, %error, "a device cannot be looked at or resumed");
         }
         match tree.get(id) {
-            None => {
-                let became = pool.deactivate(&name)?;
-                tracing::warn!(%name, ?became, "a device of ours without a record");
-            }
+            None => match pool.deactivate(&name) {
+                Ok(became) => tracing::warn!(%name, ?became, "a device of ours without a record"),
+                Err(error) => tracing::error!(%name, %error, "a device of ours without a record stays"),
+            },
             Some(s) if s.state == State::Ready && !matches!(s.kind, Kind::Active | Kind::View) => {
                 awake.insert(id);
             }
@@ -304,10 +325,18 @@ fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<
     Ok(awake)
 }
 
+fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
+    // Without a table there is nothing to resume; who activates it loads one.
+    if pool.look(name)?.is_some_and(|live| live.suspended && live.mapped.is_some()) {
+        pool.resume(name)?;
+    }
+    Ok(())
+}
+
 async fn activate_all(inner: &Inner, tree: &Tree) {
     let to_be_active =
         tree.listed().filter(|s| matches!(s.kind, Kind::Active | Kind::View)).map(|snapshot| async move {
-            if let Err(error) = inner.ensure_active(snapshot).await {
+            if let Err(error) = inner.ensure_active(snapshot.id).await {
                 tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
             }
         });

@@ -138,6 +138,15 @@ pub(crate) enum Change {
     Pool(String),
 }
 
+/// What a snapshot that was given up has left in the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Traces {
+    /// Its thin id is not there, or somebody else's.
+    None,
+    /// Perhaps a thin device, and a device of it.
+    Maybe,
+}
+
 /// What Prepare and View ask for.
 #[derive(Clone, Debug)]
 pub(crate) struct Wish {
@@ -288,7 +297,7 @@ impl Tree {
 
     /// Never gives out `thin`: it is in the pool, and not ours.
     pub(crate) fn avoid(&mut self, thin: ThinId) {
-        self.thins.take(thin);
+        self.thins.avoid(thin);
     }
 
     /// Uuid of its pool's device; empty until it was first seen.
@@ -401,9 +410,12 @@ impl Tree {
         Ok(Change::Put(Box::new(Snapshot { thin, ..snapshot.clone() })))
     }
 
-    /// Gives up a snapshot that could not be made.
-    pub(crate) fn give_up(&self, id: SnapshotId) -> Option<Change> {
-        self.get(id).map(|snapshot| removing(snapshot, snapshot.updated))
+    /// Gives up a snapshot that could not be made, or a base that is not there.
+    pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces) -> Option<Change> {
+        self.get(id).map(|snapshot| match traces {
+            Traces::Maybe => removing(snapshot, snapshot.updated),
+            Traces::None => Change::Delete(id),
+        })
     }
 
     /// Decides a Commit.

@@ -16,6 +16,9 @@ use super::{
 };
 use crate::tree::ThinId;
 
+/// What to do with a pool that has stopped.
+const REPAIR: &str = "see the kernel's log; deactivate it, then check and repair its metadata (thin_check, lvconvert --repair)";
+
 /// Device-mapper, and one thin pool of it.
 pub struct DeviceMapper {
     pool: String,
@@ -92,16 +95,24 @@ impl DeviceMapper {
         self.dm.target_msg(&DevId::Name(name), Some(0), text).map(drop)
     }
 
+    /// A message about a thin device that was refused: the kernel's code, or what it means.
+    fn not_done(&self, what: &str, error: &DmError) -> DeviceError {
+        match errno(error) {
+            // A pool that does not write refuses all messages.
+            Some(Errno::EOPNOTSUPP) => DeviceError::PoolRefuses { name: self.pool.clone(), advice: REPAIR },
+            _ => refused(what, error),
+        }
+    }
+
     /// A message's own commit can fail without its sender being told, and the pool turns read-only then.
     fn writes_still(&self) -> Result<(), DeviceError> {
         let usage = self.facts()?.usage;
-        let advice = match usage.mode {
-            PoolMode::ReadWrite | PoolMode::OutOfDataSpace => return Ok(()),
-            PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => {
-                "see the kernel's log; deactivate it, then check and repair its metadata (thin_check, lvconvert --repair)"
+        match usage.mode {
+            PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
+            mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
+                Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice: REPAIR })
             }
-        };
-        Err(DeviceError::PoolStopped { name: self.pool.clone(), mode: usage.mode, advice })
+        }
     }
 
     /// Puts a table into use and makes the link to its node.
@@ -138,7 +149,7 @@ impl Pool for DeviceMapper {
         let made = self.message(&format!("create_thin {}", thin.0));
         made.map_err(|e| match errno(&e) {
             Some(Errno::EEXIST) => DeviceError::ThinExists(thin),
-            _ => refused(&format!("making thin device {}", thin.0), &e),
+            _ => self.not_done(&format!("making thin device {}", thin.0), &e),
         })?;
         self.writes_still()
     }
@@ -148,7 +159,7 @@ impl Pool for DeviceMapper {
         made.map_err(|e| match errno(&e) {
             Some(Errno::EEXIST) => DeviceError::ThinExists(thin),
             Some(Errno::ENODATA) => DeviceError::ThinMissing(origin),
-            _ => refused(&format!("making snapshot {} of thin device {}", thin.0, origin.0), &e),
+            _ => self.not_done(&format!("making snapshot {} of thin device {}", thin.0, origin.0), &e),
         })?;
         self.writes_still()
     }
@@ -157,7 +168,7 @@ impl Pool for DeviceMapper {
         match self.message(&format!("delete {}", thin.0)) {
             Ok(()) => self.writes_still(),
             Err(error) if errno(&error) == Some(Errno::ENODATA) => Ok(()),
-            Err(error) => Err(refused(&format!("deleting thin device {}", thin.0), &error)),
+            Err(error) => Err(self.not_done(&format!("deleting thin device {}", thin.0), &error)),
         }
     }
 
@@ -234,8 +245,7 @@ impl Pool for DeviceMapper {
         Ok(Some(Live {
             open: info.open_count().unsigned_abs(),
             suspended: info.flags().contains(DmFlags::DM_SUSPEND),
-            // Without a table it maps nothing.
-            mapped: table::parse_thin_status(&status).unwrap_or(0),
+            mapped: table::parse_thin_status(&status).ok(),
         }))
     }
 
@@ -301,7 +311,8 @@ fn link(name: &DeviceName, device: Device) -> io::Result<()> {
     if fs::read_link(&path).is_ok_and(|found| found.as_os_str() == node.as_str()) {
         return Ok(());
     }
-    let fresh = format!("{path}.new");
+    // Not a name that udev or LVM would look at; one that was killed may have left it.
+    let fresh = format!("/dev/mapper/.{name}.new");
     let _left = fs::remove_file(&fresh);
     symlink(node, &fresh)?;
     fs::rename(fresh, path)

@@ -8,8 +8,8 @@ use super::DeviceError;
 pub(crate) trait Filesystem: Send + Sync {
     /// Its name in mounts.
     fn name(&self) -> &'static str;
-    /// Makes an empty filesystem on a device that reads as zeros.
-    fn make(&self, path: &str) -> Result<(), DeviceError>;
+    /// Makes an empty filesystem on a fresh device; `zeroed`: what is not written reads as zeros, also beside what is.
+    fn make(&self, path: &str, zeroed: bool) -> Result<(), DeviceError>;
     /// Makes a filesystem, that nobody has mounted, as large as its device.
     fn grow(&self, path: &str) -> Result<(), DeviceError>;
     /// Whether it was not unmounted in order, so that mounting it would have to write.
@@ -31,12 +31,14 @@ impl Filesystem for Tools {
         "ext4"
     }
 
-    fn make(&self, path: &str) -> Result<(), DeviceError> {
+    fn make(&self, path: &str, zeroed: bool) -> Result<(), DeviceError> {
         // Inode tables and journal are zeros already: neither mkfs nor a guest's kernel has to write them.
         let zeros = "nodiscard,assume_storage_prezeroed=1";
         let old = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
         let make = |options: &str| run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", options, path]);
-        make(zeros).or_else(|_| make(old))?;
+        if !zeroed || make(zeros).is_err() {
+            make(old)?;
+        }
         // A container's root directory has no lost+found; fsck makes it when it needs it.
         run("debugfs", &["-w", "-R", "rmdir lost+found", path])
     }

@@ -99,8 +99,8 @@ pub struct Live {
     pub open: u32,
     /// Whether its I/O stands still.
     pub suspended: bool,
-    /// Bytes of the blocks that it maps, shared ones too.
-    pub mapped: u64,
+    /// Bytes of the blocks that it maps, shared ones too; `None` if it has no table yet: it was half made.
+    pub mapped: Option<u64>,
 }
 
 /// What the pool is.
@@ -134,6 +134,14 @@ pub enum DeviceError {
         /// What to do.
         advice: &'static str,
     },
+    /// The pool does not take orders, and has not carried out this one.
+    #[error("the thin pool {name} is read-only or has failed: {advice}")]
+    PoolRefuses {
+        /// Its name.
+        name: String,
+        /// What to do.
+        advice: &'static str,
+    },
     /// The kernel refused.
     #[error("device-mapper, {what}: {error}")]
     Refused {
@@ -145,6 +153,16 @@ pub enum DeviceError {
     /// A program failed.
     #[error("{0}")]
     Helper(String),
+}
+
+impl DeviceError {
+    /// Whether a creation that was answered so may have made a thin device that is ours.
+    pub(crate) fn may_have_made(&self) -> bool {
+        !matches!(
+            self,
+            Self::ThinExists(_) | Self::ThinMissing(_) | Self::NoPool(_) | Self::PoolRefuses { .. }
+        )
+    }
 }
 
 /// The seam to the kernel; tests put a fake here. Calls block: milliseconds, and longer if the pool is suspended.
