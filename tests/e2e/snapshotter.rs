@@ -363,6 +363,7 @@ fn damaged_store_is_left_alone() -> Outcome {
     })?;
     said?;
     check!(now == damaged, "the damaged store was changed");
-    block_on(client.view("damaged-v", "damaged-c"))?;
+    // containerd waits before it connects again.
+    wait_for("a view", || Ok(block_on(client.view("damaged-v", "damaged-c")).map(drop)?))?;
     remove_all(&client)
 }
