@@ -356,3 +356,56 @@ fn a_pool_that_was_used_up_makes_no_more() {
         assert!(refused.to_string().contains("new pool"), "{refused}");
     });
 }
+
+#[test]
+fn a_base_that_the_pool_has_lost_is_made_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let pool = FakePool::new();
+    let blank = |pool: &FakePool| *pool.thins().first_key_value().unwrap().0;
+    runtime().block_on(async {
+        let s = start(directory.path(), &pool).await;
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        pool.lose(blank(&pool));
+        make(&s, "b", "", Kind::Active, &[]).await.unwrap();
+        quiet(&s).await;
+        assert_eq!(pool.thins().len(), 3);
+        s.close().await;
+    });
+    runtime().block_on(async {
+        let s = start(directory.path(), &pool).await;
+        let base = s.0.store.read(|tree| tree.all().find(|s| s.kind == Kind::Blank).map(|s| s.thin)).unwrap();
+        pool.lose(base);
+        s.close().await;
+        let s = start(directory.path(), &pool).await;
+        assert!(
+            s.0.store.read(|tree| tree.all().all(|s| s.kind != Kind::Blank)),
+            "a lost base is still in the store"
+        );
+        make(&s, "c", "", Kind::Active, &[]).await.unwrap();
+        assert!(pool.thins().values().all(|content| content == "empty"));
+    });
+}
+
+#[test]
+fn a_caller_that_has_gone_leaves_nothing() {
+    with_pool(async |s, pool| {
+        make(&s, "warm", "", Kind::Active, &[]).await.unwrap();
+        let held = pool.hold();
+        let asked = s.clone();
+        let caller = tokio::spawn(async move { make(&asked, "a", "", Kind::Active, &[]).await });
+        while s.0.making().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        drop(held);
+        while !s.0.making().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        quiet(&s).await;
+        assert_eq!(s.stat("a").unwrap_err().code, Code::NotFound);
+        assert_eq!((pool.thins().len(), pool.device_names().len()), (2, 1));
+        // And its name is free.
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+    });
+}

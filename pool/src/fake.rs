@@ -103,6 +103,16 @@ impl FakePool {
         self.state().thins.insert(thin, "foreign".to_owned());
     }
 
+    /// As `lvconvert --repair` loses the latest.
+    pub(crate) fn lose(&self, thin: ThinId) {
+        self.state().thins.remove(&thin);
+    }
+
+    /// Calls that change something wait while this is held.
+    pub(crate) fn hold(&self) -> impl Drop {
+        self.state()
+    }
+
     pub(crate) fn set_creations(&self, creations: u32) {
         self.state().creations = creations;
     }

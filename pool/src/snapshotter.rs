@@ -233,6 +233,7 @@ impl Inner {
         self.pool()?;
         self.creations_are_left()?;
         let _under_way = UnderWay::begin(&self.under_way);
+        let mut remade = false;
         loop {
             let (new, origin) = self.intend(wish.clone()).await?;
             let made = self.make_of(&new, &origin, &is_wanted).await;
@@ -244,7 +245,8 @@ impl Inner {
             match result {
                 Ok(mount) => return Ok(mount),
                 // A base can be made again. What else is gone is gone.
-                Err((Code::DataLoss, error)) if !origin.kind.is_listed() => {
+                Err((Code::DataLoss, error)) if !origin.kind.is_listed() && !remade => {
+                    remade = true;
                     tracing::error!(base = origin.id.0, %error, "a base is not in the pool any more; it is made anew");
                     self.write(move |tree| {
                         Ok((tree.give_up(origin.id, Traces::Maybe).into_iter().collect(), ()))

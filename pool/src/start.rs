@@ -177,7 +177,7 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
         Ok(ids) => Some(ids),
         Err(error) => {
             // What cannot be listed may be damaged, and every change would make it worse.
-            if let Some(said) = pool.damage().map_err(passing)? {
+            if let Ok(Some(said)) = pool.damage() {
                 return Err(Hindrance::Lasting(format!(
                     "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. Stop \
                      what uses the pool, deactivate it, repair it with lvconvert --repair, and start again"
