@@ -59,7 +59,7 @@ fn full_and_free_again() -> Outcome {
     let filler = state.join("filler");
     // The write-ahead log may have room for some more.
     let mut refused = None;
-    for n in 1..40 {
+    for n in 1..150 {
         sh(&format!("dd if=/dev/zero bs=1k status=none >> {} 2>/dev/null || true", filler.display()))?;
         let ran = second.cowshed(&["acquire", &format!("state-{n}"), &tiny])?;
         if ran.status != 0 {

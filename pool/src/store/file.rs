@@ -1,6 +1,10 @@
 //! A store's file: how it is made, recognised and checked.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
 
 use rusqlite::{Connection, OpenFlags};
 use thiserror::Error as ThisError;
@@ -104,6 +108,7 @@ impl Format {
             Err(error) => return Err(self.io(path, error)),
         }
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        make_room_for_log(path);
         let connection = Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))?;
         self.check(&connection, path)?;
         settings(&connection).map_err(|e| self.sqlite(path, &e))?;
@@ -125,9 +130,7 @@ impl Format {
 
     /// SQLite would replay a log that was left behind into the file that is made beside it.
     fn expect_no_log(&self, path: &Path) -> Result<(), OpenError> {
-        let mut log = path.as_os_str().to_owned();
-        log.push("-wal");
-        match fs::metadata(log) {
+        match fs::metadata(log_of(path)) {
             Ok(found) if found.len() > 0 => {
                 Err(self.damaged(path, "its write-ahead log is there, the file is not"))
             }
@@ -179,9 +182,40 @@ impl Format {
     }
 }
 
+fn log_of(path: &Path) -> PathBuf {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    log.into()
+}
+
+/// Gives the write-ahead log its size before it is used: a commit then overwrites, and waits for the disk only, not for
+/// the filesystem's journal. SQLite takes a log without a header of its own for an empty one (sqlite.org/walformat.html),
+/// overwrites it from its beginning after each checkpoint, and removes it when it is closed in order.
+///
+/// Without room for it, or in a directory that cannot be written, there is none: what that means, the open finds out.
+fn make_room_for_log(path: &Path) {
+    let log = log_of(path);
+    let fill = || -> io::Result<()> {
+        let mut file = fs::File::options().write(true).create_new(true).open(&log)?;
+        file.write_all(&vec![0; LOG_BYTES])?;
+        file.sync_all()
+    };
+    if let Err(error) = fill()
+        && error.kind() != io::ErrorKind::AlreadyExists
+    {
+        // Half of it would take room from what has to be written.
+        let _none = fs::remove_file(&log);
+    }
+}
+
+/// The log's size, and after how many pages it is moved into the file, so that it does not outgrow that.
+const LOG_BYTES: usize = 1 << 20;
+const LOG_PAGES: i64 = 240;
+
 fn settings(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
     connection.pragma_update(None, "busy_timeout", 5000)
 }
 
@@ -213,5 +247,28 @@ mod tests {
         // An empty one has nothing to replay.
         fs::write(&log, b"").unwrap();
         FORMAT.open(&path).unwrap();
+    }
+
+    #[test]
+    fn the_log_has_its_size_from_the_start_and_keeps_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, log) = (directory.path().join("herd.db"), directory.path().join("herd.db-wal"));
+        let connection = FORMAT.open(&path).unwrap();
+        let size = || fs::metadata(&log).unwrap().len();
+        assert_eq!(size(), LOG_BYTES as u64);
+        for n in 0..2000 {
+            connection.execute("INSERT INTO cows VALUES (?)", [format!("cow {n}")]).unwrap();
+        }
+        assert_eq!(size(), LOG_BYTES as u64);
+        // As after a power cut: file and log as they are, read by another process.
+        let copy = tempfile::tempdir().unwrap();
+        for name in ["herd.db", "herd.db-wal"] {
+            fs::copy(directory.path().join(name), copy.path().join(name)).unwrap();
+        }
+        let again = FORMAT.open(&copy.path().join("herd.db")).unwrap();
+        let cows = again.query_row("SELECT count(*) FROM cows", [], |row| row.get::<_, i64>(0)).unwrap();
+        assert_eq!(cows, 2000);
+        connection.close().unwrap();
+        assert!(!log.exists());
     }
 }
