@@ -103,6 +103,11 @@ impl FakePool {
         self.state().thins.insert(thin, "foreign".to_owned());
     }
 
+    /// As if the filesystems on all thin devices were mounted, written and never unmounted.
+    pub(crate) fn soil(&self) {
+        self.state().thins.values_mut().for_each(|content| content.push_str(", unclean"));
+    }
+
     /// As `lvconvert --repair` loses the latest.
     pub(crate) fn lose(&self, thin: ThinId) {
         self.state().thins.remove(&thin);
@@ -187,7 +192,7 @@ impl Pool for FakePool {
             let moving = state
                 .devices
                 .values()
-                .any(|d| d.thin == origin && d.loaded && !d.suspended && d.access == Access::ReadWrite);
+                .any(|d| d.thin == origin && d.loaded && !d.suspended && d.open > 0);
             assert!(!moving, "a snapshot of {origin:?} was made while its device was active");
             state.thins.insert(thin, content);
             state.creations += 1;

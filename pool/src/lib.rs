@@ -18,6 +18,7 @@ mod size;
 mod snapshotter;
 mod start;
 pub mod store;
+mod traffic;
 mod tree;
 
 pub use error::{Code, Error, Result};

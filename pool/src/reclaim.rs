@@ -17,10 +17,14 @@ use crate::{
 
 /// At most so many are deactivated at a time: each waits for the kernel, and they can wait together.
 const BATCH: usize = 16;
-/// How long one deletion gives way to makings at the most.
-const GIVE_WAY: Duration = Duration::from_millis(40);
-/// From twice as many that wait on, the way is given for half as long, and so on.
-const CROWD: usize = 256;
+/// The same beside makings, which wait for the kernel too.
+const BATCH_BESIDE: usize = 2;
+/// How long one step gives way to makings and removals at the most: about as long as one takes on a slow host.
+const GIVE_WAY: Duration = Duration::from_millis(150);
+/// Beside them it rests, after each batch, for so many times as long as that has taken.
+const REST: u32 = 3;
+/// From twice as many that wait on, it gives way and rests for half as long, and so on.
+const CROWD: usize = 128;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// What counts itself is compared with the pool so often.
@@ -35,8 +39,9 @@ pub(crate) async fn run(inner: Arc<Inner>) {
     let mut counted = Instant::now();
     loop {
         let all_written = write_abandoned(&inner).await;
+        let lively = inner.traffic.is_lively();
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
-        let batch = if serving { due(&inner, &mut held) } else { Vec::new() };
+        let batch = if serving { due(&inner, &mut held, if lively { BATCH_BESIDE } else { BATCH }) } else { Vec::new() };
         if batch.is_empty() {
             let next = held.values().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
             let longest = if all_written { LONGEST_RETRY } else { FIRST_RETRY };
@@ -46,7 +51,10 @@ pub(crate) async fn run(inner: Arc<Inner>) {
                 () = tokio::time::sleep(pause) => {}
             }
         } else {
-            reclaim(&inner, batch, &mut held).await;
+            let backlog = inner.store.read(|tree| tree.removing().count());
+            let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
+            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / crowd).await;
+            rest(&inner, worked * REST / crowd).await;
         }
         if serving && counted.elapsed() > RECOUNT {
             counted = Instant::now();
@@ -88,18 +96,21 @@ async fn recount(inner: &Inner) {
 }
 
 /// The next ones that can be tried.
-fn due(inner: &Inner, held: &mut Held) -> Vec<Snapshot> {
+fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
     let now = Instant::now();
-    let making = inner.making();
+    // Both are held while the tree is read: what is marked just now is in one of them before it is in the tree.
+    let (making, unwritten) = (inner.making(), inner.unwritten());
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
-        let removed = tree.removing().filter(|s| !making.contains(&s.id));
-        removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(BATCH).cloned().collect()
+        let removed = tree.removing().filter(|s| !making.contains(&s.id) && !unwritten.contains(&s.id));
+        removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(count).cloned().collect()
     })
 }
 
-async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
-    let backlog = inner.store.read(|tree| tree.removing().count());
+/// Each step gives way for a moment; returns how long the rest of it took.
+async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience: Duration) -> Duration {
+    let begun = Instant::now();
+    let mut waited = give_way(inner, patience).await;
     let deactivated = join_all(batch.iter().map(|snapshot| async {
         let name = inner.name(snapshot.id);
         // Nobody activates it any more once it is Removing, but one who began before may be at it.
@@ -117,7 +128,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
         let id = snapshot.id;
         let deleted = match outcome {
             Ok((Deactivated::Gone, mapped)) => {
-                give_way(inner, backlog).await;
+                waited += give_way(inner, patience).await;
                 delete(inner, &snapshot, mapped).await
             }
             Ok((Deactivated::InUse, _)) => {
@@ -135,7 +146,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
         }
     }
     if gone.is_empty() {
-        return;
+        return Duration::ZERO;
     }
     inner.active_origins().retain(|id, _| !gone.contains(id));
     let deletions = gone.into_iter().map(Change::Delete).collect();
@@ -143,6 +154,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held) {
         tracing::warn!(%error, "deleted snapshots could not be struck off the store; trying again");
         tokio::time::sleep(FIRST_RETRY).await;
     }
+    begun.elapsed().saturating_sub(waited)
 }
 
 async fn delete(inner: &Inner, snapshot: &Snapshot, mapped: Option<u64>) -> Result<()> {
@@ -158,11 +170,20 @@ fn try_later(held: &mut Held, id: SnapshotId) {
     held.insert(id, (Instant::now() + pause, pause));
 }
 
-/// Waits for the makings under way, for a moment; for a shorter one if there is much to do, so that it does not pile up.
-async fn give_way(inner: &Inner, backlog: usize) {
-    let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
-    let until = Instant::now() + GIVE_WAY / crowd;
-    while inner.under_way.load(Ordering::Relaxed) > 0 && Instant::now() < until {
+/// Waits for the makings and removals under way; returns how long.
+async fn give_way(inner: &Inner, patience: Duration) -> Duration {
+    wait_while(patience, || inner.traffic.is_in_the_way()).await
+}
+
+/// Leaves the pool to others, if there are any.
+async fn rest(inner: &Inner, time: Duration) {
+    wait_while(time, || inner.traffic.is_lively()).await;
+}
+
+async fn wait_while(limit: Duration, condition: impl Fn() -> bool) -> Duration {
+    let begun = Instant::now();
+    while condition() && begun.elapsed() < limit {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+    begun.elapsed()
 }

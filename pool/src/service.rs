@@ -85,7 +85,8 @@ impl Snapshots for Api {
     }
 
     async fn remove(&self, request: Request<api::RemoveSnapshotRequest>) -> Reply<()> {
-        timed(&self.0.0.metrics, "remove", self.0.remove(request.into_inner().key)).await?;
+        let key = request.into_inner().key;
+        timed(&self.0.0.metrics, "remove", async { self.0.remove(&key) }).await?;
         Ok(Response::new(()))
     }
 

@@ -3,14 +3,14 @@
 //!
 //! Prepares run side by side; only the writes share a thread (and its fsyncs). What a thin device is made of must stand
 //! still while it is made: origins are inactive for almost all of their lives, and the few that are not (a layer just
-//! committed) are deactivated first, or suspended if somebody has them open.
+//! committed) are closed, or suspended if somebody has them open.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -23,6 +23,7 @@ use crate::{
     metrics::Metrics,
     size::Bytes,
     store::{Store, WriteError},
+    traffic::Traffic,
     tree::{Base, Change, Kind, Plan, Snapshot, SnapshotId, State, ThinId, Traces, Tree, UnixNanos, Wish},
 };
 
@@ -67,27 +68,14 @@ const PARALLEL: usize = 64;
 /// Locks for devices: as many as make it rare that two have the same.
 const STRIPES: usize = 256;
 
+/// Within this time an image's next layer is made of the one just committed, and need not wait for its deactivation.
+const NEXT_LAYER: Duration = Duration::from_secs(1);
+
 /// A base that udevd looks at, although no rule sends it, is let go within this time.
 const BASE_IN_USE: Duration = Duration::from_secs(3);
 
 /// So many snapshots can be made in one pool, ever.
 const CREATIONS: u32 = 1 << 24;
-
-/// Counts the makings under way, which the reclaimer gives way to.
-struct UnderWay<'a>(&'a AtomicUsize);
-
-impl<'a> UnderWay<'a> {
-    fn begin(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// A making that failed.
 struct Failed {
@@ -120,12 +108,13 @@ pub(crate) struct Inner {
     pub(crate) active_origins: Mutex<HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>>,
     /// Snapshots whose effects are under way: the reclaimer leaves them alone.
     pub(crate) making: Arc<Mutex<HashSet<SnapshotId>>>,
+    /// Snapshots that are marked as removed, and that is not durable yet: the reclaimer leaves them alone too.
+    unwritten: Mutex<HashSet<SnapshotId>>,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
     /// Who changes whether a device is active holds one of them, by its snapshot's id.
     devices: Vec<tokio::sync::Mutex<()>>,
-    /// How many Prepares and Views are under way.
-    pub(crate) under_way: AtomicUsize,
+    pub(crate) traffic: Traffic,
     /// Snapshots ever made in the pool.
     pub(crate) creations: AtomicU32,
     /// One mkfs or resize2fs per base.
@@ -146,9 +135,10 @@ impl Inner {
             turns: Semaphore::new(PARALLEL),
             active_origins: Mutex::default(),
             making: Arc::default(),
+            unwritten: Mutex::default(),
             abandoned: Mutex::default(),
             devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
-            under_way: AtomicUsize::new(0),
+            traffic: Traffic::default(),
             creations: AtomicU32::new(0),
             bases: Mutex::default(),
             wake: Notify::new(),
@@ -216,6 +206,10 @@ impl Inner {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn unwritten(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn abandoned(&self) -> MutexGuard<'_, HashMap<SnapshotId, Traces>> {
         self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -232,7 +226,7 @@ impl Inner {
     async fn make(&self, wish: Wish, is_wanted: impl Fn() -> bool) -> Result<Mount> {
         self.pool()?;
         self.creations_are_left()?;
-        let _under_way = UnderWay::begin(&self.under_way);
+        let _making = self.traffic.making();
         let mut remade = false;
         loop {
             let (new, origin) = self.intend(wish.clone()).await?;
@@ -252,6 +246,7 @@ impl Inner {
                         Ok((tree.give_up(origin.id, Traces::Maybe).into_iter().collect(), ()))
                     })
                     .await?;
+                    self.wake.notify_one();
                 }
                 Err((_, error)) => return Err(error),
             }
@@ -364,7 +359,7 @@ impl Inner {
                 Ok((vec![change], thin))
             })
             .await?;
-        self.store.note(move |tree| tree.avoid(taken)).await?;
+        self.store.note(move |tree| tree.avoid(taken))?;
         Ok(thin)
     }
 
@@ -379,8 +374,10 @@ impl Inner {
         let name = self.name(origin.id);
         let (gone, made) = self
             .on_pool(move |pool| {
-                if pool.deactivate(&name)? == Deactivated::Gone {
-                    return Ok((true, pool.create_snap(thin, origin_thin)));
+                let live = pool.look(&name)?;
+                // What nobody has open has nothing under way: its last close has waited for that.
+                if live.as_ref().is_none_or(|live| live.open == 0) {
+                    return Ok((live.is_none(), pool.create_snap(thin, origin_thin)));
                 }
                 pool.suspend(&name)?;
                 let made = pool.create_snap(thin, origin_thin);
@@ -470,11 +467,14 @@ impl Inner {
     /// How a snapshot that is there is mounted.
     async fn mount_of(&self, snapshot: &Snapshot) -> Result<Mount> {
         let path = self.name(snapshot.id).path();
-        let mut options = vec![if snapshot.kind == Kind::View { "ro" } else { "rw" }.to_owned()];
-        if snapshot.kind == Kind::View {
+        let is_view = snapshot.kind == Kind::View;
+        let mut options = vec![if is_view { "ro" } else { "rw" }.to_owned()];
+        if is_view || snapshot.layer {
             let (filesystem, path) = (self.filesystem.clone(), path.clone());
-            // Its journal cannot be replayed on a device that is read-only.
-            if self.blocking(move || filesystem.needs_recovery(&path)).await? {
+            let needs_recovery = self.blocking(move || filesystem.needs_recovery(&path)).await?;
+            // A view's journal cannot be replayed on a device that is read-only. A layer is thrown away unless it was
+            // unpacked to its end and unmounted: what its journal is for never happens.
+            if needs_recovery == is_view {
                 options.push("noload".to_owned());
             }
         }
@@ -572,17 +572,32 @@ impl Snapshotter {
                 Ok((vec![change], id))
             });
             let id = written.await?;
-            tokio::spawn(async move { writer.put_to_rest(id).await });
+            tokio::spawn(async move {
+                tokio::time::sleep(NEXT_LAYER).await;
+                writer.put_to_rest(id).await;
+            });
             Ok(())
         });
         committed.await.map_err(|e| Error::new(Code::Internal, e.to_string()))?
     }
 
-    pub(crate) async fn remove(&self, key: String) -> Result<()> {
+    /// Marks it. containerd calls this under its locks, for one after the other of hundreds, so it does not wait for the
+    /// disk: what a crash has kept from being written down, containerd finds again in its next collection.
+    pub(crate) fn remove(&self, key: &str) -> Result<()> {
         self.0.refuses()?;
-        self.0.write(move |tree| Ok((tree.remove(&key, now())?, ()))).await?;
-        self.0.wake.notify_one();
-        Ok(())
+        self.0.traffic.removal();
+        let (inner, writer) = (self.0.clone(), self.0.clone());
+        self.0.store.write_behind(
+            move |batch| {
+                let changes = batch.state().remove(key, now())?;
+                let ids: Vec<SnapshotId> = changes.iter().filter_map(Change::of).collect();
+                // Nothing of it is deleted before that is written down.
+                inner.unwritten().extend(&ids);
+                changes.into_iter().for_each(|change| batch.change(change));
+                Ok(ids)
+            },
+            move |ids, written| writer.removed(&ids, written),
+        )
     }
 
     pub(crate) async fn update(
@@ -647,6 +662,22 @@ impl Inner {
         let name = self.name(id);
         let activation = Activation { name, thin: snapshot.thin, bytes: snapshot.bytes, access };
         self.on_pool(move |pool| pool.activate(&activation)).await
+    }
+
+    /// What was removed is written down, or could not be.
+    fn removed(&self, ids: &[SnapshotId], written: Result<(), WriteError>) {
+        if let Err(error) = written {
+            tracing::warn!(?ids, %error, "removed snapshots could not be written down; trying again");
+            // They are back, and may be active.
+            let mut active = self.active_origins();
+            for id in ids {
+                active.entry(*id).or_default();
+            }
+            drop(active);
+            self.abandoned().extend(ids.iter().map(|id| (*id, Traces::Maybe)));
+        }
+        self.unwritten().retain(|id| !ids.contains(id));
+        self.wake.notify_one();
     }
 
     /// Bytes of the blocks that it maps.

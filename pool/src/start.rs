@@ -284,8 +284,8 @@ async fn compare_ids(inner: &Inner, in_pool: BTreeSet<ThinId>) {
             ids = ids.join(" "),
             "thin devices in the pool that are in no record: left alone; another snapshotter's, or delete them by hand"
         );
-        let avoid = move |tree: &mut Tree| foreign.iter().for_each(|id| tree.avoid(*id));
-        if let Err(error) = inner.store.note(avoid).await {
+        let avoid = |tree: &mut Tree| foreign.iter().for_each(|id| tree.avoid(*id));
+        if let Err(error) = inner.store.note(avoid) {
             tracing::warn!(%error, "their thin ids are not avoided");
         }
     }

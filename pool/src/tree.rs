@@ -138,6 +138,17 @@ pub(crate) enum Change {
     Pool(String),
 }
 
+impl Change {
+    /// Whose record it changes.
+    pub(crate) fn of(&self) -> Option<SnapshotId> {
+        match self {
+            Self::Put(snapshot) => Some(snapshot.id),
+            Self::Delete(id) => Some(*id),
+            Self::Pool(_) => None,
+        }
+    }
+}
+
 /// What a snapshot that was given up has left in the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Traces {
@@ -410,9 +421,11 @@ impl Tree {
         Ok(Change::Put(Box::new(Snapshot { thin, ..snapshot.clone() })))
     }
 
-    /// Gives up a snapshot that could not be made, or a base that is not there.
+    /// Gives up a snapshot that could not be made or marked as removed, or a base that is not there; not one that has
+    /// children by now.
     pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces) -> Option<Change> {
-        self.get(id).map(|snapshot| match traces {
+        let childless = |snapshot: &&Snapshot| !self.children.contains_key(&snapshot.id);
+        self.get(id).filter(childless).map(|snapshot| match traces {
             Traces::Maybe => removing(snapshot, snapshot.updated),
             Traces::None => Change::Delete(id),
         })

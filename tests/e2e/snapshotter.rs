@@ -223,15 +223,21 @@ fn views_of_what_was_not_unmounted() -> Outcome {
     block_on(client.commit("dirty-c", "dirty-a", &[]))?;
     let view = block_on(client.view("dirty-v", "dirty-c"))?;
     let child = block_on(client.prepare("dirty-b", "dirty-c", &[]))?;
+    let layer = block_on(client.prepare("dirty-l", "dirty-c", &[("containerd.io/snapshot.ref", "moo")]))?;
     let seen = sh(&format!(
         "umount /tmp/e2e-mnt
          mount -o {} {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
-         mount {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow /tmp/e2e-mnt/cow2; umount /tmp/e2e-mnt",
+         mount {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow /tmp/e2e-mnt/cow2; umount /tmp/e2e-mnt
+         mount -o {} {} /tmp/e2e-mnt; cat /tmp/e2e-mnt/cow2; touch /tmp/e2e-mnt/cow3; umount /tmp/e2e-mnt
+         e2fsck -fn {} > /dev/null 2>&1 && echo clean",
         view.options.join(","),
         view.path,
-        child.path
+        child.path,
+        layer.options.join(","),
+        layer.path,
+        layer.path
     ))?;
-    same!(seen, "moo\nmoo\nmore\n", "what view and child show");
+    same!(seen, "moo\nmoo\nmore\nmore\nclean\n", "what view, child and layer show");
     same!(
         sh(&format!("blockdev --getro {}", view.path))?.trim(),
         "1",
@@ -310,7 +316,7 @@ fn state_full_and_free_again() -> Outcome {
 fn fill_and_free(client: &Snapshots) -> Outcome {
     block_on(client.prepare("full-0", "", &[]))?;
     let mut refusal = None;
-    for n in 1..60 {
+    for n in 1..200 {
         sh(&format!("dd if=/dev/zero bs=1k status=none >> {STATE}/filler 2>/dev/null || true"))?;
         // The write-ahead log may have room for some more.
         if let Err(status) = block_on(client.prepare(&format!("full-{n}"), "", &[])) {

@@ -33,11 +33,16 @@ impl Filesystem for Tools {
 
     fn make(&self, path: &str, zeroed: bool) -> Result<(), DeviceError> {
         // Inode tables and journal are zeros already: neither mkfs nor a guest's kernel has to write them.
-        let zeros = "nodiscard,assume_storage_prezeroed=1";
-        let old = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
-        let make = |options: &str| run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", options, path]);
-        if !zeroed || make(zeros).is_err() {
-            make(old)?;
+        let tables = if zeroed {
+            "nodiscard,assume_storage_prezeroed=1"
+        } else {
+            "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
+        };
+        // Every mount reads an orphan file from end to end, and kernels before 5.15 do not know it.
+        let make = |options: &[&str]| run("mkfs.ext4", &[&["-q", "-F", "-m", "0"], options, &[path]].concat());
+        if make(&["-O", "^orphan_file", "-E", tables]).is_err() {
+            // e2fsprogs before 1.47 know neither.
+            make(&["-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])?;
         }
         // A container's root directory has no lost+found; fsck makes it when it needs it.
         run("debugfs", &["-w", "-R", "rmdir lost+found", path])

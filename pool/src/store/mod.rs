@@ -1,8 +1,11 @@
 //! What is durable: one SQLite file and one thread that writes it.
 //!
-//! The thread takes what has queued up, lets each write decide on the state as the ones before have left it, makes the
-//! lot durable with one commit, and only then answers and publishes. A commit that fails is taken back in memory and
-//! every caller of it is told; a failed fsync ends the process, for what is on the disk is then unknown.
+//! Every write decides at once on the state as the ones before have left it, durable or not, and queues up. The thread
+//! makes all that has queued up durable with one commit, and only then answers and publishes. A commit that fails takes
+//! everything back that was decided and is not durable, and every caller of that is told; a failed fsync ends the
+//! process, for what is on the disk is then unknown.
+//!
+//! A write that nobody has to wait for ([`Store::write_behind`]) is answered and published before it is durable.
 
 pub mod file;
 mod snapshots;
@@ -10,23 +13,23 @@ mod writer;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError},
 };
 
 use rusqlite::Connection;
 use thiserror::Error as ThisError;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 pub(crate) use snapshots::{open, open_for_reading};
 pub use writer::{Batch, DISK_FAILED};
-use writer::{Job, Order};
+use writer::{Handle, Shows};
 
 /// How many writes may queue up before a caller is told to come back.
 const QUEUE: usize = 4096;
 
 /// A state that is kept in a SQLite file.
 pub trait Stored: Clone + Send + Sync + 'static {
-    /// A change of it.
+    /// A change of it: what it says of one record from then on, so that making it once more changes nothing.
     type Change: Clone + Send + 'static;
 
     /// Makes the change in memory; gives back the one that takes it back.
@@ -61,16 +64,15 @@ pub enum WriteError {
     Stopping,
 }
 
-/// A handle on the state; all handles share one writer.
+/// A handle on the state; all handles share one writer, which ends with the last of them.
 pub struct Store<S: Stored> {
-    orders: mpsc::Sender<Order<S>>,
-    published: Arc<RwLock<S>>,
+    handle: Arc<Handle<S>>,
     path: PathBuf,
 }
 
 impl<S: Stored> Clone for Store<S> {
     fn clone(&self) -> Self {
-        Self { orders: self.orders.clone(), published: self.published.clone(), path: self.path.clone() }
+        Self { handle: self.handle.clone(), path: self.path.clone() }
     }
 }
 
@@ -80,9 +82,8 @@ impl<S: Stored> Store<S> {
     /// # Errors
     /// If no thread can be started.
     pub fn start(connection: Connection, stored: S, path: PathBuf) -> std::io::Result<Self> {
-        let published = Arc::new(RwLock::new(stored.clone()));
-        let orders = writer::start(connection, stored, published.clone(), path.clone(), QUEUE)?;
-        Ok(Self { orders, published, path })
+        let handle = Arc::new(writer::start(connection, stored, path.clone())?);
+        Ok(Self { handle, path })
     }
 
     /// Where it is.
@@ -90,55 +91,67 @@ impl<S: Stored> Store<S> {
         &self.path
     }
 
-    /// Looks at what is durable.
+    /// Looks at what is durable, and at what was written behind.
     pub fn read<T>(&self, look: impl FnOnce(&S) -> T) -> T {
-        look(&self.published.read().unwrap_or_else(PoisonError::into_inner))
+        look(&self.handle.0.published.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Changes what is no part of the file, such as things learnt of the world.
-    pub(crate) async fn note(&self, change: impl Fn(&mut S) + Send + 'static) -> Result<(), WriteError> {
-        let published = self.published.clone();
-        self.write::<(), WriteError>(move |batch| {
-            change(batch.state_mut());
-            change(&mut published.write().unwrap_or_else(PoisonError::into_inner));
-            Ok(())
-        })
-        .await
+    pub(crate) fn note(&self, change: impl Fn(&mut S)) -> Result<(), WriteError> {
+        self.handle.0.note(change)
     }
 
     /// Finishes the writes that have begun and closes the file; later ones are refused. To be called once, at the end.
     pub async fn close(&self) {
-        let (closed, answer) = oneshot::channel();
-        if self.orders.send(Order::Close(closed)).await.is_ok() {
-            // An error means that the writer is gone, and the file is closed with it.
-            let _closed = answer.await;
-        }
+        // An error means that the writer is gone, and the file is closed with it.
+        let _closed = self.handle.0.close().await;
     }
 
     /// Lets `decide` decide on the state and change it; returns when that is durable.
     ///
     /// # Errors
     /// What `decide` refuses, and what keeps it from being durable.
-    pub async fn write<T, E>(
-        &self,
-        decide: impl FnOnce(&mut Batch<'_, S>) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, E>
+    pub async fn write<T, E>(&self, decide: impl FnOnce(&mut Batch<'_, S>) -> Result<T, E>) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<WriteError> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
-        let job: Job<S> = Box::new(move |batch| {
+        self.handle.0.enter(Shows::WhenDurable, |batch| {
             let decided = decide(batch);
-            Box::new(move |committed: Result<(), WriteError>| {
+            Box::new(move |committed| {
                 // The caller may have gone; what it asked for is durable all the same.
                 let _gone = reply.send(committed.map_err(E::from).and(decided));
             })
-        });
-        self.orders.try_send(Order::Write(job)).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => WriteError::Busy,
-            mpsc::error::TrySendError::Closed(_) => WriteError::Stopping,
         })?;
         answer.await.map_err(|_| E::from(WriteError::Stopping))?
     }
+
+    /// Lets `decide` decide on the state and change it. What it changes is seen at once, and a crash may still undo it;
+    /// `written` is called with its answer when it is durable, or is taken back.
+    ///
+    /// # Errors
+    /// What `decide` refuses.
+    pub(crate) fn write_behind<T, E>(
+        &self,
+        decide: impl FnOnce(&mut Batch<'_, S>) -> Result<T, E>,
+        written: impl FnOnce(T, Result<(), WriteError>) + Send + 'static,
+    ) -> Result<(), E>
+    where
+        T: Send + 'static,
+        E: From<WriteError>,
+    {
+        let mut refused = Ok(());
+        self.handle.0.enter(Shows::AtOnce, |batch| match decide(batch) {
+            Ok(decided) => Box::new(move |committed| written(decided, committed)),
+            Err(error) => {
+                refused = Err(error);
+                Box::new(|_| {})
+            }
+        })?;
+        refused
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,28 +1,30 @@
-//! The writer thread: batches what has queued up into one commit.
+//! The writer thread: makes what has queued up durable with one commit.
 
 use std::{
     io,
     path::{Path, PathBuf},
     process,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock},
     thread,
+    time::Duration,
 };
 
 use rusqlite::{Connection, ErrorCode};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use super::{Stored, WriteError};
+use super::{QUEUE, Stored, WriteError};
 
-/// Decides one write; gives back what to call when it is durable, or was not made so.
-pub(super) type Job<S> = Box<dyn FnOnce(&mut Batch<'_, S>) -> Finish + Send>;
+/// What to call when a write is durable, or was taken back.
 type Finish = Box<dyn FnOnce(Result<(), WriteError>) + Send>;
 
 /// At most so many writes share a commit: bounds how long the first waits for the last.
 const BATCH: usize = 512;
+/// What nobody waits for is written at most so late: such writes come in crowds, and share a commit then.
+const BEHIND: Duration = Duration::from_millis(50);
 /// The process's exit status when the disk of a store has failed.
 pub const DISK_FAILED: u8 = 25;
 
-/// Writes that will be made durable together.
+/// What one write decides on, and what it changes.
 pub struct Batch<'a, S: Stored> {
     state: &'a mut S,
     changes: Vec<S::Change>,
@@ -30,12 +32,8 @@ pub struct Batch<'a, S: Stored> {
 }
 
 impl<S: Stored> Batch<'_, S> {
-    /// The state with all that was decided before in this batch.
+    /// The state with all that was decided before.
     pub fn state(&self) -> &S {
-        self.state
-    }
-
-    pub(super) fn state_mut(&mut self) -> &mut S {
         self.state
     }
 
@@ -46,55 +44,175 @@ impl<S: Stored> Batch<'_, S> {
     }
 }
 
-/// What the thread is told.
-pub(super) enum Order<S: Stored> {
-    Write(Job<S>),
-    /// Finish what is queued, close the file, answer.
-    Close(oneshot::Sender<()>),
+/// From when on others see what a write changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shows {
+    WhenDurable,
+    AtOnce,
 }
 
-/// Starts the thread. It ends when it is told to, or when all senders are gone.
-pub(super) fn start<S: Stored>(
-    connection: Connection,
+/// A write that was decided, and is not durable.
+struct Decided<S: Stored> {
+    changes: Vec<S::Change>,
+    undo: Vec<S::Change>,
+    shows: Shows,
+    finish: Finish,
+}
+
+/// What is decided.
+struct Book<S: Stored> {
+    /// With all that was decided.
     state: S,
-    published: Arc<RwLock<S>>,
-    path: PathBuf,
-    queue: usize,
-) -> io::Result<mpsc::Sender<Order<S>>> {
-    let (sender, receiver) = mpsc::channel(queue);
+    /// In this order.
+    queued: Vec<Decided<S>>,
+    /// No more is taken, and these are told when the file is closed.
+    closing: Option<Vec<oneshot::Sender<()>>>,
+    closed: bool,
+}
+
+/// What all handles and the thread share. Whoever locks both locks the book first.
+pub(super) struct Shared<S: Stored> {
+    book: Mutex<Book<S>>,
+    /// What is durable, and what shows at once.
+    pub(super) published: RwLock<S>,
+    /// Something is queued, or no more will be.
+    news: Condvar,
+}
+
+/// The last one to go ends the thread.
+pub(super) struct Handle<S: Stored>(pub(super) Arc<Shared<S>>);
+
+impl<S: Stored> Drop for Handle<S> {
+    fn drop(&mut self) {
+        if let Ok(mut book) = self.0.book() {
+            book.closing.get_or_insert_default();
+        }
+        self.0.news.notify_one();
+    }
+}
+
+impl<S: Stored> Shared<S> {
+    /// A decision that has panicked has left the state half changed: nothing is written any more.
+    fn book(&self) -> Result<MutexGuard<'_, Book<S>>, WriteError> {
+        self.book.lock().map_err(|_| WriteError::Stopping)
+    }
+
+    /// Takes a write.
+    pub(super) fn enter(
+        &self,
+        shows: Shows,
+        decide: impl FnOnce(&mut Batch<'_, S>) -> Finish,
+    ) -> Result<(), WriteError> {
+        let mut book = self.book()?;
+        if book.closing.is_some() {
+            return Err(WriteError::Stopping);
+        }
+        if book.queued.len() >= QUEUE {
+            return Err(WriteError::Busy);
+        }
+        let mut batch = Batch { state: &mut book.state, changes: Vec::new(), undo: Vec::new() };
+        let finish = decide(&mut batch);
+        let Batch { changes, undo, .. } = batch;
+        let decided = Decided { changes, undo, shows, finish };
+        if shows == Shows::AtOnce {
+            show(&mut *self.published.write().unwrap_or_else(PoisonError::into_inner), &decided);
+        }
+        book.queued.push(decided);
+        self.news.notify_one();
+        Ok(())
+    }
+
+    /// Changes what is no part of the file.
+    pub(super) fn note(&self, change: impl Fn(&mut S)) -> Result<(), WriteError> {
+        let mut book = self.book()?;
+        change(&mut book.state);
+        change(&mut *self.published.write().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+
+    /// Takes no more; the answer, or its end, comes when the file is closed.
+    pub(super) fn close(&self) -> oneshot::Receiver<()> {
+        let (closed, answer) = oneshot::channel();
+        if let Ok(mut book) = self.book()
+            && !book.closed
+        {
+            book.closing.get_or_insert_default().push(closed);
+        }
+        self.news.notify_one();
+        answer
+    }
+
+    /// The next writes, when there are any; `None` when there will be no more.
+    fn next(&self) -> Option<Vec<Decided<S>>> {
+        let nothing = |book: &mut Book<S>| book.queued.is_empty() && book.closing.is_none();
+        let mut book = self.news.wait_while(self.book().ok()?, nothing).ok()?;
+        if book.queued.is_empty() {
+            return None;
+        }
+        let nobody_waits = |book: &mut Book<S>| {
+            let behind = |decided: &Decided<S>| decided.shows == Shows::AtOnce;
+            book.queued.len() < BATCH && book.closing.is_none() && book.queued.iter().all(behind)
+        };
+        (book, _) = self.news.wait_timeout_while(book, BEHIND, nobody_waits).ok()?;
+        let count = book.queued.len().min(BATCH);
+        Some(book.queued.drain(..count).collect())
+    }
+
+    /// Lets everybody see what is durable now, below what shows already.
+    fn publish(&self, durable: &[Decided<S>]) {
+        let Ok(book) = self.book() else { return };
+        let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
+        let above = book.queued.iter().filter(|decided| decided.shows == Shows::AtOnce);
+        durable.iter().chain(above).for_each(|decided| show(&mut *published, decided));
+    }
+
+    /// Takes back `failed` and all that was decided after it; returns that in order.
+    fn take_back(&self, mut failed: Vec<Decided<S>>) -> Vec<Decided<S>> {
+        let Ok(mut book) = self.book() else { return failed };
+        failed.append(&mut book.queued);
+        for decided in failed.iter_mut().rev() {
+            for undo in decided.undo.drain(..).rev() {
+                book.state.apply(undo);
+            }
+        }
+        *self.published.write().unwrap_or_else(PoisonError::into_inner) = book.state.clone();
+        failed
+    }
+}
+
+fn show<S: Stored>(published: &mut S, decided: &Decided<S>) {
+    for change in &decided.changes {
+        published.apply(change.clone());
+    }
+}
+
+/// Starts the thread.
+pub(super) fn start<S: Stored>(connection: Connection, state: S, path: PathBuf) -> io::Result<Handle<S>> {
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let writer = Writer { connection, state, published, path };
-    thread::Builder::new().name(name).spawn(move || writer.run(receiver))?;
-    Ok(sender)
+    let published = RwLock::new(state.clone());
+    let book = Mutex::new(Book { state, queued: Vec::new(), closing: None, closed: false });
+    let shared = Arc::new(Shared { book, published, news: Condvar::new() });
+    let writer = Writer { connection, shared: shared.clone(), path };
+    thread::Builder::new().name(name).spawn(move || writer.run())?;
+    Ok(Handle(shared))
 }
 
 struct Writer<S: Stored> {
     connection: Connection,
-    state: S,
-    published: Arc<RwLock<S>>,
+    shared: Arc<Shared<S>>,
     path: PathBuf,
 }
 
 impl<S: Stored> Writer<S> {
-    fn run(mut self, mut orders: mpsc::Receiver<Order<S>>) {
-        let mut queued = Vec::new();
-        let mut closing = Vec::new();
-        while orders.blocking_recv_many(&mut queued, BATCH) > 0 {
-            let mut jobs = Vec::new();
-            for order in queued.drain(..) {
-                match order {
-                    Order::Write(job) => jobs.push(job),
-                    Order::Close(closed) => closing.push(closed),
-                }
-            }
-            if !closing.is_empty() {
-                // What is queued already is still taken; nothing more is.
-                orders.close();
-            }
-            self.commit_together(jobs);
+    fn run(mut self) {
+        while let Some(batch) = self.shared.next() {
+            self.commit_together(batch);
         }
+        let shared = self.shared.clone();
         self.close();
-        for closed in closing {
+        let Ok(mut book) = shared.book() else { return };
+        book.closed = true;
+        for closed in book.closing.iter_mut().flat_map(|closing| closing.drain(..)) {
             let _gone = closed.send(());
         }
     }
@@ -107,29 +225,32 @@ impl<S: Stored> Writer<S> {
         }
     }
 
-    fn commit_together(&mut self, jobs: Vec<Job<S>>) {
-        let mut batch = Batch { state: &mut self.state, changes: Vec::new(), undo: Vec::new() };
-        let finishes: Vec<Finish> = jobs.into_iter().map(|job| job(&mut batch)).collect();
-        let Batch { changes, undo, .. } = batch;
-        let committed = if changes.is_empty() { Ok(()) } else { commit::<S>(&mut self.connection, &changes) };
-        let outcome = match committed {
+    fn commit_together(&mut self, batch: Vec<Decided<S>>) {
+        let (done, outcome) = match self.commit(&batch) {
             Ok(()) => {
-                let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
-                for change in changes {
-                    published.apply(change);
-                }
-                Ok(())
+                self.shared.publish(&batch);
+                (batch, Ok(()))
             }
             Err(error) => {
-                for change in undo.into_iter().rev() {
-                    self.state.apply(change);
-                }
-                Err(self.explain(&error))
+                let why = self.explain(&error);
+                (self.shared.take_back(batch), Err(why))
             }
         };
-        for finish in finishes {
-            finish(outcome.clone());
+        for decided in done {
+            (decided.finish)(outcome.clone());
         }
+    }
+
+    fn commit(&mut self, batch: &[Decided<S>]) -> rusqlite::Result<()> {
+        let mut changes = batch.iter().flat_map(|decided| &decided.changes).peekable();
+        if changes.peek().is_none() {
+            return Ok(());
+        }
+        let transaction = self.connection.transaction()?;
+        for change in changes {
+            S::write(&transaction, change)?;
+        }
+        transaction.commit()
     }
 
     /// What a commit's failure means. Does not return if it is not known what the disk holds.
@@ -149,14 +270,6 @@ impl<S: Stored> Writer<S> {
             _ => WriteError::NotWritten { path, what: error.to_string() },
         }
     }
-}
-
-fn commit<S: Stored>(connection: &mut Connection, changes: &[S::Change]) -> rusqlite::Result<()> {
-    let transaction = connection.transaction()?;
-    for change in changes {
-        S::write(&transaction, change)?;
-    }
-    transaction.commit()
 }
 
 /// After a failed fsync or write nobody knows what the disk holds, and trying again would hide it: the next start

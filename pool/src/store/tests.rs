@@ -1,0 +1,169 @@
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Mutex,
+        mpsc::{Receiver, Sender, channel},
+    },
+};
+
+use super::*;
+
+/// Names of cows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Herd(BTreeSet<String>);
+
+#[derive(Clone)]
+enum Change {
+    Buy(String),
+    Sell(String),
+    /// Changes nothing, and keeps the disk busy until it is told to go on.
+    Wait(Arc<Mutex<(Sender<()>, Receiver<()>)>>),
+    /// Is more than the disk can take.
+    BuyTooMany,
+}
+use Change::{Buy, BuyTooMany, Sell, Wait};
+
+impl Stored for Herd {
+    type Change = Change;
+
+    fn apply(&mut self, change: Change) -> Change {
+        match change {
+            Buy(cow) if self.0.insert(cow.clone()) => Sell(cow),
+            Sell(cow) if self.0.remove(&cow) => Buy(cow),
+            other => other,
+        }
+    }
+
+    fn write(connection: &Connection, change: &Change) -> rusqlite::Result<()> {
+        match change {
+            Buy(cow) => connection.execute("INSERT INTO cows VALUES (?)", [cow]).map(drop),
+            Sell(cow) => connection.execute("DELETE FROM cows WHERE name = ?", [cow]).map(drop),
+            Wait(gate) => {
+                let gate = gate.lock().unwrap();
+                gate.0.send(()).unwrap();
+                gate.1.recv().unwrap();
+                Ok(())
+            }
+            BuyTooMany => connection.execute("INSERT INTO cows VALUES (zeroblob(1 << 20))", []).map(drop),
+        }
+    }
+}
+
+fn herd() -> Store<Herd> {
+    let connection = Connection::open_in_memory().unwrap();
+    connection.execute_batch("CREATE TABLE cows (name); PRAGMA max_page_count = 20").unwrap();
+    Store::start(connection, Herd::default(), PathBuf::from("herd.db")).unwrap()
+}
+
+async fn write(store: &Store<Herd>, change: Change) -> Result<(), WriteError> {
+    let decide = |batch: &mut Batch<'_, Herd>| {
+        batch.change(change);
+        Ok(())
+    };
+    store.write(decide).await
+}
+
+/// Writes behind; the answer comes when it is written.
+fn behind(store: &Store<Herd>, change: Change) -> oneshot::Receiver<Result<(), WriteError>> {
+    let (told, written) = oneshot::channel();
+    let decide = |batch: &mut Batch<'_, Herd>| {
+        batch.change(change);
+        Ok::<_, WriteError>(())
+    };
+    store.write_behind(decide, |(), outcome| told.send(outcome).unwrap()).unwrap();
+    written
+}
+
+fn cows(store: &Store<Herd>) -> Vec<String> {
+    store.read(|herd| herd.0.iter().cloned().collect())
+}
+
+/// A write that is being committed until the sender is told so.
+async fn busy(store: &Store<Herd>) -> (tokio::task::JoinHandle<Result<(), WriteError>>, Sender<()>) {
+    let ((begun, has_begun), (go_on, may_go_on)) = (channel(), channel());
+    let writer = store.clone();
+    let writing = tokio::spawn(async move {
+        let gate = Wait(Arc::new(Mutex::new((begun, may_go_on))));
+        let decide = |batch: &mut Batch<'_, Herd>| {
+            batch.change(gate);
+            batch.change(Buy("Alma".into()));
+            Ok(())
+        };
+        writer.write(decide).await
+    });
+    tokio::task::spawn_blocking(move || has_begun.recv().unwrap()).await.unwrap();
+    (writing, go_on)
+}
+
+#[tokio::test]
+async fn what_is_written_behind_shows_at_once_and_stays_above_what_was_before() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    // Alma is decided, and not durable; she is sold before anybody has seen her.
+    let mut sold = behind(&store, Sell("Alma".into()));
+    let bertha = behind(&store, Buy("Bertha".into()));
+    assert_eq!(cows(&store), ["Bertha"]);
+    assert!(sold.try_recv().is_err(), "told before the disk was");
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(cows(&store), ["Bertha"]);
+    assert_eq!((sold.await.unwrap(), bertha.await.unwrap()), (Ok(()), Ok(())));
+    assert_eq!(cows(&store), ["Bertha"]);
+}
+
+#[tokio::test]
+async fn others_show_when_they_are_durable() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    assert_eq!(cows(&store), [""; 0]);
+    let again = store.clone();
+    // It decides on what the first one has decided, and waits for it although it changes nothing.
+    let seen = tokio::spawn(async move {
+        again.write(|batch| Ok::<_, WriteError>(batch.state().0.contains("Alma"))).await
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    assert!(!seen.is_finished());
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(seen.await.unwrap(), Ok(true));
+    assert_eq!(cows(&store), ["Alma"]);
+}
+
+#[tokio::test]
+async fn a_commit_that_fails_takes_back_all_that_came_after() {
+    let store = herd();
+    write(&store, Buy("Clara".into())).await.unwrap();
+    let (first, go_on) = busy(&store).await;
+    let asked = store.clone();
+    let second = tokio::spawn(async move { write(&asked, BuyTooMany).await });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let third = behind(&store, Sell("Clara".into()));
+    assert_eq!(cows(&store), [""; 0]);
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    let full = Err(WriteError::Full("herd.db".into()));
+    assert_eq!((second.await.unwrap(), third.await.unwrap()), (full.clone(), full));
+    assert_eq!(cows(&store), ["Alma", "Clara"]);
+    // And it goes on.
+    write(&store, Sell("Alma".into())).await.unwrap();
+    assert_eq!(cows(&store), ["Clara"]);
+}
+
+#[tokio::test]
+async fn closed_it_has_written_all_and_takes_no_more() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    let sold = behind(&store, Sell("Alma".into()));
+    let closing = store.clone();
+    let closed = tokio::spawn(async move { closing.close().await });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    assert_eq!(write(&store, Buy("Dora".into())).await, Err(WriteError::Stopping));
+    assert!(!closed.is_finished());
+    go_on.send(()).unwrap();
+    closed.await.unwrap();
+    assert_eq!((first.await.unwrap(), sold.await.unwrap()), (Ok(()), Ok(())));
+    // Once more does no harm.
+    store.close().await;
+}
