@@ -10,7 +10,7 @@ use std::{
 
 /// Removals come in crowds, and containerd holds its lock for all of one: the next is awaited for so long.
 const NEXT_REMOVAL: Duration = Duration::from_millis(30);
-/// Who makes one snapshot after the other comes back within this time.
+/// Who makes one snapshot after the other, or has waited for containerd's collection, comes back within this time.
 const NEXT_MAKING: Duration = Duration::from_millis(250);
 
 /// Makings and removals, under way and just over.
@@ -50,7 +50,9 @@ impl Traffic {
 
     /// Whether somebody waits, or will in a moment.
     pub(crate) fn is_lively(&self) -> bool {
-        self.is_in_the_way() || within(&self.last_making, NEXT_MAKING)
+        self.is_in_the_way()
+            || within(&self.last_making, NEXT_MAKING)
+            || within(&self.last_removal, NEXT_MAKING)
     }
 }
 
