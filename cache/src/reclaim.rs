@@ -8,7 +8,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -35,6 +35,11 @@ use crate::{
 /// does not hold containerd's locks for long.
 const BATCH: usize = 50;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
+/// So long a snapshotter may take for a device whose snapshot containerd has collected; then containerd is asked again.
+const AT_LEISURE: Duration = Duration::from_secs(10);
+/// So long one pass waits for that.
+const A_MOMENT: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_millis(25);
 
 /// Wakes the reclaimer.
 #[derive(Clone, Debug, Default)]
@@ -74,6 +79,8 @@ pub struct Reclaimer {
     pub interval: Duration,
     /// What was there without a record in the pass before: reported when it still is.
     pub suspects: Mutex<Suspects>,
+    /// When containerd collected the snapshots of disks whose devices are still there.
+    pub collected: Mutex<HashMap<LeaseId, Instant>>,
 }
 
 /// Things without a record, and whether that was said.
@@ -88,6 +95,14 @@ pub struct Suspects {
 enum Scope {
     Released,
     Everything,
+}
+
+/// What is left of a disk after its collection.
+enum Remains {
+    /// This device, whose snapshot is gone.
+    Device(String),
+    /// It cannot be told, or more than that.
+    Other(String),
 }
 
 /// What became of the removal of a disk's snapshot.
@@ -263,22 +278,32 @@ impl Reclaimer {
                 Removal::Failed(why) => drop(left.insert(id.clone(), why)),
             }
         }
-        if let Err(error) = self.collect(&removed).await {
-            tracing::warn!(%error, "containerd did not collect released disks; trying again");
+        let (due, overdue) = self.to_collect(&removed);
+        match self.collect(&due).await {
+            Ok(()) => self.note_collected(&due),
+            Err(error) => tracing::warn!(%error, "containerd did not collect released disks; trying again"),
         }
-        let mut gone = Vec::new();
-        for id in removed {
-            match self.remains(id).await {
-                None => gone.push(id.clone()),
-                Some(why) => {
-                    left.insert(id.clone(), why);
+        let mut at_leisure = HashMap::new();
+        for (id, remains) in self.what_remains(&removed).await {
+            match remains {
+                Remains::Device(name) if !overdue.contains(&id) => {
+                    at_leisure.insert(id, format!("its device {name} is being removed"));
+                }
+                Remains::Device(name) => {
+                    left.insert(id, format!("containerd has not removed the device {name} yet"));
+                }
+                Remains::Other(why) => {
+                    left.insert(id, why);
                 }
             }
         }
+        let is_gone = |id: &&&LeaseId| !left.contains_key(**id) && !at_leisure.contains_key(**id);
+        let gone: Vec<LeaseId> = removed.iter().filter(is_gone).map(|id| (*id).clone()).collect();
         self.metrics.reclaim_failures(left.len());
         for (id, why) in &left {
             tracing::warn!(lease = %id, why, "a released disk is still there");
         }
+        left.extend(at_leisure);
         self.forget(gone).await;
         left.extend(opened);
         left
@@ -307,19 +332,62 @@ impl Reclaimer {
         self.snapshots.delete_lease(&last.snapshot_key(), true).await
     }
 
-    /// What is left of a disk. A collection's success says nothing of that: containerd only logs what fails in it.
-    async fn remains(&self, id: &LeaseId) -> Option<String> {
+    /// Those that containerd has not just collected, and those among them that it did a while ago.
+    fn to_collect<'a>(&self, ids: &[&'a LeaseId]) -> (Vec<&'a LeaseId>, BTreeSet<LeaseId>) {
+        let collected = self.collected();
+        let age = |id: &LeaseId| collected.get(id).map(Instant::elapsed);
+        let due: Vec<&LeaseId> =
+            ids.iter().copied().filter(|id| age(id).is_none_or(|age| age >= AT_LEISURE)).collect();
+        let overdue = due.iter().filter(|id| collected.contains_key(**id)).map(|id| (*id).clone()).collect();
+        (due, overdue)
+    }
+
+    fn note_collected(&self, ids: &[&LeaseId]) {
+        let now = Instant::now();
+        self.collected().extend(ids.iter().map(|id| ((*id).clone(), now)));
+    }
+
+    fn collected(&self) -> MutexGuard<'_, HashMap<LeaseId, Instant>> {
+        self.collected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is left of disks, after a moment. A collection's success says nothing of that: containerd only logs what
+    /// fails in it, and a snapshotter may remove devices at its leisure.
+    async fn what_remains(&self, ids: &[&LeaseId]) -> HashMap<LeaseId, Remains> {
+        let until = Instant::now() + A_MOMENT;
+        let mut remaining = HashMap::new();
+        for id in ids {
+            if let Some(remains) = self.remains(id).await {
+                remaining.insert((*id).clone(), remains);
+            }
+        }
+        while Instant::now() < until && remaining.values().any(|left| matches!(left, Remains::Device(_))) {
+            tokio::time::sleep(POLL).await;
+            let mut gone = Vec::new();
+            for (id, left) in &remaining {
+                if let Remains::Device(name) = left
+                    && let Ok(None) = self.kernel.open_count(name).await
+                {
+                    gone.push(id.clone());
+                }
+            }
+            remaining.retain(|id, _| !gone.contains(id));
+        }
+        remaining
+    }
+
+    async fn remains(&self, id: &LeaseId) -> Option<Remains> {
         match self.snapshots.mounts(&id.snapshot_key()).await {
             Err(error) if error.is_not_found() => {}
-            Ok(_) => return Some("containerd still has its snapshot".to_owned()),
-            Err(error) => return Some(error.to_string()),
+            Ok(_) => return Some(Remains::Other("containerd still has its snapshot".to_owned())),
+            Err(error) => return Some(Remains::Other(error.to_string())),
         }
         let name =
             self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()))?;
         match self.kernel.open_count(&name).await {
             Ok(None) => None,
-            Ok(Some(_)) => Some(format!("containerd has not removed the device {name} yet")),
-            Err(error) => Some(error.to_string()),
+            Ok(Some(_)) => Some(Remains::Device(name)),
+            Err(error) => Some(Remains::Other(error.to_string())),
         }
     }
 
@@ -328,6 +396,7 @@ impl Reclaimer {
             return;
         }
         let count = gone.len();
+        self.collected().retain(|id, _| !gone.contains(id));
         match self.ledger.remove_all(gone).await {
             Ok(()) => {
                 self.metrics.reclaimed(count);

@@ -422,7 +422,7 @@ fn only_a_layer_on_what_is_clean_does_without_its_journal() {
         let options = async |key: &str, parent: &str, kind, pairs: &[(&str, &str)]| {
             s.make(key.into(), parent.into(), kind, labels(pairs)).await.unwrap().options.join(",")
         };
-        assert_eq!(options("layer", "", Kind::Active, &[(LAYER, "x")]).await, "rw,noload");
+        assert_eq!(options("layer", "", Kind::Active, &[(LAYER, "x")]).await, "rw,noload,nobarrier");
         assert_eq!(options("disk", "", Kind::Active, &[]).await, "rw");
         s.commit("base".into(), "layer".into(), BTreeMap::new()).await.unwrap();
         assert_eq!(options("view", "base", Kind::View, &[]).await, "ro");
@@ -432,5 +432,33 @@ fn only_a_layer_on_what_is_clean_does_without_its_journal() {
         assert_eq!(options("next", "base", Kind::Active, &[(LAYER, "y")]).await, "rw");
         assert_eq!(options("look", "base", Kind::View, &[]).await, "ro,noload");
         assert_eq!(s.mounts("disk").await.unwrap().options, ["rw"]);
+    });
+}
+
+#[test]
+fn removals_that_cannot_be_written_are_repeated_in_order() {
+    with_pool(async |s, pool| {
+        let mut parent = String::new();
+        for name in ["1", "2", "3"] {
+            make(&s, "work", &parent, Kind::Active, &[(LAYER, name)]).await.unwrap();
+            s.commit(name.into(), "work".into(), BTreeMap::new()).await.unwrap();
+            parent = name.into();
+        }
+        // Somebody else writes the store's file; the writer gives up after a while.
+        let other = rusqlite::Connection::open(&s.0.settings.store).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        for name in ["3", "2", "1"] {
+            s.remove(name).unwrap();
+            assert_eq!(s.stat(name).unwrap_err().code, Code::NotFound);
+        }
+        while s.0.abandoned().is_empty() {
+            assert_eq!(pool.thins().len(), 4, "one was deleted before its mark was written");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(s.stat("1").is_ok(), "what is not written is not so");
+        other.execute_batch("ROLLBACK").unwrap();
+        quiet(&s).await;
+        assert_eq!(pool.thins().len(), 1, "not all that was removed is gone");
+        assert_eq!(s.0.store.read(|tree| tree.listed().count()), 0);
     });
 }

@@ -189,10 +189,8 @@ impl Pool for FakePool {
                 return Err(DeviceError::ThinExists(thin));
             }
             let content = state.thins.get(&origin).ok_or(DeviceError::ThinMissing(origin))?.clone();
-            let moving = state
-                .devices
-                .values()
-                .any(|d| d.thin == origin && d.loaded && !d.suspended && d.open > 0);
+            let moving =
+                state.devices.values().any(|d| d.thin == origin && d.loaded && !d.suspended && d.open > 0);
             assert!(!moving, "a snapshot of {origin:?} was made while its device was active");
             state.thins.insert(thin, content);
             state.creations += 1;
@@ -255,6 +253,10 @@ impl Pool for FakePool {
             }),
             Some(_) => Ok(Deactivated::InUse),
         }
+    }
+
+    fn flush(&self, name: &DeviceName) -> Result<(), DeviceError> {
+        self.effect(|state| state.devices.get(name.as_str()).map(|_| ()).ok_or_else(|| refused("flush")))
     }
 
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {

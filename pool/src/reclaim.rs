@@ -1,6 +1,7 @@
 //! Deletes what was removed: deactivated when nobody has it open, never by force; at its own pace, behind the makings.
 
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
@@ -10,7 +11,7 @@ use futures_util::future::join_all;
 
 use crate::{
     device::Deactivated,
-    error::Result,
+    error::{Error, Result},
     snapshotter::{Health, Inner},
     tree::{Change, Snapshot, SnapshotId},
 };
@@ -23,7 +24,7 @@ const BATCH_BESIDE: usize = 2;
 const GIVE_WAY: Duration = Duration::from_millis(150);
 /// Beside them it rests, after each batch, for so many times as long as that has taken.
 const REST: u32 = 3;
-/// From twice as many that wait on, it gives way and rests for half as long, and so on.
+/// From twice as many that wait on, it gives way and rests for half as long and does twice as much, and so on.
 const CROWD: usize = 128;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
@@ -41,7 +42,10 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         let all_written = write_abandoned(&inner).await;
         let lively = inner.traffic.is_lively();
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
-        let batch = if serving { due(&inner, &mut held, if lively { BATCH_BESIDE } else { BATCH }) } else { Vec::new() };
+        let backlog = inner.store.read(|tree| tree.removing().count());
+        let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
+        let count = if lively { BATCH_BESIDE.saturating_mul(crowd as usize).min(BATCH) } else { BATCH };
+        let batch = if serving { due(&inner, &mut held, count) } else { Vec::new() };
         if batch.is_empty() {
             let next = held.values().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
             let longest = if all_written { LONGEST_RETRY } else { FIRST_RETRY };
@@ -51,8 +55,6 @@ pub(crate) async fn run(inner: Arc<Inner>) {
                 () = tokio::time::sleep(pause) => {}
             }
         } else {
-            let backlog = inner.store.read(|tree| tree.removing().count());
-            let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
             let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / crowd).await;
             rest(&inner, worked * REST / crowd).await;
         }
@@ -69,9 +71,16 @@ async fn write_abandoned(inner: &Inner) -> bool {
     if ids.is_empty() {
         return true;
     }
-    let written = ids.clone();
-    let marked = inner.write(move |tree| {
-        Ok((written.into_iter().filter_map(|(id, traces)| tree.give_up(id, traces)).collect(), ()))
+    // Children first, which have the higher ids: each is decided on what the ones before have left.
+    let mut in_order: Vec<_> = ids.clone().into_iter().collect();
+    in_order.sort_by_key(|(id, _)| Reverse(*id));
+    let marked = inner.store.write(move |batch| {
+        for (id, traces) in in_order {
+            if let Some(change) = batch.state().give_up(id, traces) {
+                batch.change(change);
+            }
+        }
+        Ok::<_, Error>(())
     });
     match marked.await {
         Ok(()) => {
@@ -102,7 +111,7 @@ fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
     let (making, unwritten) = (inner.making(), inner.unwritten());
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
-        let removed = tree.removing().filter(|s| !making.contains(&s.id) && !unwritten.contains(&s.id));
+        let removed = tree.removing().filter(|s| !making.contains(&s.id) && !unwritten.contains_key(&s.id));
         removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(count).cloned().collect()
     })
 }

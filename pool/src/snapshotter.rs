@@ -109,7 +109,7 @@ pub(crate) struct Inner {
     /// Snapshots whose effects are under way: the reclaimer leaves them alone.
     pub(crate) making: Arc<Mutex<HashSet<SnapshotId>>>,
     /// Snapshots that are marked as removed, and that is not durable yet: the reclaimer leaves them alone too.
-    unwritten: Mutex<HashSet<SnapshotId>>,
+    unwritten: Mutex<HashMap<SnapshotId, usize>>,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
     /// Who changes whether a device is active holds one of them, by its snapshot's id.
@@ -206,7 +206,8 @@ impl Inner {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn unwritten(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
+    /// How many marks of each are on their way.
+    pub(crate) fn unwritten(&self) -> MutexGuard<'_, HashMap<SnapshotId, usize>> {
         self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -472,10 +473,13 @@ impl Inner {
         if is_view || snapshot.layer {
             let (filesystem, path) = (self.filesystem.clone(), path.clone());
             let needs_recovery = self.blocking(move || filesystem.needs_recovery(&path)).await?;
-            // A view's journal cannot be replayed on a device that is read-only. A layer is thrown away unless it was
-            // unpacked to its end and unmounted: what its journal is for never happens.
-            if needs_recovery == is_view {
+            if is_view && needs_recovery {
+                // Its journal cannot be replayed on a device that is read-only.
                 options.push("noload".to_owned());
+            } else if !is_view && !needs_recovery {
+                // Thrown away unless it is unpacked to its end, unmounted and committed, which flushes it: until then
+                // there is nothing to save, and in no order.
+                options.extend(["noload", "nobarrier"].map(str::to_owned));
             }
         }
         Ok(Mount { kind: self.filesystem.name(), source: path, options })
@@ -564,6 +568,10 @@ impl Snapshotter {
         let (inner, writer) = (self.0.clone(), self.0.clone());
         // It is put to rest whether or not its caller stays.
         let committed = tokio::spawn(async move {
+            let snapshot = writer.store.read(|tree| tree.ready(&key).cloned())?;
+            if snapshot.layer && snapshot.kind == Kind::Active {
+                writer.flush(snapshot.id).await?;
+            }
             let written = writer.write(move |tree| {
                 let id = tree.ready(&key)?.id;
                 let change = tree.commit(&name, &key, labels, now())?;
@@ -592,7 +600,9 @@ impl Snapshotter {
                 let changes = batch.state().remove(key, now())?;
                 let ids: Vec<SnapshotId> = changes.iter().filter_map(Change::of).collect();
                 // Nothing of it is deleted before that is written down.
-                inner.unwritten().extend(&ids);
+                let mut unwritten = inner.unwritten();
+                ids.iter().for_each(|id| *unwritten.entry(*id).or_default() += 1);
+                drop(unwritten);
                 changes.into_iter().for_each(|change| batch.change(change));
                 Ok(ids)
             },
@@ -664,6 +674,15 @@ impl Inner {
         self.on_pool(move |pool| pool.activate(&activation)).await
     }
 
+    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers.
+    async fn flush(&self, id: SnapshotId) -> Result<()> {
+        let (name, seen) = (self.name(id), self.name(id));
+        if self.on_pool(move |pool| pool.look(&seen)).await?.is_none() {
+            self.ensure_active(id).await?;
+        }
+        self.on_pool(move |pool| pool.flush(&name)).await
+    }
+
     /// What was removed is written down, or could not be.
     fn removed(&self, ids: &[SnapshotId], written: Result<(), WriteError>) {
         if let Err(error) = written {
@@ -676,7 +695,10 @@ impl Inner {
             drop(active);
             self.abandoned().extend(ids.iter().map(|id| (*id, Traces::Maybe)));
         }
-        self.unwritten().retain(|id| !ids.contains(id));
+        self.unwritten().retain(|id, count| {
+            *count -= usize::from(ids.contains(id));
+            *count > 0
+        });
         self.wake.notify_one();
     }
 

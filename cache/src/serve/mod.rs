@@ -216,6 +216,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         retry: Duration::from_secs(config.reclaim.retry_seconds),
         interval: Duration::from_secs(config.reclaim.interval_seconds),
         suspects: Mutex::default(),
+        collected: Mutex::default(),
     };
     let acquirer = Acquirer {
         ledger: ledger.clone(),

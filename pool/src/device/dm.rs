@@ -230,6 +230,12 @@ impl Pool for DeviceMapper {
         }
     }
 
+    fn flush(&self, name: &DeviceName) -> Result<(), DeviceError> {
+        let path = name.path();
+        let flushed = File::open(&path).and_then(|device| device.sync_all());
+        flushed.map_err(|e| said(&format!("flushing {path}"), e))
+    }
+
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
         let options = DmOptions::default().set_flags(DmFlags::DM_SUSPEND);
         let suspended = self.dm.device_suspend(&id(name.as_str())?, options);

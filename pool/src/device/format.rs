@@ -39,7 +39,8 @@ impl Filesystem for Tools {
             "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
         };
         // Every mount reads an orphan file from end to end, and kernels before 5.15 do not know it.
-        let make = |options: &[&str]| run("mkfs.ext4", &[&["-q", "-F", "-m", "0"], options, &[path]].concat());
+        let make =
+            |options: &[&str]| run("mkfs.ext4", &[&["-q", "-F", "-m", "0"], options, &[path]].concat());
         if make(&["-O", "^orphan_file", "-E", tables]).is_err() {
             // e2fsprogs before 1.47 know neither.
             make(&["-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])?;

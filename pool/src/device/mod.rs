@@ -171,7 +171,7 @@ pub trait Pool: Send + Sync {
     fn facts(&self) -> Result<PoolFacts, DeviceError>;
     /// Makes an empty thin device.
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError>;
-    /// Makes a snapshot of `origin`, which is inactive, or suspended.
+    /// Makes a snapshot of `origin`, which is inactive, closed or suspended.
     fn create_snap(&self, thin: ThinId, origin: ThinId) -> Result<(), DeviceError>;
     /// Deletes a thin device that is not active. Succeeds if it is not there.
     fn delete(&self, thin: ThinId) -> Result<(), DeviceError>;
@@ -179,6 +179,8 @@ pub trait Pool: Send + Sync {
     fn activate(&self, activation: &Activation) -> Result<(), DeviceError>;
     /// Removes a device that nobody has open.
     fn deactivate(&self, name: &DeviceName) -> Result<Deactivated, DeviceError>;
+    /// Makes all that was written to a device durable.
+    fn flush(&self, name: &DeviceName) -> Result<(), DeviceError>;
     /// Stops a device's I/O, with what is mounted of it flushed and frozen.
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError>;
     /// Lets it go on.

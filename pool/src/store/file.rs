@@ -143,7 +143,8 @@ impl Format {
     /// Made whole beside its name and then renamed: a crash leaves either no store or a good one.
     fn create(&self, path: &Path) -> Result<(), OpenError> {
         let fresh = path.with_extension("db.new");
-        for leftover in [fresh.clone(), path.with_extension("db.new-journal")] {
+        let beside = ["db.new", "db.new-journal", "db.new-wal", "db.new-shm"];
+        for leftover in beside.map(|extension| path.with_extension(extension)) {
             match fs::remove_file(&leftover) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.io(path, error)),
                 _ => {}
@@ -153,7 +154,10 @@ impl Format {
             connection.execute_batch(&format!(
                 "PRAGMA synchronous = FULL; BEGIN; {} PRAGMA application_id = {}; PRAGMA user_version = {}; COMMIT;",
                 self.tables, self.application_id, self.version
-            ))
+            ))?;
+            // Written into the file's header, so that others who open it know.
+            connection.pragma_update(None, "journal_mode", "WAL")?;
+            connection.close().map_err(|(_, error)| error)
         });
         made.map_err(|e| self.sqlite(path, &e))?;
         fs::rename(&fresh, path).map_err(|e| self.io(path, e))?;

@@ -197,6 +197,21 @@ pub(super) fn start<S: Stored>(connection: Connection, state: S, path: PathBuf) 
     Ok(Handle(shared))
 }
 
+/// The thread's end, in order or by a panic: nobody must wait for it any more.
+struct End<S: Stored>(Arc<Shared<S>>);
+
+impl<S: Stored> Drop for End<S> {
+    fn drop(&mut self) {
+        let mut book = self.0.book.lock().unwrap_or_else(PoisonError::into_inner);
+        book.closed = true;
+        // Whoever waits for one of these hears that there is nobody to answer.
+        let unwritten = std::mem::take(&mut book.queued);
+        let closing = book.closing.replace(Vec::new());
+        drop(book);
+        drop((unwritten, closing));
+    }
+}
+
 struct Writer<S: Stored> {
     connection: Connection,
     shared: Arc<Shared<S>>,
@@ -205,16 +220,11 @@ struct Writer<S: Stored> {
 
 impl<S: Stored> Writer<S> {
     fn run(mut self) {
+        let _end = End(self.shared.clone());
         while let Some(batch) = self.shared.next() {
             self.commit_together(batch);
         }
-        let shared = self.shared.clone();
         self.close();
-        let Ok(mut book) = shared.book() else { return };
-        book.closed = true;
-        for closed in book.closing.iter_mut().flat_map(|closing| closing.drain(..)) {
-            let _gone = closed.send(());
-        }
     }
 
     /// Moves the write-ahead log into the file, so that what lies there between two runs is one file.
