@@ -299,3 +299,27 @@ async fn a_device_that_is_opened_while_others_are_removed_is_left_alone() {
     process.settle().await;
     assert!(world.is_empty());
 }
+
+#[tokio::test]
+async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    world.state.lock().unwrap().at_leisure = true;
+    process.acquirer.release(&lease.vm, None).await.unwrap();
+    for _ in 0..2 {
+        process.reclaimer.pass_over_everything().await;
+        let why = process.reclaimer.waiting.read().unwrap()[&lease.id].clone();
+        assert!(why.contains("is being removed"), "{why}");
+        assert_eq!(world.look(|s| (s.snapshots.len(), s.devices.len(), s.collections)), (0, 1, 1));
+    }
+    assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_some()), "forgotten with its device there");
+    // It goes while a pass waits for it.
+    let goes = async {
+        tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        world.state.lock().unwrap().devices.clear();
+    };
+    tokio::join!(process.reclaimer.pass_over_everything(), goes);
+    assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_none()));
+    assert_eq!(world.look(|s| s.collections), 1);
+}

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,8 @@ use serde_json::{Value, json};
 use crate::{
     Outcome,
     catalogue::MEMORY,
-    samples::Samples,
+    samples::{Samples, rounded},
+    side::Side,
     snapshots::{Sides, meta},
 };
 
@@ -40,15 +42,34 @@ pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
         tokio::time::sleep(Duration::from_secs(1)).await;
         samples.add(megabytes(serve, "VmRSS")?);
     }
+    let peak = megabytes(serve, "VmHWM")?;
+    let back = kill_and_prepare(side).await?;
     meta(&json!({ "memory": {
         "snapshots": side.count().await?,
         "serve_before_mb": empty,
-        "serve_peak_mb": megabytes(serve, "VmHWM")?,
+        "serve_peak_mb": peak,
+        "seconds_from_a_kill_to_the_next_prepare": rounded(back.as_secs_f64()),
         "containerd_mb": megabytes(pid_of("containerd", None)?, "VmRSS")?,
         "seconds_to_make_them": took,
     } }));
     let value = samples.median().ok_or("nothing was measured")?;
     Ok(MEMORY.result(value, &samples, None))
+}
+
+/// How long nobody gets a disk when the service is killed and started again with all these snapshots.
+async fn kill_and_prepare(side: &Side) -> Outcome<Duration> {
+    let begun = Instant::now();
+    let killed = Command::new("cowshed-host").args(["kill", "cowshed"]).status()?;
+    if !killed.success() {
+        return Err(format!("cowshed-host kill cowshed: {killed}").into());
+    }
+    loop {
+        match side.prepare().await {
+            Ok(_) => return Ok(begun.elapsed()),
+            Err(error) if begun.elapsed() > LIMIT => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
 }
 
 /// A process by its program's name and, if it is given, its first argument.

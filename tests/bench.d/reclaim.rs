@@ -53,6 +53,8 @@ impl Measured {
             "idle": self.idle.summary(),
             "reclaiming": self.reclaiming.summary(),
             "ratio_of_p99": rounded(self.ratio()?),
+            // who came while containerd's collection held its lock
+            "longest_ms": self.reclaiming.percentile(100).map(rounded),
             "seconds": self.seconds,
         }))
     }
