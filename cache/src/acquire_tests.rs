@@ -316,7 +316,7 @@ async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection(
     assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_some()), "forgotten with its device there");
     // It goes while a pass waits for it.
     let goes = async {
-        tokio::time::sleep(std::time::Duration::from_millis(60)).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
         world.state.lock().unwrap().devices.clear();
     };
     tokio::join!(process.reclaimer.pass_over_everything(), goes);
