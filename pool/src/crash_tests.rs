@@ -462,3 +462,19 @@ fn removals_that_cannot_be_written_are_repeated_in_order() {
         assert_eq!(s.0.store.read(|tree| tree.listed().count()), 0);
     });
 }
+
+#[test]
+fn a_layer_is_on_the_disk_when_its_commit_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let pool = FakePool::new();
+    let layer = |s: &Snapshotter| s.0.store.read(|tree| tree.ready("base").map(|s| s.thin)).unwrap();
+    runtime().block_on(async {
+        let s = start(directory.path(), &pool).await;
+        let path = make(&s, "layer", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        pool.write(path.strip_prefix("/dev/mapper/").unwrap(), ", unpacked");
+        s.commit("base".into(), "layer".into(), BTreeMap::new()).await.unwrap();
+        s.close().await;
+        pool.cut_power();
+        assert_eq!(pool.thins()[&layer(&s)], "empty, unpacked");
+    });
+}

@@ -41,6 +41,8 @@ struct Device {
 #[derive(Debug)]
 struct State {
     thins: BTreeMap<ThinId, String>,
+    /// What the disk has of those that were written and not flushed.
+    unflushed: BTreeMap<ThinId, String>,
     devices: BTreeMap<String, Device>,
     fuse: Fuse,
     creations: u32,
@@ -52,8 +54,13 @@ pub(crate) struct FakePool(Arc<Mutex<State>>);
 
 impl FakePool {
     pub(crate) fn new() -> Self {
-        let state =
-            State { thins: BTreeMap::new(), devices: BTreeMap::new(), fuse: Fuse::Whole, creations: 0 };
+        let state = State {
+            thins: BTreeMap::new(),
+            unflushed: BTreeMap::new(),
+            devices: BTreeMap::new(),
+            fuse: Fuse::Whole,
+            creations: 0,
+        };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -69,9 +76,21 @@ impl FakePool {
         self.state().fuse
     }
 
-    /// The power goes: devices are gone, thin devices stay.
+    /// The power goes: devices are gone, thin devices stay, but for what was not flushed.
     pub(crate) fn cut_power(&self) {
-        self.state().devices.clear();
+        let mut state = self.state();
+        state.devices.clear();
+        let on_disk = std::mem::take(&mut state.unflushed);
+        state.thins.extend(on_disk);
+    }
+
+    /// Writes to a device; what is written is not flushed.
+    pub(crate) fn write(&self, name: &str, what: &str) {
+        let mut state = self.state();
+        let thin = state.devices[name].thin;
+        let before = state.thins[&thin].clone();
+        state.thins.insert(thin, before.clone() + what);
+        state.unflushed.entry(thin).or_insert(before);
     }
 
     pub(crate) fn thins(&self) -> BTreeMap<ThinId, String> {
@@ -256,7 +275,11 @@ impl Pool for FakePool {
     }
 
     fn flush(&self, name: &DeviceName) -> Result<(), DeviceError> {
-        self.effect(|state| state.devices.get(name.as_str()).map(|_| ()).ok_or_else(|| refused("flush")))
+        self.effect(|state| {
+            let thin = state.devices.get(name.as_str()).ok_or_else(|| refused("flush"))?.thin;
+            state.unflushed.remove(&thin);
+            Ok(())
+        })
     }
 
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {

@@ -260,6 +260,8 @@ mod tests {
         let connection = FORMAT.open(&path).unwrap();
         let size = || fs::metadata(&log).unwrap().len();
         assert_eq!(size(), LOG_BYTES as u64);
+        // Bytes 18 and 19 of a file with a write-ahead log are 2 (sqlite.org/fileformat.html).
+        assert_eq!(fs::read(&path).unwrap()[18..20], [2, 2]);
         for n in 0..2000 {
             connection.execute("INSERT INTO cows VALUES (?)", [format!("cow {n}")]).unwrap();
         }

@@ -1,4 +1,4 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     collections::BTreeSet,
@@ -165,5 +165,24 @@ async fn closed_it_has_written_all_and_takes_no_more() {
     closed.await.unwrap();
     assert_eq!((first.await.unwrap(), sold.await.unwrap()), (Ok(()), Ok(())));
     // Once more does no harm.
+    store.close().await;
+}
+
+#[tokio::test]
+async fn after_a_panic_nobody_waits_for_ever() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    let asked = store.clone();
+    let queued = tokio::spawn(async move { write(&asked, Buy("Bertha".into())).await });
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let asked = store.clone();
+    let panics = tokio::spawn(async move {
+        asked.write::<(), WriteError>(|_| panic!("a decision that panics, as the test wants it")).await
+    });
+    assert!(panics.await.unwrap_err().is_panic());
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(queued.await.unwrap(), Err(WriteError::Stopping));
+    assert_eq!(write(&store, Buy("Clara".into())).await, Err(WriteError::Stopping));
     store.close().await;
 }
