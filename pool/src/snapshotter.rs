@@ -70,6 +70,8 @@ const STRIPES: usize = 256;
 
 /// Within this time an image's next layer is made of the one just committed, and need not wait for its deactivation.
 const NEXT_LAYER: Duration = Duration::from_secs(1);
+/// So long at the most deactivations wait for the end of makings that follow each other as those of an unpack do.
+const UNPACK: Duration = Duration::from_secs(10);
 
 /// A base that udevd looks at, although no rule sends it, is let go within this time.
 const BASE_IN_USE: Duration = Duration::from_secs(3);
@@ -582,6 +584,10 @@ impl Snapshotter {
             let id = written.await?;
             tokio::spawn(async move {
                 tokio::time::sleep(NEXT_LAYER).await;
+                let until = Instant::now() + UNPACK;
+                while !writer.traffic.is_quiet_for(NEXT_LAYER) && Instant::now() < until {
+                    tokio::time::sleep(NEXT_LAYER / 4).await;
+                }
                 writer.put_to_rest(id).await;
             });
             Ok(())

@@ -48,6 +48,11 @@ impl Traffic {
         self.makings.load(Ordering::Relaxed) > 0 || within(&self.last_removal, NEXT_REMOVAL)
     }
 
+    /// Whether nothing was made for so long.
+    pub(crate) fn is_quiet_for(&self, time: Duration) -> bool {
+        self.makings.load(Ordering::Relaxed) == 0 && !within(&self.last_making, time)
+    }
+
     /// Whether somebody waits, or will in a moment.
     pub(crate) fn is_lively(&self) -> bool {
         self.is_in_the_way()
