@@ -21,7 +21,7 @@ use crate::{
     snapshotter::{Inner, Settings, Snapshotter},
     start::{Found, reconcile},
     store::{self, Store},
-    tree::{Kind, State, ThinId},
+    tree::{Kind, Snapshot, State, ThinId},
 };
 
 const SIZE: &str = "containerd.io/snapshot/cowshed.size";
@@ -110,7 +110,7 @@ async fn audit(s: &Snapshotter, pool: &FakePool, promised: &Promised, what: &str
     quiet(s).await;
     let (ours, to_be_active, keys) = s.0.store.read(|tree| {
         let ours: BTreeSet<ThinId> = tree.all().map(|s| s.thin).collect();
-        let active = tree.listed().filter(|s| matches!(s.kind, Kind::Active | Kind::View));
+        let active = tree.listed().filter(|s| s.kind.is_active());
         let active: BTreeSet<String> = active.map(|one| s.0.name(one.id).as_str().to_owned()).collect();
         let keys: BTreeSet<String> = tree.listed().map(|s| s.key.clone()).collect();
         (ours, active, keys)
@@ -363,6 +363,40 @@ fn a_pool_that_was_used_up_makes_no_more() {
     });
 }
 
+/// Else its thin id could be another disk's before the next of a crowd makes a snapshot of it.
+#[test]
+fn a_lost_base_keeps_its_thin_id_while_somebody_wants_a_snapshot_of_it() {
+    with_pool(async |s, pool| {
+        make(&s, "warm", "", Kind::Active, &[]).await.unwrap();
+        let blanks = || -> Vec<Snapshot> {
+            s.0.store.read(|tree| tree.all().filter(|s| s.kind == Kind::Blank).cloned().collect())
+        };
+        let lost = blanks().remove(0);
+        // A making holds its origin,
+        let held = pool.hold();
+        let asked = s.clone();
+        let caller = tokio::spawn(async move { make(&asked, "a", "", Kind::Active, &[]).await });
+        while !s.0.busy.counts().contains_key(&lost.id) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(held);
+        caller.await.unwrap().unwrap();
+        assert!(s.0.busy.counts().is_empty());
+        // as this one does, which is slow.
+        let slow = s.0.busy.hold([lost.id]);
+        pool.lose(lost.thin);
+        make(&s, "b", "", Kind::Active, &[]).await.unwrap();
+        make(&s, "c", "", Kind::Active, &[]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(blanks().iter().any(|blank| blank.id == lost.id), "it was struck off while it was wanted");
+        assert!(!pool.thins().contains_key(&lost.thin), "its thin id is somebody else's");
+        drop(slow);
+        s.0.wake.notify_one();
+        quiet(&s).await;
+        assert_eq!(blanks().len(), 1);
+    });
+}
+
 #[test]
 fn a_base_that_the_pool_has_lost_is_made_anew() {
     let directory = tempfile::tempdir().unwrap();
@@ -399,13 +433,13 @@ fn a_caller_that_has_gone_leaves_nothing() {
         let held = pool.hold();
         let asked = s.clone();
         let caller = tokio::spawn(async move { make(&asked, "a", "", Kind::Active, &[]).await });
-        while s.0.making().is_empty() {
+        while s.0.busy.counts().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         caller.abort();
         assert!(caller.await.unwrap_err().is_cancelled());
         drop(held);
-        while !s.0.making().is_empty() {
+        while !s.0.busy.counts().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         quiet(&s).await;

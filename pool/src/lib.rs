@@ -3,6 +3,7 @@
 //! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
 //! intent → effect → confirmation, `service` speaks containerd's Snapshots API.
 
+mod busy;
 #[cfg(test)]
 mod crash_tests;
 pub mod device;
@@ -11,8 +12,10 @@ mod error;
 mod fake;
 mod filter;
 mod ids;
+mod make;
 mod metrics;
 mod reclaim;
+mod rest;
 mod service;
 mod size;
 mod snapshotter;

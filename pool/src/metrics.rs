@@ -80,7 +80,10 @@ impl Metrics {
                     "Bytes that deleted snapshots mapped, shared ones too",
                 )?,
             )?,
-            healthy: gauge("cowshed_snapshotter_up", "1 if snapshots can be made")?,
+            healthy: gauge(
+                "cowshed_snapshotter_up",
+                "1 when it has found its pool and store good, 0 as long as it waits or refuses",
+            )?,
         })
     }
 

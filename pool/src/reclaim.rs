@@ -3,7 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::HashMap,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -96,10 +96,7 @@ async fn write_abandoned(inner: &Inner) -> bool {
 
 async fn recount(inner: &Inner) {
     match inner.on_pool(|pool| pool.creations()).await {
-        Ok(made) => {
-            inner.creations.store(made, Ordering::Relaxed);
-            inner.metrics.creations(made);
-        }
+        Ok(made) => inner.know_creations(made),
         Err(error) => tracing::warn!(%error, "the pool's count of snapshots ever made cannot be read"),
     }
 }
@@ -107,11 +104,11 @@ async fn recount(inner: &Inner) {
 /// The next ones that can be tried.
 fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
     let now = Instant::now();
-    // Both are held while the tree is read: what is marked just now is in one of them before it is in the tree.
-    let (making, unwritten) = (inner.making(), inner.unwritten());
+    // Kept while the tree is read: what is marked just now is in there before it is in the tree.
+    let busy = inner.busy.counts();
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
-        let removed = tree.removing().filter(|s| !making.contains(&s.id) && !unwritten.contains_key(&s.id));
+        let removed = tree.removing().filter(|s| !busy.contains_key(&s.id));
         removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(count).cloned().collect()
     })
 }
@@ -121,13 +118,13 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
     let begun = Instant::now();
     let mut waited = give_way(inner, patience).await;
     let deactivated = join_all(batch.iter().map(|snapshot| async {
-        let name = inner.name(snapshot.id);
+        let (name, mapped) = (inner.name(snapshot.id), snapshot.mapped);
         // Nobody activates it any more once it is Removing, but one who began before may be at it.
         let _alone = inner.device_lock(snapshot.id).lock().await;
         inner
             .on_pool(move |pool| {
-                let mapped = pool.look(&name)?.and_then(|live| live.mapped);
-                Ok((pool.deactivate(&name)?, mapped))
+                let active = pool.look(&name)?.and_then(|live| live.mapped);
+                Ok((pool.deactivate(&name)?, active.or(mapped)))
             })
             .await
     }))

@@ -1,9 +1,10 @@
 //! containerd's Snapshots API (`containerd.services.snapshots.v1`), as a proxy plugin serves it.
 
-use std::{collections::BTreeMap, pin::Pin};
+use std::{collections::BTreeMap, iter, pin::Pin};
 
 use containerd_client::{services::v1::snapshots as api, types::Mount as ApiMount};
 use futures_util::Stream;
+use prost::Message as _;
 use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 
@@ -21,8 +22,10 @@ mod generated {
 use generated::snapshots_server::Snapshots;
 pub use generated::snapshots_server::SnapshotsServer;
 
-/// A List's answer comes in messages of so many snapshots.
+/// A List's answer comes in messages of so many snapshots at the most,
 const PAGE: usize = 100;
+/// and of so many bytes, or one snapshot: labels can be an image's annotations, and containerd takes 16 MiB.
+const PAGE_BYTES: usize = 1 << 20;
 
 /// The API of a snapshotter.
 #[derive(Clone)]
@@ -91,7 +94,8 @@ impl Snapshots for Api {
     }
 
     async fn stat(&self, request: Request<api::StatSnapshotRequest>) -> Reply<api::StatSnapshotResponse> {
-        let (snapshot, parent) = self.0.stat(&request.into_inner().key)?;
+        let key = request.into_inner().key;
+        let (snapshot, parent) = timed(&self.0.0.metrics, "stat", async { self.0.stat(&key) }).await?;
         Ok(Response::new(api::StatSnapshotResponse { info: Some(info(&snapshot, &parent)) }))
     }
 
@@ -109,15 +113,17 @@ impl Snapshots for Api {
     }
 
     async fn list(&self, request: Request<api::ListSnapshotsRequest>) -> Reply<Self::ListStream> {
-        let filters = Filters::parse(&request.into_inner().filters)?;
-        let found: Vec<api::Info> = self.0.0.store.read(|tree| {
-            let all = tree.listed().map(|snapshot| (snapshot, tree.parent_key(snapshot)));
-            let matching = all.filter(|(snapshot, parent)| filters.match_snapshot(snapshot, parent));
-            matching.map(|(snapshot, parent)| info(snapshot, parent)).collect()
-        });
-        let pages: Vec<_> =
-            found.chunks(PAGE).map(|page| Ok(api::ListSnapshotsResponse { info: page.to_vec() })).collect();
-        Ok(Response::new(Box::pin(futures_util::stream::iter(pages))))
+        let wanted = request.into_inner().filters;
+        let listing = async {
+            let filters = Filters::parse(&wanted)?;
+            Ok(self.0.0.store.read(|tree| {
+                let all = tree.listed().map(|snapshot| (snapshot, tree.parent_key(snapshot)));
+                let matching = all.filter(|(snapshot, parent)| filters.match_snapshot(snapshot, parent));
+                matching.map(|(snapshot, parent)| info(snapshot, parent)).collect::<Vec<_>>()
+            }))
+        };
+        let found = timed(&self.0.0.metrics, "list", listing).await?;
+        Ok(Response::new(Box::pin(futures_util::stream::iter(pages(found).map(Ok)))))
     }
 
     async fn usage(&self, request: Request<api::UsageRequest>) -> Reply<api::UsageResponse> {
@@ -128,9 +134,28 @@ impl Snapshots for Api {
     }
 
     async fn cleanup(&self, _request: Request<api::CleanupRequest>) -> Reply<()> {
-        self.0.cleanup();
+        let waking = async {
+            self.0.cleanup();
+            Ok(())
+        };
+        timed(&self.0.0.metrics, "cleanup", waking).await?;
         Ok(Response::new(()))
     }
+}
+
+fn pages(found: Vec<api::Info>) -> impl Iterator<Item = api::ListSnapshotsResponse> + Send {
+    let mut rest = found.into_iter().peekable();
+    iter::from_fn(move || {
+        rest.peek()?;
+        let (mut info, mut bytes) = (Vec::new(), 0);
+        while let Some(next) = rest.next_if(|next| {
+            bytes += next.encoded_len();
+            info.is_empty() || info.len() < PAGE && bytes <= PAGE_BYTES
+        }) {
+            info.push(next);
+        }
+        Some(api::ListSnapshotsResponse { info })
+    })
 }
 
 fn mounts(mount: Mount) -> Vec<ApiMount> {

@@ -10,13 +10,13 @@
 //! | one of our devices, suspended | resumed: a snapshot of it was being made |
 //! | one of our devices without a record | deactivated if closed: its name is ours, and says so |
 //! | a thin id in the pool without a record | reported, avoided, left alone |
-//! | a base without a thin id in the pool | marked Removing; made anew when it is needed |
+//! | a base without a thin id in the pool | deleted; made anew when it is needed |
 //! | another record without a thin id in the pool | reported; its use fails |
 
 use std::{
     collections::BTreeSet,
     path::Path,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -176,8 +176,8 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
     let thin_ids = match pool.thin_ids() {
         Ok(ids) => Some(ids),
         Err(error) => {
-            // What cannot be listed may be damaged, and every change would make it worse.
-            if let Ok(Some(said)) = pool.damage() {
+            // What cannot be listed may be damaged, and every change would make it worse; so would not knowing.
+            if let Some(said) = pool.damage().map_err(passing)? {
                 return Err(Hindrance::Lasting(format!(
                     "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. Stop \
                      what uses the pool, deactivate it, repair it with lvconvert --repair, and start again"
@@ -198,8 +198,7 @@ fn passing(error: DeviceError) -> Hindrance {
 
 /// Brings store, pool and kernel together, then lets requests in.
 pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Found) -> Result<(), String> {
-    inner.creations.store(found.creations, Ordering::Relaxed);
-    inner.metrics.creations(found.creations);
+    inner.know_creations(found.creations);
     half_made(inner, found.new_uuid, found.thin_ids.as_ref()).await.map_err(|e| e.to_string())?;
     if let Some(ids) = found.thin_ids {
         compare_ids(inner, ids).await;
@@ -216,7 +215,7 @@ pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Fo
     }
     set(inner, Health::Serving);
     activate_all(inner, &tree).await;
-    for snapshot in tree.all().filter(|s| s.state == State::Ready && s.kind == Kind::Committed) {
+    for snapshot in tree.all().filter(|s| s.state == State::Ready && !s.kind.is_active()) {
         if snapshot.mapped.is_none() || awake.contains(&snapshot.id) {
             inner.active_origins().entry(snapshot.id).or_default();
             let (inner, id) = (inner.clone(), snapshot.id);
@@ -316,7 +315,7 @@ fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<
                 Ok(became) => tracing::warn!(%name, ?became, "a device of ours without a record"),
                 Err(error) => tracing::error!(%name, %error, "a device of ours without a record stays"),
             },
-            Some(s) if s.state == State::Ready && !matches!(s.kind, Kind::Active | Kind::View) => {
+            Some(s) if s.state == State::Ready && !s.kind.is_active() => {
                 awake.insert(id);
             }
             Some(_) => {}
@@ -334,11 +333,10 @@ fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
 }
 
 async fn activate_all(inner: &Inner, tree: &Tree) {
-    let to_be_active =
-        tree.listed().filter(|s| matches!(s.kind, Kind::Active | Kind::View)).map(|snapshot| async move {
-            if let Err(error) = inner.ensure_active(snapshot.id).await {
-                tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
-            }
-        });
+    let to_be_active = tree.listed().filter(|s| s.kind.is_active()).map(|snapshot| async move {
+        if let Err(error) = inner.ensure_active(snapshot.id).await {
+            tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
+        }
+    });
     join_all(to_be_active).await;
 }

@@ -76,6 +76,11 @@ impl Kind {
             .find(|kind| kind.as_str() == text)
     }
 
+    /// Whether such snapshots have an active device for as long as they are there.
+    pub(crate) fn is_active(self) -> bool {
+        matches!(self, Self::Active | Self::View)
+    }
+
     /// Whether containerd knows of such snapshots.
     pub fn is_listed(self) -> bool {
         matches!(self, Self::Active | Self::View | Self::Committed)
@@ -194,7 +199,21 @@ pub(crate) enum Plan {
 }
 
 /// The record of a base that is to be made, and the snapshot that it is grown from.
-pub(crate) type BasePlan = (Box<Snapshot>, Option<Box<Snapshot>>);
+#[derive(Debug)]
+pub(crate) struct BasePlan {
+    pub(crate) new: Box<Snapshot>,
+    pub(crate) origin: Option<Box<Snapshot>>,
+    /// One that was begun and could not be given up: nobody is making it.
+    left: Option<Box<Snapshot>>,
+}
+
+impl BasePlan {
+    /// What is written down of it.
+    pub(crate) fn changes(&self) -> Vec<Change> {
+        let left = self.left.iter().map(|left| removing(left, self.new.created));
+        left.chain([Change::Put(self.new.clone())]).collect()
+    }
+}
 
 /// All snapshots.
 #[derive(Clone, Debug)]
@@ -367,7 +386,7 @@ impl Tree {
     }
 
     /// Decides how a base that is not there is made: its record, and its origin (none for a blank). `None` if another
-    /// has made it in the meantime.
+    /// has made it in the meantime. To be asked by one at a time.
     pub(crate) fn make_base(&self, base: Base, now: UnixNanos) -> Result<Option<BasePlan>> {
         if self.ready_base(base).is_some() {
             return Ok(None);
@@ -379,7 +398,8 @@ impl Tree {
         };
         let kind = if parent.is_some() { Kind::Grown } else { Kind::Blank };
         let new = Snapshot { kind, created: now, updated: now, ..self.intent(base.of, base.bytes)? };
-        Ok(Some((Box::new(new), parent.cloned().map(Box::new))))
+        let left = self.bases.get(&base).and_then(|id| self.get(*id)).cloned().map(Box::new);
+        Ok(Some(BasePlan { new: Box::new(new), origin: parent.cloned().map(Box::new), left }))
     }
 
     fn ready_base(&self, base: Base) -> Option<&Snapshot> {
@@ -467,7 +487,11 @@ impl Tree {
     pub(crate) fn remove(&self, key: &str, now: UnixNanos) -> Result<Vec<Change>> {
         let Some(snapshot) = self.keys.get(key).and_then(|id| self.get(*id)) else { return Ok(Vec::new()) };
         if snapshot.state == State::Preparing {
-            return Err(Error::new(Code::Unavailable, format!("snapshot {key:?} is being made; try again")));
+            // The one error that does not end containerd's collection.
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("snapshot {key:?} is being made; try again"),
+            ));
         }
         let children = self.children.get(&snapshot.id).copied().unwrap_or(0);
         if children > 0 {
@@ -560,7 +584,9 @@ impl Tree {
             return;
         }
         if snapshot.kind.is_listed() {
-            self.keys.remove(&snapshot.key);
+            if self.keys.get(&snapshot.key) == Some(&snapshot.id) {
+                self.keys.remove(&snapshot.key);
+            }
             if let Some(parent) = snapshot.parent
                 && let Some(count) = self.children.get_mut(&parent)
             {
@@ -570,7 +596,11 @@ impl Tree {
                 }
             }
         } else {
-            self.bases.remove(&Base { of: snapshot.parent, bytes: snapshot.bytes });
+            // One that could not be given up in time may have a successor.
+            let base = Base { of: snapshot.parent, bytes: snapshot.bytes };
+            if self.bases.get(&base) == Some(&snapshot.id) {
+                self.bases.remove(&base);
+            }
         }
     }
 }
@@ -579,7 +609,11 @@ fn removing(snapshot: &Snapshot, now: UnixNanos) -> Change {
     Change::Put(Box::new(Snapshot { state: State::Removing, updated: now, ..snapshot.clone() }))
 }
 
+/// A layer's labels can be an image's annotations, and all images on it have its size: only disks can ask for one.
 fn wanted_size(wish: &Wish) -> Result<Option<Bytes>> {
+    if wish.labels.contains_key(LAYER_LABEL) {
+        return Ok(None);
+    }
     let Some((label, text)) = SIZE_LABELS.iter().find_map(|label| wish.labels.get_key_value(*label)) else {
         return Ok(None);
     };

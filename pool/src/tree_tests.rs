@@ -43,9 +43,9 @@ fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
     loop {
         match tree.prepare(wish)? {
             Plan::Needs(base) => {
-                let (new, _) = tree.make_base(base, wish.now)?.unwrap();
-                let id = new.id;
-                tree.apply(Change::Put(new));
+                let plan = tree.make_base(base, wish.now)?.unwrap();
+                let id = plan.new.id;
+                plan.changes().into_iter().for_each(|change| drop(tree.apply(change)));
                 tree.apply(tree.confirm(id)?);
             }
             Plan::Make(new, _) => {
@@ -99,6 +99,35 @@ fn refusals() {
 }
 
 #[test]
+fn an_image_cannot_ask_for_a_size() {
+    let mut tree = Tree::default();
+    let labels = [(SIZE_LABELS[0], "16MiB"), (SIZE_LABELS[1], "16TiB"), (LAYER_LABEL, "x")];
+    let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let layer = make(&mut tree, &Wish { labels, ..wish("layer", "") }).unwrap();
+    let layer = tree.get(layer).unwrap();
+    assert_eq!((layer.bytes, layer.layer), (wish("", "").base_size, true));
+    assert_eq!(tree.all().count(), 2, "a blank of another size was made");
+}
+
+#[test]
+fn a_base_that_could_not_be_given_up_does_not_hide_its_successor() {
+    let mut tree = Tree::default();
+    let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
+    let first = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let abandoned = first.new.id;
+    first.changes().into_iter().for_each(|change| drop(tree.apply(change)));
+    make(&mut tree, &wish("a", "")).unwrap();
+    let second = tree.ready_base(base).unwrap().id;
+    assert_ne!(second, abandoned);
+    assert_eq!(tree.get(abandoned).unwrap().state, State::Removing);
+    // The reclaimer hears of it late.
+    let again = tree.give_up(abandoned, Traces::Maybe).unwrap();
+    tree.apply(again);
+    tree.apply(Change::Delete(abandoned));
+    assert_eq!(tree.ready_base(base).map(|s| s.id), Some(second));
+}
+
+#[test]
 fn a_removed_name_is_free_at_once_and_its_thin_id_only_when_it_is_gone() {
     let mut tree = Tree::default();
     let first = make(&mut tree, &wish("a", "")).unwrap();
@@ -119,7 +148,7 @@ fn what_the_pool_has_is_avoided() {
     let mut tree = Tree::default();
     tree.avoid(ThinId(1));
     let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
-    let (blank, _) = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let blank = tree.make_base(base, UnixNanos(1)).unwrap().unwrap().new;
     let (id, taken) = (blank.id, blank.thin);
     assert_eq!(taken, ThinId(2));
     tree.apply(Change::Put(blank));

@@ -31,6 +31,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("views_of_what_was_not_unmounted", views_of_what_was_not_unmounted),
     ("what_is_not_ours_stays", what_is_not_ours_stays),
     ("pool_that_does_not_write", pool_that_does_not_write),
+    ("pool_with_io_errors", pool_with_io_errors),
+    ("damaged_pool_metadata", damaged_pool_metadata),
+    ("what_is_told_is_so", what_is_told_is_so),
+    ("alone", alone),
     ("state_full_and_free_again", state_full_and_free_again),
     ("damaged_store_is_left_alone", damaged_store_is_left_alone),
 ];
@@ -143,13 +147,22 @@ fn starts_no_process() -> Outcome {
             client.remove(&format!("np-v-{n}")).await?;
             client.remove(&format!("np-c-{n}")).await?;
         }
-        // udevd has time to do what it would do.
-        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        client.collect().await?;
         Outcome::Ok(())
     });
+    let gone = wait_for("the devices to go", || {
+        let links: Vec<String> = fs::read_dir("/dev/mapper")?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Outcome<_>>()?;
+        let left = links.iter().filter(|link| link.starts_with("cowshed-")).count();
+        check!(left < 2, "{left} are left: {links:?}");
+        Ok(())
+    });
+    // udevd has time to do what it would do.
+    std::thread::sleep(std::time::Duration::from_secs(2));
     let started = count()?;
     sh(&format!("echo 0 > {traced}/events/sched/sched_process_exec/enable; rmdir {traced}"))?;
-    seen?;
+    seen.and(gone)?;
     // The supervisor's own, of the host, are not ours or udev's.
     let ours: Vec<&String> =
         started.iter().filter(|line| !line.contains("filename=/usr/bin/sleep")).collect();
@@ -287,6 +300,165 @@ fn pool_that_does_not_write() -> Outcome {
     status?.fails(8, &["vg-pool"])?;
     check!(block_on(client.list())?.is_empty(), "what was refused is listed");
     block_on(client.prepare("ro-a", "", &[]))?;
+    remove_all(&client)
+}
+
+/// The pool's data cannot be read nor written for a while: the kernel then makes the pool read-only, until it was checked.
+fn pool_with_io_errors() -> Outcome {
+    let client = client()?;
+    block_on(client.prepare("io-a", "", &[]))?;
+    let layer = block_on(client.prepare("io-l", "", &[LAYER]))?;
+    sh(&format!("dd if=/dev/urandom of={} bs=64k seek=1000 count=16 conv=fsync status=none", layer.path))?;
+    let content = |path: &str| {
+        sh(&format!("dd if={path} bs=64k skip=1000 count=16 iflag=direct status=none | sha256sum"))
+    };
+    let before = content(&layer.path)?;
+    let listed =
+        || Ok::<_, Status>(block_on(client.list())?.into_iter().map(|info| info.name).collect::<Vec<_>>());
+    let there = listed()?;
+
+    let table = sh("dmsetup table vg-pool_tdata")?;
+    let sectors = table.split_whitespace().nth(1).ok_or("a short table")?.to_owned();
+    let reload = |table: &str| {
+        sh(&format!(
+            "dmsetup suspend --nolockfs vg-pool_tdata; dmsetup reload vg-pool_tdata --table '{table}'
+             dmsetup resume vg-pool_tdata"
+        ))
+    };
+    reload(&format!("0 {sectors} error"))?;
+    let formatted = block_on(client.prepare("io-b", "", &[(SIZE_LABEL, "11GiB")]));
+    let committed = block_on(client.commit("io-c", "io-l", &[]));
+    let left = listed();
+    let restarted = host("restart", "cowshed").and_then(|()| {
+        wait_for("a refusal that says what to do", || {
+            let made = block_on(client.prepare("io-d", "", &[]));
+            refused(made, Code::FailedPrecondition, &["vg-pool", "needs_check", "thin_check"])
+        })?;
+        Ok(listed()?)
+    });
+
+    // What the refusal says: LVM2 checks a pool when it activates it.
+    host("stop", "cowshed")?;
+    reload(table.trim())?;
+    sh("dmsetup ls --target thin | awk '{ print $1 }' | xargs -r -n 1 dmsetup remove
+        lvchange -an vg/pool; lvchange -ay vg/pool")?;
+    host("start", "cowshed")?;
+    wait_serving()?;
+    refused(formatted, Code::Internal, &["mkfs", "11 GiB"])?;
+    refused(committed, Code::Internal, &["flush", &layer.path])?;
+    same!(left?, there, "what is listed after the errors");
+    same!(restarted?, there, "what is listed by a service that changes nothing");
+    wait_for("the layer's commit", || Ok(block_on(client.commit("io-c", "io-l", &[]))?))?;
+    let view = block_on(client.view("io-v", "io-c"))?;
+    same!(content(&view.path)?, before, "what was written to the layer");
+    block_on(client.prepare("io-b", "", &[(SIZE_LABEL, "11GiB")]))?;
+    remove_all(&client)
+}
+
+/// A block of the pool's metadata is not what it was, and nobody has noticed yet.
+fn damaged_pool_metadata() -> Outcome {
+    let client = client()?;
+    block_on(client.prepare("meta-a", "", &[]))?;
+    host("stop", "cowshed")?;
+    // Byte 328 of the superblock: where the tree of thin devices begins.
+    let metadata = "/dev/mapper/vg-pool_tmeta";
+    let root =
+        sh(&format!("dd if={metadata} bs=4k count=1 iflag=direct status=none | od -An -tu8 -j328 -N8"))?;
+    let root = root.trim();
+    sh(&format!("dd if={metadata} bs=4k skip={root} count=1 iflag=direct of=/tmp/e2e-block status=none"))?;
+    let write = |from: &str| {
+        sh(&format!(
+            "dd if={from} of={metadata} bs=4k seek={root} count=1 oflag=direct conv=notrunc status=none"
+        ))
+    };
+    write("/dev/urandom")?;
+    let creations = || sh("dmsetup status vg-pool");
+    let before = creations()?;
+    let tested = host("start", "cowshed").and_then(|()| {
+        wait_for("a refusal that says what to do", || {
+            let made = block_on(client.prepare("meta-b", "", &[]));
+            refused(
+                made,
+                Code::FailedPrecondition,
+                &["vg-pool", "damaged", "thin_check says", "lvconvert --repair"],
+            )
+        })?;
+        same!(block_on(client.list())?.len(), 1, "snapshots listed");
+        same!(creations()?, before, "the pool's status");
+        Ok(())
+    });
+    let stopped = host("stop", "cowshed");
+    write("/tmp/e2e-block")?;
+    stopped?;
+    host("start", "cowshed")?;
+    wait_serving()?;
+    tested?;
+    wait_for("a snapshot", || Ok(block_on(client.prepare("meta-b", "", &[])).map(drop)?))?;
+    remove_all(&client)
+}
+
+/// Metrics, against what the pool and the kernel say.
+fn what_is_told_is_so() -> Outcome {
+    let client = client()?;
+    let told = |metric: &str| -> Outcome<f64> {
+        let all = sh("curl -sf http://127.0.0.1:9850/metrics")?;
+        let line = all.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
+        Ok(line.ok_or_else(|| format!("there is no {metric}"))?.trim().parse()?)
+    };
+    let operations = |operation: &str| {
+        told(&format!("cowshed_snapshotter_operations_total{{operation=\"{operation}\",result=\"ok\"}}"))
+    };
+    let of_kind = |kind: &str| told(&format!("cowshed_snapshotter_snapshots{{kind=\"{kind}\"}}"));
+    let (committed, views) = (of_kind("committed")?, of_kind("view")?);
+    let device = block_on(client.prepare("told-a", "", &[]))?.path;
+    sh(&format!("dd if=/dev/urandom of={device} bs=1M seek=64 count=8 conv=fsync status=none"))?;
+    block_on(client.commit("told-c", "told-a", &[]))?;
+    block_on(client.view("told-v", "told-c"))?;
+    block_on(client.list())?;
+    // The pool's own word for it, from its metadata.
+    let creations = "cowshed_snapshotter_pool_creation_time";
+    let in_pool = sh("dmsetup message vg-pool 0 reserve_metadata_snap
+         thin_dump -m /dev/mapper/vg-pool_tmeta | grep -o ' time=\"[0-9]*\"' | head -1 | tr -dc 0-9
+         dmsetup message vg-pool 0 release_metadata_snap")?;
+    same!(told(creations)?, in_pool.trim().parse::<f64>()?, "{creations} before a restart");
+    host("restart", "cowshed")?;
+    wait_serving()?;
+    check!(told(creations)? >= in_pool.trim().parse::<f64>()?, "{creations} after a restart");
+    same!((of_kind("committed")?, of_kind("view")?), (committed + 1.0, views + 1.0), "snapshots");
+    same!(told("cowshed_snapshotter_up")?, 1.0, "cowshed_snapshotter_up");
+    let before = told("cowshed_snapshotter_deleted_bytes_total")?;
+    let removed = operations("remove")?;
+    remove_all(&client)?;
+    check!(operations("remove")? >= removed + 2.0, "removals are not counted");
+    wait_for("all to be gone", || {
+        // Both map the eight megabytes that were written.
+        let gone = told("cowshed_snapshotter_deleted_bytes_total")? - before;
+        check!(gone >= f64::from(16 << 20), "{gone} bytes are said to have gone");
+        same!(told("cowshed_snapshotter_reclaim_backlog")?, 0.0, "the backlog");
+        Ok(())
+    })
+}
+
+/// `cowshed snapshotter`, for containerd's other clients, and nothing else of Cowshed.
+fn alone() -> Outcome {
+    let client = client()?;
+    block_on(client.prepare("alone-a", "", &[]))?;
+    block_on(client.commit("alone-c", "alone-a", &[]))?;
+    host("stop", "cowshed")?;
+    sh("cowshed snapshotter > /tmp/e2e-alone.log 2>&1 & echo $! > /tmp/e2e-alone.pid")?;
+    let tested =
+        wait_for("a view", || Ok(block_on(client.view("alone-v", "alone-c")).map(drop)?)).and_then(|()| {
+            block_on(client.prepare("alone-b", "alone-c", &[]))?;
+            check!(run("cowshed", &["status"])?.ok().is_err(), "the rest of Cowshed answers as well");
+            remove_all(&client)
+        });
+    let stopped = sh("kill $(cat /tmp/e2e-alone.pid)
+        timeout 60 tail --pid=$(cat /tmp/e2e-alone.pid) -f /dev/null; cat /tmp/e2e-alone.log");
+    host("start", "cowshed")?;
+    wait_serving()?;
+    tested.map_err(|error| format!("{error:?}; it said: {stopped:?}"))?;
+    stopped?;
+    wait_for("a snapshot", || Ok(block_on(client.prepare("alone-d", "", &[])).map(drop)?))?;
     remove_all(&client)
 }
 

@@ -2,9 +2,13 @@
 
 use std::collections::HashMap;
 
-use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, Info, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-    ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+use containerd_client::services::v1::{
+    CreateRequest, DeleteRequest,
+    leases_client::LeasesClient,
+    snapshots::{
+        CommitSnapshotRequest, Info, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+        ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+    },
 };
 use tonic::{Request, Status, metadata::MetadataValue, transport::Channel};
 
@@ -83,6 +87,20 @@ impl Snapshots {
     pub(crate) async fn remove(&self, key: &str) -> Result<(), Status> {
         let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
         self.client().remove(self.request(message)).await.map(drop)
+    }
+
+    /// containerd collects its garbage; without a process, unlike `ctr`.
+    #[allow(dead_code, reason = "not every program that shares this asks for it")]
+    pub(crate) async fn collect(&self) -> Result<(), Status> {
+        let mut leases = LeasesClient::new(self.channel.clone());
+        let id = "collect".to_owned();
+        let made = leases.create(self.request(CreateRequest { id: id.clone(), ..Default::default() })).await;
+        if let Err(status) = made
+            && status.code() != tonic::Code::AlreadyExists
+        {
+            return Err(status);
+        }
+        leases.delete(self.request(DeleteRequest { id, sync: true })).await.map(drop)
     }
 
     pub(crate) async fn list(&self) -> Result<Vec<Info>, Status> {

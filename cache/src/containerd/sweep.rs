@@ -11,8 +11,7 @@ use super::{CallError, Containerd, Snapshots};
 const NAME: &str = "cowshed-sweep";
 
 impl Containerd {
-    /// Makes a view of any committed snapshot, and deletes it with a collection. Does nothing where there is none: the
-    /// first removal there will do the same.
+    /// Makes a view of any committed snapshot, or an empty one where there is none, and deletes it with a collection.
     ///
     /// # Errors
     /// If containerd cannot be asked. What was made then goes with the next sweep.
@@ -21,10 +20,13 @@ impl Containerd {
         for left in self.list_leases(LABEL).await? {
             self.delete_lease(&left.id, true).await?;
         }
-        let Some(parent) = self.any_committed().await? else { return Ok(()) };
+        let parent = self.any_committed().await?;
         let lease = format!("{NAME}-{}", uuid::Uuid::new_v4().simple());
         self.create_lease(&lease, HashMap::from([(LABEL.to_owned(), "start".to_owned())])).await?;
-        let made = self.view_snapshot(&lease, &lease, &parent).await;
+        let made = match &parent {
+            Some(parent) => self.view_snapshot(&lease, &lease, parent).await,
+            None => self.prepare_snapshot(&lease, &lease, "", HashMap::new()).await.map(drop),
+        };
         let removed = Snapshots::delete_lease(self, &lease, true).await;
         match made {
             // It was removed between the two calls: a removal as good as ours.

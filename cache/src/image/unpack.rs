@@ -103,7 +103,8 @@ fn refused(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error {
     // Within an apply, "no space" is the snapshot's own filesystem.
     if text.contains("no space left on device") {
         let message = format!(
-            "layer {digest} does not fit: the unpacked image is larger than the snapshotter's disks; set a larger base_image_size"
+            "layer {digest} does not fit: the unpacked image is larger than the snapshotter's disks; make them larger \
+             ([snapshotter] base_size; of containerd's devmapper: base_image_size)"
         );
         return Error::new(Reason::ImageUnsupported, message).with("digest", digest);
     }

@@ -37,8 +37,7 @@ impl Ledger {
     /// If the file is damaged, empty, newer than this program, not a ledger, or cannot be read or written.
     pub fn open(directory: &Path) -> Result<Self, OpenError> {
         let path = directory.join("ledger.db");
-        let connection = FORMAT.open(&path)?;
-        let records = schema::load(&connection, &path)?;
+        let (connection, records) = FORMAT.open(&path, |connection| schema::load(connection, &path))?;
         let store = Store::start(connection, records, path.clone());
         store.map(Self).map_err(|source| FORMAT.io(&path, source))
     }

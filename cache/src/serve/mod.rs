@@ -184,16 +184,20 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     served
 }
 
-fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
-    let broke = |what: String| ServeError::Broke(what);
-    let metrics = Metrics::new().map_err(|e| broke(e.to_string()))?;
+fn containerd(config: &Config) -> Arc<Containerd> {
     let c = &config.containerd;
-    let containerd = Arc::new(Containerd::new(
+    Arc::new(Containerd::new(
         c.address.clone(),
         c.namespace.clone(),
         c.snapshotter.clone(),
         config.call_timeout(),
-    ));
+    ))
+}
+
+fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
+    let broke = |what: String| ServeError::Broke(what);
+    let metrics = Metrics::new().map_err(|e| broke(e.to_string()))?;
+    let containerd = containerd(config);
     let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
         data_headroom_percent: config.pool.data_headroom_percent,
@@ -355,9 +359,12 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         };
         tokio::spawn(http::serve(http, scrape, stopped));
     }
+    let tasks = Tasks::default();
+    tokio::spawn(sweep(containerd(&config), tasks.clone()));
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
     wait_for_signal().await?;
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    let _unfinished = tasks.close(Duration::from_secs(config.server.stop_timeout_seconds)).await;
     stop.send_replace(true);
     plugin.stop().await;
     Ok(())

@@ -36,16 +36,21 @@ pub(super) fn thin_ls(metadata: DeviceNumber) -> Result<BTreeSet<ThinId>, Device
         .collect()
 }
 
-/// What thin_check has against the pool's reserved metadata snapshot; `None` if nothing, or if it cannot be run.
-pub(super) fn thin_check(metadata: DeviceNumber) -> Option<String> {
+/// What thin_check has against the pool's reserved metadata snapshot; `None` if nothing.
+pub(super) fn thin_check(metadata: DeviceNumber) -> Result<Option<String>, DeviceError> {
     let path = node(metadata);
-    let checked = Command::new("thin_check").args(["-m", &path]).output().ok()?;
+    let checked = Command::new("thin_check").args(["-m", &path]).output();
+    let checked = checked.map_err(|e| {
+        DeviceError::Helper(format!(
+            "thin_check of {path}: {e}; it is in the package thin-provisioning-tools"
+        ))
+    })?;
     if checked.status.success() {
-        return None;
+        return Ok(None);
     }
     let said = [checked.stderr, checked.stdout].concat();
     let said: Vec<String> = String::from_utf8_lossy(&said).lines().take(5).map(str::to_owned).collect();
-    Some(said.join("; "))
+    Ok(Some(said.join("; ")))
 }
 
 /// How many snapshots were ever made in the pool: it counts in 24 bits, and corrupts itself beyond.

@@ -106,7 +106,7 @@ impl DeviceMapper {
 
     /// A message's own commit can fail without its sender being told, and the pool turns read-only then.
     fn writes_still(&self) -> Result<(), DeviceError> {
-        let usage = self.facts()?.usage;
+        let usage = self.facts().map_err(|e| said("looking at the pool afterwards", e))?.usage;
         match usage.mode {
             PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
             mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
@@ -233,7 +233,17 @@ impl Pool for DeviceMapper {
     fn flush(&self, name: &DeviceName) -> Result<(), DeviceError> {
         let path = name.path();
         let flushed = File::open(&path).and_then(|device| device.sync_all());
-        flushed.map_err(|e| said(&format!("flushing {path}"), e))
+        flushed.map_err(|e| said(&format!("flushing {path}"), e))?;
+        // A pool that is full may have dropped what was written before.
+        let usage = self.facts()?.usage;
+        match usage.mode {
+            PoolMode::ReadWrite => Ok(()),
+            PoolMode::OutOfDataSpace => {
+                let (name, mode) = (usage.name, usage.mode);
+                Err(DeviceError::PoolStopped { name, mode, advice: "extend it (lvextend), and unpack again" })
+            }
+            PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => self.writes_still(),
+        }
     }
 
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
@@ -272,13 +282,13 @@ impl Pool for DeviceMapper {
 }
 
 impl DeviceMapper {
-    /// What thin_check has against the pool's metadata; `None` if nothing, or if it cannot be asked. Starts a process.
+    /// What thin_check has against the pool's metadata; `None` if nothing. Starts a process.
     ///
     /// # Errors
-    /// If the pool does not give it a snapshot of its metadata.
+    /// If it cannot be run, or the pool does not give it a snapshot of its metadata.
     pub fn damage(&self) -> Result<Option<String>, DeviceError> {
         let metadata = self.metadata()?;
-        self.with_metadata_snap(|| audit::thin_check(metadata))
+        self.with_metadata_snap(|| audit::thin_check(metadata))?
     }
 
     /// Programs read the metadata of a pool that is in use from a snapshot of it.

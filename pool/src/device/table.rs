@@ -96,7 +96,7 @@ pub fn parse_thin(targets: &[Target]) -> Result<Thin, String> {
 }
 
 /// Reads a `thin-pool`'s table: `METADATA-DEVICE DATA-DEVICE BLOCK-SECTORS …`; status: `TRANSACTION META-USED/META-TOTAL
-/// DATA-USED/DATA-TOTAL HELD-ROOT MODE … NEEDS-CHECK …`, or `Fail`.
+/// DATA-USED/DATA-TOTAL HELD-ROOT MODE … NEEDS-CHECK …`, or `Fail`, with no numbers then.
 ///
 /// # Errors
 /// Says what it is instead.
@@ -111,10 +111,19 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
     let block =
         table.split_ascii_whitespace().nth(2).and_then(|n| n.parse::<u64>().ok()).ok_or_else(unreadable)?;
     let words: Vec<&str> = status.split_ascii_whitespace().collect();
+    let zeroing = !table.split_ascii_whitespace().any(|word| word == "skip_block_zeroing");
     if matches!(words.first(), Some(&"Fail" | &"Error")) {
-        return Err(
-            "it has failed, as the kernel's log tells: repair its metadata with thin_repair".to_owned()
-        );
+        // It tells nothing else any more.
+        let (name, mode) = (name.to_owned(), PoolMode::Failed);
+        return Ok(PoolUsage {
+            name,
+            data_used: 0,
+            data_total: 0,
+            metadata_used: 0,
+            metadata_total: 0,
+            mode,
+            zeroing,
+        });
     }
     let pair = |at: usize| words.get(at).and_then(|word| fraction(word)).ok_or_else(unreadable);
     let ((metadata_used, metadata_total), (data_used, data_total)) = (pair(1)?, pair(2)?);
@@ -125,7 +134,7 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
         metadata_used: metadata_used * METADATA_BLOCK_BYTES,
         metadata_total: metadata_total * METADATA_BLOCK_BYTES,
         mode: mode(&words[3..]),
-        zeroing: !table.split_ascii_whitespace().any(|word| word == "skip_block_zeroing"),
+        zeroing,
     })
 }
 
@@ -240,7 +249,10 @@ mod tests {
         for (rest, mode) in modes {
             assert_eq!(status(&format!("0 1/2 3/4 {rest}")).unwrap().mode, mode, "{rest}");
         }
-        for bad in ["Fail", "Error", "", "0 1/2", "0 1/2 x/4 - rw"] {
+        for failed in ["Fail", "Error"] {
+            assert_eq!(status(failed).unwrap().mode, PoolMode::Failed, "{failed}");
+        }
+        for bad in ["", "0 1/2", "0 1/2 x/4 - rw"] {
             assert!(status(bad).is_err(), "{bad:?}");
         }
         assert!(parse_pool("x", &target(8, "linear", "8:0 0"), &target(8, "linear", "")).is_err());

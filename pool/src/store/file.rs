@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, config::DbConfig};
 use thiserror::Error as ThisError;
 
 /// What a kind of store is.
@@ -93,11 +93,17 @@ impl Format {
         }
     }
 
-    /// Opens the store, making it if the file is not there. A file without contents is damaged, not new.
+    /// Opens the store and lets `load` read it, making it if the file is not there. A file without contents is damaged,
+    /// not new.
     ///
     /// # Errors
-    /// If it is damaged, newer, of another kind, or cannot be read and written.
-    pub fn open(&self, path: &Path) -> Result<Connection, OpenError> {
+    /// If it is damaged, newer, of another kind, or cannot be read and written, and if `load` refuses it. File and log
+    /// then are as they were.
+    pub fn open<T>(
+        &self,
+        path: &Path,
+        load: impl FnOnce(&Connection) -> Result<T, OpenError>,
+    ) -> Result<(Connection, T), OpenError> {
         match fs::metadata(path) {
             Ok(found) if found.len() == 0 => return Err(self.damaged(path, "it is empty")),
             Ok(_) => {}
@@ -107,16 +113,34 @@ impl Format {
             }
             Err(error) => return Err(self.io(path, error)),
         }
+        let made_room = make_room_for_log(path);
+        let opened = self.open_what_is_there(path, load);
+        if opened.is_err() && made_room {
+            let _none = fs::remove_file(log_of(path));
+        }
+        opened
+    }
+
+    fn open_what_is_there<T>(
+        &self,
+        path: &Path,
+        load: impl FnOnce(&Connection) -> Result<T, OpenError>,
+    ) -> Result<(Connection, T), OpenError> {
+        let sqlite = |e| self.sqlite(path, &e);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        make_room_for_log(path);
-        let connection = Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))?;
+        let connection = Connection::open_with_flags(path, flags).map_err(sqlite)?;
+        // Closing moves the log into the file, and removes it: not before all is found good.
+        let keep_log = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
+        connection.set_db_config(keep_log, true).map_err(sqlite)?;
         self.check(&connection, path)?;
-        settings(&connection).map_err(|e| self.sqlite(path, &e))?;
+        let loaded = load(&connection)?;
+        settings(&connection).map_err(sqlite)?;
         // Finds out now, not at the first request, that nothing can be written.
         let written = connection
             .execute_batch(&format!("BEGIN IMMEDIATE; PRAGMA user_version = {}; COMMIT", self.version));
-        written.map_err(|e| self.sqlite(path, &e))?;
-        Ok(connection)
+        written.map_err(sqlite)?;
+        connection.set_db_config(keep_log, false).map_err(sqlite)?;
+        Ok((connection, loaded))
     }
 
     /// Opens a store to read what can be read of it.
@@ -197,18 +221,23 @@ fn log_of(path: &Path) -> PathBuf {
 /// overwrites it from its beginning after each checkpoint, and removes it when it is closed in order.
 ///
 /// Without room for it, or in a directory that cannot be written, there is none: what that means, the open finds out.
-fn make_room_for_log(path: &Path) {
+/// Says whether it was made.
+fn make_room_for_log(path: &Path) -> bool {
     let log = log_of(path);
     let fill = || -> io::Result<()> {
         let mut file = fs::File::options().write(true).create_new(true).open(&log)?;
         file.write_all(&vec![0; LOG_BYTES])?;
         file.sync_all()
     };
-    if let Err(error) = fill()
-        && error.kind() != io::ErrorKind::AlreadyExists
-    {
-        // Half of it would take room from what has to be written.
-        let _none = fs::remove_file(&log);
+    match fill() {
+        Ok(()) => true,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                // Half of it would take room from what has to be written.
+                let _none = fs::remove_file(&log);
+            }
+            false
+        }
     }
 }
 
@@ -241,7 +270,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (path, log) = (directory.path().join("herd.db"), directory.path().join("herd.db-wal"));
         fs::write(&log, b"frames").unwrap();
-        let error = FORMAT.open(&path).err().unwrap().to_string();
+        let error = open(&path).err().unwrap().to_string();
         for part in ["write-ahead log is there", "herd.db-wal", "herd.db-shm", "look for a backup"] {
             assert!(error.contains(part), "{part}: {error}");
         }
@@ -250,14 +279,50 @@ mod tests {
 
         // An empty one has nothing to replay.
         fs::write(&log, b"").unwrap();
-        FORMAT.open(&path).unwrap();
+        open(&path).unwrap();
+    }
+
+    fn open(path: &Path) -> Result<Connection, OpenError> {
+        Ok(FORMAT.open(path, |_| Ok(()))?.0)
+    }
+
+    #[test]
+    fn what_is_refused_is_left_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, log) = (directory.path().join("herd.db"), directory.path().join("herd.db-wal"));
+        let contents = || (fs::read(&path).unwrap(), fs::read(&log).ok());
+        let connection = open(&path).unwrap();
+        connection.execute("INSERT INTO cows VALUES ('Bertha')", []).unwrap();
+        // As a power cut leaves them.
+        let left = contents();
+        connection.close().unwrap();
+        let closed = contents();
+        assert_eq!(closed.1, None);
+        let unloved = |_: &Connection| Err::<(), _>(FORMAT.damaged(&path, "no herd of mine"));
+
+        let refused = FORMAT.open(&path, unloved).err().unwrap().to_string();
+        assert!(refused.contains("no herd of mine"), "{refused}");
+        assert!(contents() == closed, "a closed store was changed");
+
+        let mut damaged = closed.0;
+        damaged[4096..4096 + 16].fill(0xff);
+        fs::write(&path, &damaged).unwrap();
+        let refused = open(&path).err().unwrap();
+        assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
+        assert!(contents() == (damaged, None), "a damaged store was changed");
+
+        fs::write(&path, &left.0).unwrap();
+        fs::write(&log, left.1.as_deref().unwrap()).unwrap();
+        FORMAT.open(&path, unloved).err().unwrap();
+        assert!(contents() == left, "a store that was not closed was changed");
+        open(&path).unwrap();
     }
 
     #[test]
     fn the_log_has_its_size_from_the_start_and_keeps_it() {
         let directory = tempfile::tempdir().unwrap();
         let (path, log) = (directory.path().join("herd.db"), directory.path().join("herd.db-wal"));
-        let connection = FORMAT.open(&path).unwrap();
+        let connection = open(&path).unwrap();
         let size = || fs::metadata(&log).unwrap().len();
         assert_eq!(size(), LOG_BYTES as u64);
         // Bytes 18 and 19 of a file with a write-ahead log are 2 (sqlite.org/fileformat.html).
@@ -271,7 +336,7 @@ mod tests {
         for name in ["herd.db", "herd.db-wal"] {
             fs::copy(directory.path().join(name), copy.path().join(name)).unwrap();
         }
-        let again = FORMAT.open(&copy.path().join("herd.db")).unwrap();
+        let again = open(&copy.path().join("herd.db")).unwrap();
         let cows = again.query_row("SELECT count(*) FROM cows", [], |row| row.get::<_, i64>(0)).unwrap();
         assert_eq!(cows, 2000);
         connection.close().unwrap();

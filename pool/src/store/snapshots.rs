@@ -100,8 +100,7 @@ fn signed(number: u64) -> i64 {
 
 /// Opens `path`, making it if it is not there.
 pub(crate) fn open(path: &Path) -> Result<(Connection, Tree, StoreId), OpenError> {
-    let connection = FORMAT.open(path)?;
-    let (tree, store_id) = load(&connection, path)?;
+    let (connection, (tree, store_id)) = FORMAT.open(path, |connection| load(connection, path))?;
     Ok((connection, tree, store_id))
 }
 

@@ -107,12 +107,18 @@ impl<S: Stored> Shared<S> {
         if book.closing.is_some() {
             return Err(WriteError::Stopping);
         }
-        if book.queued.len() >= QUEUE {
+        // What nobody waits for has nobody who could try again.
+        if shows == Shows::WhenDurable && book.queued.len() >= QUEUE {
             return Err(WriteError::Busy);
         }
         let mut batch = Batch { state: &mut book.state, changes: Vec::new(), undo: Vec::new() };
         let finish = decide(&mut batch);
         let Batch { changes, undo, .. } = batch;
+        if shows == Shows::AtOnce && changes.is_empty() {
+            drop(book);
+            finish(Ok(()));
+            return Ok(());
+        }
         let decided = Decided { changes, undo, shows, finish };
         if shows == Shows::AtOnce {
             show(&mut *self.published.write().unwrap_or_else(PoisonError::into_inner), &decided);

@@ -1,0 +1,126 @@
+//! Which devices are active: those of Active snapshots and Views are; a committed one is put to rest.
+
+use std::time::{Duration, Instant};
+
+use crate::{
+    device::{Access, Activation, Deactivated, DeviceError, Pool},
+    error::{Code, Error, Result},
+    snapshotter::Inner,
+    tree::{Change, Kind, Snapshot, SnapshotId, State},
+};
+
+/// Within this time an image's next layer is made of the one just committed, and need not wait for its deactivation.
+const NEXT_LAYER: Duration = Duration::from_secs(1);
+/// So long at the most deactivations wait for the end of makings that follow each other as those of an unpack do.
+const UNPACK: Duration = Duration::from_secs(10);
+
+impl Inner {
+    /// What activates a snapshot that is not committed.
+    pub(crate) fn activation(&self, snapshot: &Snapshot) -> Activation {
+        let access = if snapshot.kind == Kind::View { Access::ReadOnly } else { Access::ReadWrite };
+        Activation { name: self.name(snapshot.id), thin: snapshot.thin, bytes: snapshot.bytes, access }
+    }
+
+    /// Activates a snapshot that should be active: after a start, or if somebody has removed its device by hand. One
+    /// that was half activated when the service was killed is completed.
+    pub(crate) async fn ensure_active(&self, id: SnapshotId) -> Result<()> {
+        let _alone = self.device_lock(id).lock().await;
+        // As it is now: its thin id is another's once it was removed.
+        let is_active = |s: &&Snapshot| s.state == State::Ready && s.kind.is_active();
+        let snapshot = self.store.read(|tree| tree.get(id).filter(is_active).cloned());
+        let Some(snapshot) = snapshot else {
+            return Err(Error::new(Code::NotFound, "the snapshot was removed or committed in the meantime"));
+        };
+        let activation = self.activation(&snapshot);
+        self.on_pool(move |pool| pool.activate(&activation)).await
+    }
+
+    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers.
+    pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
+        let (name, seen) = (self.name(id), self.name(id));
+        if self.on_pool(move |pool| pool.look(&seen)).await?.is_none() {
+            self.ensure_active(id).await?;
+        }
+        self.on_pool(move |pool| pool.flush(&name)).await
+    }
+
+    /// Bytes of the blocks that it maps.
+    pub(crate) async fn mapped(&self, snapshot: &Snapshot) -> Result<u64> {
+        if let Some(mapped) = snapshot.mapped {
+            return Ok(mapped);
+        }
+        let name = self.name(snapshot.id);
+        if let Some(mapped) = self.on_pool(move |pool| pool.look(&name)).await?.and_then(|live| live.mapped) {
+            return Ok(mapped);
+        }
+        self.active_origins().entry(snapshot.id).or_default();
+        self.rest_once(snapshot.id).await?;
+        let known = self.store.read(|tree| tree.get(snapshot.id).and_then(|s| s.mapped));
+        let unknown =
+            || Error::new(Code::Unavailable, format!("what {:?} maps is not known yet", snapshot.key));
+        known.ok_or_else(unknown)
+    }
+
+    /// Puts a snapshot just committed to rest, when the image's next layers were made.
+    pub(crate) async fn rest_later(&self, id: SnapshotId) {
+        tokio::time::sleep(NEXT_LAYER).await;
+        let until = Instant::now() + UNPACK;
+        while !self.traffic.is_quiet_for(NEXT_LAYER) && Instant::now() < until {
+            tokio::time::sleep(NEXT_LAYER / 4).await;
+        }
+        self.put_to_rest(id).await;
+    }
+
+    /// Deactivates a committed snapshot as soon as nobody has it open, and writes down what it maps.
+    pub(crate) async fn put_to_rest(&self, id: SnapshotId) {
+        let mut pause = Duration::from_millis(20);
+        loop {
+            match self.rest_once(id).await {
+                Ok(Deactivated::Gone) => return,
+                Ok(Deactivated::InUse) => {}
+                Err(error) if error.code == Code::DataLoss => {
+                    tracing::error!(snapshot = id.0, %error, "a committed snapshot is not in the pool");
+                    return;
+                }
+                Err(error) => tracing::warn!(snapshot = id.0, %error, "a committed snapshot stays active"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(10));
+        }
+    }
+
+    async fn rest_once(&self, id: SnapshotId) -> Result<Deactivated> {
+        let Some(lock) = self.active_origins().get(&id).cloned() else { return Ok(Deactivated::Gone) };
+        let _still = lock.lock().await;
+        let _alone = self.device_lock(id).lock().await;
+        let rests = |s: &&Snapshot| s.state == State::Ready && !s.kind.is_active();
+        let Some(snapshot) = self.store.read(|tree| tree.get(id).filter(rests).cloned()) else {
+            // The commit was not made durable, or it is removed by now, and the reclaimer's.
+            self.active_origins().remove(&id);
+            return Ok(Deactivated::Gone);
+        };
+        let name = self.name(id);
+        let (thin, bytes, unknown) = (snapshot.thin, snapshot.bytes, snapshot.mapped.is_none());
+        let (done, mapped) = self
+            .on_pool(move |pool| {
+                let maps =
+                    |pool: &dyn Pool| Ok::<_, DeviceError>(pool.look(&name)?.and_then(|live| live.mapped));
+                if unknown && maps(pool)?.is_none() {
+                    pool.activate(&Activation { name: name.clone(), thin, bytes, access: Access::ReadOnly })?;
+                }
+                let mapped = maps(pool)?;
+                Ok((pool.deactivate(&name)?, mapped))
+            })
+            .await?;
+        if done == Deactivated::Gone {
+            self.active_origins().remove(&id);
+            self.write(move |tree| {
+                let known = tree.get(id).filter(|s| s.mapped.is_none() && mapped.is_some());
+                let change = known.map(|s| Change::Put(Box::new(Snapshot { mapped, ..s.clone() })));
+                Ok((change.into_iter().collect(), ()))
+            })
+            .await?;
+        }
+        Ok(done)
+    }
+}
