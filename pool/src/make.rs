@@ -147,7 +147,9 @@ impl Inner {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.count_creation();
+        if origin.is_some() {
+            self.count_creation();
+        }
         let activation = Activation { thin, ..self.activation(new) };
         Ok(self.on_pool(move |pool| pool.activate(&activation)).await?)
     }

@@ -155,6 +155,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
         return Duration::ZERO;
     }
     inner.active_origins().retain(|id, _| !gone.contains(id));
+    inner.torn().retain(|id| !gone.contains(id));
     let deletions = gone.into_iter().map(Change::Delete).collect();
     if let Err(error) = inner.write(move |_| Ok((deletions, ()))).await {
         tracing::warn!(%error, "deleted snapshots could not be struck off the store; trying again");

@@ -35,13 +35,22 @@ impl Inner {
         self.on_pool(move |pool| pool.activate(&activation)).await
     }
 
-    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers.
+    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers. What could
+    /// not be written once stays refused, for the kernel does not try again, and tells it once only.
     pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
+        if self.torn().contains(&id) {
+            let what = "not all of what was written to it is on the disk: remove it and unpack again";
+            return Err(Error::new(Code::DataLoss, what));
+        }
         let (name, seen) = (self.name(id), self.name(id));
         if self.on_pool(move |pool| pool.look(&seen)).await?.is_none() {
             self.ensure_active(id).await?;
         }
-        self.on_pool(move |pool| pool.flush(&name)).await
+        let flushed = self.on_pool(move |pool| pool.flush(&name)).await;
+        if flushed.is_err() {
+            self.torn().insert(id);
+        }
+        flushed
     }
 
     /// Bytes of the blocks that it maps.

@@ -5,7 +5,7 @@
 //! says which devices are active.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::AtomicU32},
     time::{Instant, SystemTime},
@@ -83,6 +83,8 @@ pub(crate) struct Inner {
     pub(crate) active_origins: Mutex<HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>>,
     /// Snapshots that the reclaimer leaves alone.
     pub(crate) busy: Busy,
+    /// Layers that could not be flushed.
+    torn: Mutex<HashSet<SnapshotId>>,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
     /// Who changes whether a device is active holds one of them, by its snapshot's id.
@@ -108,6 +110,7 @@ impl Inner {
             turns: Semaphore::new(PARALLEL),
             active_origins: Mutex::default(),
             busy: Busy::default(),
+            torn: Mutex::default(),
             abandoned: Mutex::default(),
             devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             traffic: Traffic::default(),
@@ -172,6 +175,10 @@ impl Inner {
                 Ok(answer)
             })
             .await
+    }
+
+    pub(crate) fn torn(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
+        self.torn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn abandoned(&self) -> MutexGuard<'_, HashMap<SnapshotId, Traces>> {

@@ -6,7 +6,7 @@ mod acks;
 mod snapshots;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     fs::File,
     io::Write as _,
     os::unix::fs::FileExt as _,
@@ -91,7 +91,11 @@ struct Worker {
     prefix: String,
     dice: Dice,
     tolerant: bool,
+    /// Part of the names: no other run, of this boot or of one before, has it.
+    run: u64,
     count: u64,
+    /// Active ones that have their mark.
+    marked: HashSet<String>,
 }
 
 impl Worker {
@@ -125,7 +129,7 @@ impl Worker {
             mine.iter().copied().filter(|info| !parents.contains(info.name.as_str())).collect();
         let choice = if mine.len() > ENOUGH { 9 } else { self.dice.below(10) };
         self.count += 1;
-        let fresh = format!("{}{}-{}", self.prefix, std::process::id(), self.count);
+        let fresh = format!("{}{}-{}", self.prefix, self.run, self.count);
         match choice {
             0..=3 => {
                 let parent =
@@ -134,10 +138,15 @@ impl Worker {
                 let path = self.side.prepare(&fresh, parent, &[]).await?.path;
                 self.acks.done(&[(&fresh, "active")])?;
                 write_mark(&path, &format!("{fresh}-c"))?;
+                self.marked.insert(fresh);
             }
             4..=5 if !active.is_empty() => {
                 let key = &active[self.dice.below(active.len())].name;
                 let name = format!("{key}-c");
+                // Of a boot before, whose lights may have gone out between its Prepare and its mark.
+                if !self.marked.contains(key) {
+                    write_mark(&self.side.mounts(key).await?.path, &name)?;
+                }
                 self.acks.begin(&[key, &name])?;
                 self.side.commit(&name, key, &[]).await?;
                 self.acks.done(&[(key, GONE), (&name, "committed")])?;
@@ -166,8 +175,7 @@ impl Worker {
     }
 }
 
-/// A committed snapshot was marked before it was committed. One whose Prepare was answered and whose mark was not yet
-/// written when the lights went out is never committed by its worker: it stays active, under its own name.
+/// A committed snapshot was marked before it was committed.
 fn check_mark(path: &str, name: &str) -> Outcome {
     let mut found = vec![0; MARK_BYTES];
     File::open(path)?.read_exact_at(&mut found, MARK_AT)?;
@@ -260,7 +268,9 @@ async fn run(arguments: Arguments) -> Outcome<String> {
             prefix: format!("w{n}-"),
             dice: Dice((arguments.seed + 1) * 0x9e37_79b9 + n),
             tolerant: arguments.tolerant,
+            run: arguments.seed,
             count: 0,
+            marked: HashSet::new(),
         };
         tokio::spawn(worker.run(until))
     });

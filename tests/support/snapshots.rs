@@ -6,8 +6,8 @@ use containerd_client::services::v1::{
     CreateRequest, DeleteRequest,
     leases_client::LeasesClient,
     snapshots::{
-        CommitSnapshotRequest, Info, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-        ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+        CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+        RemoveSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
     },
 };
 use tonic::{Request, Status, metadata::MetadataValue, transport::Channel};
@@ -72,6 +72,12 @@ impl Snapshots {
             labels: held(&[]),
         };
         first(self.client().view(self.request(message)).await?.into_inner().mounts)
+    }
+
+    #[allow(dead_code, reason = "not every program that shares this asks for it")]
+    pub(crate) async fn mounts(&self, key: &str) -> Result<Mounted, Status> {
+        let message = MountsRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
+        first(self.client().mounts(self.request(message)).await?.into_inner().mounts)
     }
 
     pub(crate) async fn commit(&self, name: &str, key: &str, labels: &[(&str, &str)]) -> Result<(), Status> {
