@@ -11,6 +11,7 @@ use std::{
 };
 
 use prometheus::Registry;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::{
     error::{Code, Error, Result},
@@ -65,7 +66,7 @@ async fn make(
 struct Promised(Vec<&'static str>);
 
 /// All kinds of operations, each once; tells what it was promised as it goes.
-async fn scenario(s: &Snapshotter, told: &tokio::sync::mpsc::UnboundedSender<&'static str>) -> Result<()> {
+async fn scenario(s: &Snapshotter, pool: &FakePool, told: &UnboundedSender<&'static str>) -> Result<()> {
     let tell = |what| {
         let _deaf = told.send(what);
     };
@@ -73,7 +74,12 @@ async fn scenario(s: &Snapshotter, told: &tokio::sync::mpsc::UnboundedSender<&'s
     tell("a");
     s.commit("base".into(), "a".into(), BTreeMap::new()).await?;
     tell("base");
-    make(s, "b", "base", Kind::Active, &[]).await?;
+    // Somebody has the layer open still: it is suspended for a moment.
+    let origin = s.0.store.read(|tree| tree.ready("base").map(|s| s.id))?;
+    pool.open(s.0.name(origin).as_str(), 1);
+    let made = make(s, "b", "base", Kind::Active, &[]).await;
+    pool.close_all();
+    made?;
     tell("b");
     make(s, "large", "base", Kind::Active, &[(SIZE, "2GiB")]).await?;
     tell("large");
@@ -166,33 +172,42 @@ fn runtime() -> tokio::runtime::Runtime {
 
 /// Runs the scenario until the fuse blows (or to its end); returns what was promised, and whether it crashed.
 fn run_until_crash(directory: &Path, pool: &FakePool, fuse: Fuse) -> (Promised, bool) {
+    let (told, mut heard) = unbounded_channel();
+    let (directory, used) = (directory.to_owned(), pool.clone());
+    let ended = until_crash(pool, async move {
+        let s = start(&directory, &used).await;
+        used.set_fuse(fuse);
+        drop(scenario(&s, &used, &told).await);
+    });
+    let mut promised = Promised::default();
+    while let Ok(what) = heard.try_recv() {
+        promised.0.push(what);
+    }
+    (promised, !ended)
+}
+
+/// Runs it until its end or until the fuse blows; says whether it has ended. Whoever had devices open is gone then.
+fn until_crash(pool: &FakePool, run: impl Future<Output = ()> + Send + 'static) -> bool {
     let runtime = runtime();
-    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
-    let done = runtime.block_on(async {
-        let s = start(directory, pool).await;
-        pool.set_fuse(fuse);
-        let running = tokio::spawn(async move { scenario(&s, &told).await });
-        loop {
-            if running.is_finished() {
-                return Some(running.await.unwrap());
-            }
+    let ended = runtime.block_on(async {
+        let running = tokio::spawn(run);
+        while !running.is_finished() {
             if matches!(pool.fuse(), Fuse::CrashBefore(0)) {
                 // Whatever else is under way comes to the same end.
                 tokio::time::sleep(Duration::from_millis(30)).await;
-                return None;
+                return false;
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        running.await.unwrap();
+        true
     });
     runtime.shutdown_background();
     // The store's thread lets go of its file when the last handle is gone.
     #[allow(clippy::disallowed_methods, reason = "no runtime is left here to sleep in")]
     std::thread::sleep(Duration::from_millis(30));
-    let mut promised = Promised::default();
-    while let Ok(what) = heard.try_recv() {
-        promised.0.push(what);
-    }
-    (promised, done.is_none())
+    pool.close_all();
+    ended
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,16 +246,47 @@ fn stopped_at_every_effect_it_comes_back_whole() {
     }
 }
 
+/// The start after a crash is stopped too, at every effect that it has.
+#[test]
+fn stopped_again_while_it_comes_back() {
+    let mut starts = 0;
+    for n in (1..).step_by(3) {
+        for m in 0.. {
+            let directory = tempfile::tempdir().unwrap();
+            let pool = FakePool::new();
+            let (promised, stopped) = run_until_crash(directory.path(), &pool, Fuse::CrashAfter(n));
+            if !stopped {
+                assert!(starts > 15, "only {starts} starts were stopped");
+                return;
+            }
+            pool.cut_power();
+            pool.set_fuse(Fuse::CrashBefore(m));
+            let (path, used) = (directory.path().to_owned(), pool.clone());
+            let came_back = until_crash(&pool, async move { quiet(&start(&path, &used).await).await });
+            pool.set_fuse(Fuse::Whole);
+            let what = format!("stopped after {n} and then before {m}, promised {:?}", promised.0);
+            runtime().block_on(async {
+                let s = start(directory.path(), &pool).await;
+                audit(&s, &pool, &promised, &what).await;
+            });
+            if came_back {
+                break;
+            }
+            starts += 1;
+        }
+    }
+}
+
 #[test]
 fn an_effect_that_fails_leaves_nothing_behind() {
     for n in 0..60 {
         let directory = tempfile::tempdir().unwrap();
         let pool = FakePool::new();
-        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let (told, mut heard) = unbounded_channel();
         let whole = runtime().block_on(async {
             let s = start(directory.path(), &pool).await;
             pool.set_fuse(Fuse::FailAt(n));
-            let outcome = scenario(&s, &told).await;
+            let outcome = scenario(&s, &pool, &told).await;
             let whole = pool.fuse() != Fuse::Whole;
             pool.set_fuse(Fuse::Whole);
             if let Err(error) = &outcome {

@@ -105,6 +105,10 @@ impl FakePool {
         self.state().devices.get_mut(name).unwrap().open = times;
     }
 
+    pub(crate) fn close_all(&self) {
+        self.state().devices.values_mut().for_each(|device| device.open = 0);
+    }
+
     pub(crate) fn is_read_only(&self, name: &str) -> bool {
         self.state().devices[name].access == Access::ReadOnly
     }

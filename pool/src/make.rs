@@ -187,6 +187,7 @@ impl Inner {
                 }
                 pool.suspend(&name)?;
                 let made = pool.create_snap(thin, origin_thin);
+                // If it does not go on now, it does when it is put to rest.
                 let resumed = pool.resume(&name);
                 Ok((false, made.and(resumed)))
             })

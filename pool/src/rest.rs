@@ -112,6 +112,9 @@ impl Inner {
         let (thin, bytes, unknown) = (snapshot.thin, snapshot.bytes, snapshot.mapped.is_none());
         let (done, mapped) = self
             .on_pool(move |pool| {
+                if pool.look(&name)?.is_some_and(|live| live.suspended) {
+                    pool.resume(&name)?;
+                }
                 let maps =
                     |pool: &dyn Pool| Ok::<_, DeviceError>(pool.look(&name)?.and_then(|live| live.mapped));
                 if unknown && maps(pool)?.is_none() {

@@ -389,7 +389,7 @@ impl Broken {
 /// A block of the pool's metadata is not what it was, and nobody has noticed yet.
 fn damaged_pool_metadata() -> Outcome {
     let client = client()?;
-    block_on(client.prepare("meta-a", "", &[]))?;
+    let path = block_on(client.prepare("meta-a", "", &[]))?.path;
     host("stop", "cowshed")?;
     // Byte 328 of the superblock: where the tree of thin devices begins.
     let metadata = "/dev/mapper/vg-pool_tmeta";
@@ -415,6 +415,7 @@ fn damaged_pool_metadata() -> Outcome {
             )
         })?;
         same!(block_on(client.list())?.len(), 1, "snapshots listed");
+        same!(block_on(client.mounts("meta-a"))?.path, path, "the device of what is active");
         same!(creations()?, before, "the pool's status");
         Ok(())
     });

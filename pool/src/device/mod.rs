@@ -6,7 +6,7 @@ mod format;
 mod ioctl;
 pub mod table;
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, path::Path};
 
 use thiserror::Error as ThisError;
 
@@ -52,6 +52,11 @@ impl DeviceName {
     /// Where it can be opened.
     pub fn path(&self) -> String {
         format!("/dev/mapper/{}", self.0)
+    }
+
+    /// Whether its node is there: it is active, as far as nobody has removed the device by hand.
+    pub(crate) fn is_linked(&self) -> bool {
+        Path::new(&self.path()).exists()
     }
 }
 
