@@ -15,7 +15,7 @@ use crate::{
         command::text,
         cow::{
             Disk, acquire, acquire_reply, cowshed, host, image, lease, leases, release, release_fully,
-            thin_devices, wait_gone, wait_serving,
+            thin_devices, wait_for_devices, wait_gone, wait_serving,
         },
         same, wait_for,
     },
@@ -32,12 +32,15 @@ pub(crate) const TESTS: &[Test] = &[
 
 fn one_vm_that_asks_five_times_at_once() -> Outcome {
     let vms = vec!["held-five".to_owned(); 5];
-    let mut ids = BTreeSet::new();
+    let (mut ids, mut names) = (BTreeSet::new(), BTreeSet::new());
     for (_, reply) in block_on(acquire_all(&vms, &image("tiny:1"))) {
-        ids.insert(reply?.lease_id);
+        let lease = reply?;
+        ids.insert(lease.lease_id);
+        names.insert(lease.device.ok_or("no device")?.dm_name);
     }
-    same!(ids.len(), 1, "leases of one VM: {ids:?}");
-    same!((leases()?.len(), thin_devices()?.len()), (1, 1), "leases and devices");
+    same!((ids.len(), names.len()), (1, 1), "leases and devices of one VM: {ids:?}, {names:?}");
+    same!(leases()?.len(), 1, "leases");
+    wait_for_devices(&names)?;
     release("held-five")
 }
 
@@ -54,7 +57,7 @@ fn ten_vms_at_once_have_ten_devices() -> Outcome {
         generations.insert(lease.generation);
     }
     same!((names.len(), ids.len(), generations.len()), (10, 10, 10), "devices, thin ids and generations");
-    same!(thin_devices()?, names, "the devices of the kernel");
+    wait_for_devices(&names)?;
     vms.iter().try_for_each(|vm| release(vm))
 }
 

@@ -15,7 +15,8 @@ use crate::{
         check,
         command::sh,
         cow::{
-            evict, evict_all, host, image, leases, release, snapshots, thin_devices, wait_gone, wait_serving,
+            evict, evict_all, host, image, leases, release, snapshots, thin_devices, wait_for_devices,
+            wait_gone, wait_serving,
         },
         fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
@@ -52,7 +53,7 @@ fn twenty_vms_one_cold_image() -> Outcome {
     }
     same!(devices.len(), 20, "the devices of twenty VMs: {devices:?}");
     start.each_once(&describe("app:1")?.blobs())?;
-    same!(thin_devices()?, devices, "the devices of the kernel");
+    wait_for_devices(&devices)?;
     same!(snapshots("Active")?.len(), 20, "the snapshots");
     vms.iter().try_for_each(|vm| release(vm))
 }
@@ -146,7 +147,7 @@ fn containerd_killed_while_a_layer_arrives() -> Outcome {
     }
     let devices: BTreeSet<String> = held.values().map(device).collect();
     same!(devices.len(), vms.len(), "the devices: {devices:?}");
-    same!(thin_devices()?, devices, "the devices of the kernel");
+    wait_for_devices(&devices)?;
     vms.iter().try_for_each(|vm| release(vm))?;
     vms.iter().try_for_each(|vm| wait_gone(vm))?;
     evict(&[&name])

@@ -152,6 +152,14 @@ pub(crate) fn thin_devices() -> Outcome<BTreeSet<String>> {
     Ok(listed.iter().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
 }
 
+/// Waits until the thin devices are these: an image's layers are active for a moment after its pull.
+pub(crate) fn wait_for_devices(devices: &BTreeSet<String>) -> Outcome {
+    wait_for("the layers to be put to rest", || {
+        same!(thin_devices()?, *devices, "the devices of the kernel");
+        Ok(())
+    })
+}
+
 /// Keys of the snapshots whose lines in `ctr snapshots ls` have this kind.
 pub(crate) fn snapshots(kind: &str) -> Outcome<BTreeSet<String>> {
     let listed = lines(&format!("ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
