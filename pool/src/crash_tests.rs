@@ -409,6 +409,32 @@ fn a_pool_that_was_used_up_makes_no_more() {
     });
 }
 
+/// Else the kernel could still be at a device that the reclaimer deletes.
+#[test]
+fn a_caller_of_mounts_that_has_gone_does_not_let_go_of_the_device() {
+    with_pool(async |s, pool| {
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        let id = s.0.store.read(|tree| tree.ready("a").map(|s| s.id)).unwrap();
+        pool.cut_power();
+        let held = pool.hold();
+        let asked = s.clone();
+        let caller = tokio::spawn(async move { asked.mounts("a").await.map(drop) });
+        while s.0.device_lock(id).try_lock().is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(
+            s.0.device_lock(id).try_lock().is_err(),
+            "the device's lock is free while the kernel is at it"
+        );
+        drop(held);
+        drop(s.0.device_lock(id).lock().await);
+        assert!(pool.device_names().contains(s.0.name(id).as_str()));
+    });
+}
+
 /// Else its thin id could be another disk's before the next of a crowd makes a snapshot of it.
 #[test]
 fn a_lost_base_keeps_its_thin_id_while_somebody_wants_a_snapshot_of_it() {

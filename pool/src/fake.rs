@@ -235,7 +235,8 @@ impl Pool for FakePool {
             thin: activation.thin,
             access: activation.access,
             open: 0,
-            suspended: false,
+            // As the kernel may say of one without a table.
+            suspended: true,
             loaded: false,
             linked: false,
         };
@@ -295,7 +296,8 @@ impl Pool for FakePool {
 
     fn resume(&self, name: &DeviceName) -> Result<(), DeviceError> {
         self.effect(|state| {
-            state.devices.get_mut(name.as_str()).ok_or_else(|| refused("resume"))?.suspended = false;
+            let there = state.devices.get_mut(name.as_str()).filter(|device| device.loaded);
+            there.ok_or_else(|| refused("resume"))?.suspended = false;
             Ok(())
         })
     }

@@ -1,7 +1,9 @@
 //! A containerd snapshotter on a thin pool.
 //!
 //! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
-//! intent → effect → confirmation, `service` speaks containerd's Snapshots API.
+//! intent → effect → confirmation (`make` for Prepare and View), `service` speaks containerd's Snapshots API. Beside them
+//! `start` compares and repairs, `rest` deactivates what was committed, `reclaim` deletes what was removed, and leaves
+//! alone what is `busy`.
 
 mod busy;
 #[cfg(test)]

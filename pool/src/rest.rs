@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    device::{Access, Activation, Deactivated, DeviceError, Pool},
+    device::{Access, Activation, Deactivated, Live},
     error::{Code, Error, Result},
     snapshotter::Inner,
     tree::{Change, Kind, Snapshot, SnapshotId, State},
@@ -29,7 +29,9 @@ impl Inner {
         let is_active = |s: &&Snapshot| s.state == State::Ready && s.kind.is_active();
         let snapshot = self.store.read(|tree| tree.get(id).filter(is_active).cloned());
         let Some(snapshot) = snapshot else {
-            return Err(Error::new(Code::NotFound, "the snapshot was removed or committed in the meantime"));
+            let what =
+                format!("the snapshot of {} was removed or committed in the meantime", self.name(id).path());
+            return Err(Error::new(Code::NotFound, what));
         };
         let activation = self.activation(&snapshot);
         self.on_pool(move |pool| pool.activate(&activation)).await
@@ -39,7 +41,9 @@ impl Inner {
     /// not be written once stays refused, for the kernel does not try again, and tells it once only.
     pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
         if self.torn().contains(&id) {
-            let what = "not all of what was written to it is on the disk: remove it and unpack again";
+            let path = self.name(id).path();
+            let what =
+                format!("not all of what was written to {path} is on the disk: remove it and unpack again");
             return Err(Error::new(Code::DataLoss, what));
         }
         let (name, seen) = (self.name(id), self.name(id));
@@ -112,16 +116,16 @@ impl Inner {
         let (thin, bytes, unknown) = (snapshot.thin, snapshot.bytes, snapshot.mapped.is_none());
         let (done, mapped) = self
             .on_pool(move |pool| {
-                if pool.look(&name)?.is_some_and(|live| live.suspended) {
+                let mut live = pool.look(&name)?;
+                // The snapshot that it was suspended for was made, and it could not be resumed.
+                if live.is_some_and(Live::stands_still) {
                     pool.resume(&name)?;
                 }
-                let maps =
-                    |pool: &dyn Pool| Ok::<_, DeviceError>(pool.look(&name)?.and_then(|live| live.mapped));
-                if unknown && maps(pool)?.is_none() {
+                if unknown && live.and_then(|live| live.mapped).is_none() {
                     pool.activate(&Activation { name: name.clone(), thin, bytes, access: Access::ReadOnly })?;
+                    live = pool.look(&name)?;
                 }
-                let mapped = maps(pool)?;
-                Ok((pool.deactivate(&name)?, mapped))
+                Ok((pool.deactivate(&name)?, live.and_then(|live| live.mapped)))
             })
             .await?;
         if done == Deactivated::Gone {

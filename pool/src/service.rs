@@ -190,3 +190,28 @@ fn timestamp(at: UnixNanos) -> Timestamp {
         nanos: i32::try_from(at.0.rem_euclid(1_000_000_000)).unwrap_or(0),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_comes_in_messages_that_containerd_takes() {
+        let infos = |count: usize, label: usize| -> Vec<api::Info> {
+            let labels = || iter::once(("note".to_owned(), "x".repeat(label))).collect();
+            (0..count)
+                .map(|n| api::Info { name: n.to_string(), labels: labels(), ..Default::default() })
+                .collect()
+        };
+        let sizes = |found: Vec<api::Info>| -> Vec<usize> {
+            let all = found.clone();
+            let pages: Vec<_> = pages(found).map(|page| page.info).collect();
+            assert_eq!(pages.concat(), all);
+            pages.iter().map(Vec::len).collect()
+        };
+        assert_eq!(sizes(infos(0, 0)), [0; 0]);
+        assert_eq!(sizes(infos(250, 10)), [100, 100, 50]);
+        assert_eq!(sizes(infos(5, 400 << 10)), [2, 2, 1]);
+        assert_eq!(sizes(infos(3, 2 << 20)), [1, 1, 1]);
+    }
+}

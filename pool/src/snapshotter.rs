@@ -257,10 +257,11 @@ impl Snapshotter {
         let inner = self.0.clone();
         // In a task of its own: a caller that goes away must not let go of the locks before the kernel is through.
         let mounting = tokio::spawn(async move {
-            let activated = inner.ensure_active(snapshot.id).await;
-            // As long as nothing is changed in the pool, what is active already can be had all the same.
-            if inner.pool().is_ok() || !inner.name(snapshot.id).is_linked() {
-                activated?;
+            match inner.pool() {
+                Ok(_) => inner.ensure_active(snapshot.id).await?,
+                // As long as nothing is changed in the pool, what is active already can be had all the same.
+                Err(_) if inner.name(snapshot.id).is_linked() => {}
+                Err(refusal) => return Err(refusal),
             }
             inner.mount_of(&snapshot).await
         });
@@ -279,7 +280,8 @@ impl Snapshotter {
         let committed = tokio::spawn(async move {
             let snapshot = writer.store.read(|tree| tree.ready(&key).cloned())?;
             if snapshot.layer && snapshot.kind == Kind::Active {
-                writer.flush(snapshot.id).await?;
+                let flushed = writer.flush(snapshot.id).await;
+                flushed.map_err(|error| error.context(format!("committing the layer {key:?}")))?;
             }
             let written = writer.write(move |tree| {
                 let id = tree.ready(&key)?.id;

@@ -24,7 +24,7 @@ use futures_util::future::join_all;
 use rusqlite::Connection;
 
 use crate::{
-    device::{DeviceError, DeviceMapper, DeviceName, Pool, PoolMode},
+    device::{DeviceError, DeviceMapper, DeviceName, Live, Pool, PoolMode},
     metrics::Metrics,
     reclaim,
     snapshotter::{Health, Inner, Settings, Snapshotter},
@@ -325,8 +325,7 @@ fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<
 }
 
 fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
-    // Without a table there is nothing to resume; who activates it loads one.
-    if pool.look(name)?.is_some_and(|live| live.suspended && live.mapped.is_some()) {
+    if pool.look(name)?.is_some_and(Live::stands_still) {
         pool.resume(name)?;
     }
     Ok(())

@@ -63,9 +63,9 @@ impl Measured {
 /// Each side against itself: three rounds of ours, for a p99 that does not hang on one sample, then one of the peer's,
 /// which takes minutes. What the peer's still reclaims when its time is over is left to it.
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
-    let victims = sides.of(200, 30);
+    let (victims, rounds) = (sides.of(200, 30), sides.of(3, 1));
     let conditions = format!(
-        "{victims} devices of {} MiB; idle: {SAMPLES} Prepares or {} s, the {victims} devices being there; reclaiming: \
+        "{rounds} rounds of ours and one of the peer's; {victims} devices of {} MiB; idle: {SAMPLES} Prepares or {} s, the {victims} devices being there; reclaiming: \
          {SAMPLES} Prepares or {} s or until it is done",
         WRITTEN >> 20,
         IDLE_TIME.as_secs(),
@@ -73,7 +73,7 @@ pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
     );
     meta(&json!({ "conditions": { RECLAIM.name: conditions } }));
     let (mut ours, mut peer) = (Measured::default(), Measured::default());
-    for _ in 0..sides.of(3, 1) {
+    for _ in 0..rounds {
         round(&sides.ours, victims, Afterwards::Wait, &mut ours).await?;
     }
     round(&sides.peer, victims, Afterwards::Leave, &mut peer).await?;

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::{
     Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolFacts, audit, ioctl,
-    table::{self, DeviceNumber, PoolMode},
+    table::{self, DeviceNumber, PoolMode, PoolUsage},
 };
 use crate::tree::ThinId;
 
@@ -106,13 +106,7 @@ impl DeviceMapper {
 
     /// A message's own commit can fail without its sender being told, and the pool turns read-only then.
     fn writes_still(&self) -> Result<(), DeviceError> {
-        let usage = self.facts().map_err(|e| said("looking at the pool afterwards", e))?.usage;
-        match usage.mode {
-            PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
-            mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
-                Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice: REPAIR })
-            }
-        }
+        writes(self.facts().map_err(|e| said("looking at the pool afterwards", e))?.usage)
     }
 
     /// Puts a table into use and makes the link to its node.
@@ -234,15 +228,12 @@ impl Pool for DeviceMapper {
         let path = name.path();
         let flushed = File::open(&path).and_then(|device| device.sync_all());
         flushed.map_err(|e| said(&format!("flushing {path}"), e))?;
-        // A pool that is full may have dropped what was written before.
-        let usage = self.facts()?.usage;
-        match usage.mode {
-            PoolMode::ReadWrite => Ok(()),
-            PoolMode::OutOfDataSpace => {
-                let (name, mode) = (usage.name, usage.mode);
+        match self.facts()?.usage {
+            // It may have dropped what was written before.
+            PoolUsage { name, mode: mode @ PoolMode::OutOfDataSpace, .. } => {
                 Err(DeviceError::PoolStopped { name, mode, advice: "extend it (lvextend), and unpack again" })
             }
-            PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => self.writes_still(),
+            usage => writes(usage),
         }
     }
 
@@ -318,6 +309,15 @@ impl DeviceMapper {
         let (_, tables) = self.pool_table()?;
         let metadata = table::parse_pool_table(&tables).map_err(|what| self.no_pool(what))?;
         Ok(metadata)
+    }
+}
+
+fn writes(pool: PoolUsage) -> Result<(), DeviceError> {
+    match pool.mode {
+        PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
+        mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
+            Err(DeviceError::PoolStopped { name: pool.name, mode, advice: REPAIR })
+        }
     }
 }
 

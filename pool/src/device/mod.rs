@@ -108,6 +108,13 @@ pub struct Live {
     pub mapped: Option<u64>,
 }
 
+impl Live {
+    /// Whether it is to be resumed. Without a table there is nothing to resume; who activates it loads one.
+    pub(crate) fn stands_still(self) -> bool {
+        self.suspended && self.mapped.is_some()
+    }
+}
+
 /// What the pool is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolFacts {

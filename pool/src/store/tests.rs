@@ -186,3 +186,23 @@ async fn after_a_panic_nobody_waits_for_ever() {
     assert_eq!(write(&store, Buy("Clara".into())).await, Err(WriteError::Stopping));
     store.close().await;
 }
+
+/// containerd's collection ends at the first error of a removal.
+#[tokio::test]
+async fn what_is_written_behind_is_never_refused_for_the_crowd() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    let written: Vec<_> = (0..QUEUE).map(|_| behind(&store, Sell("Alma".into()))).collect();
+    assert_eq!(write(&store, Buy("Clara".into())).await, Err(WriteError::Busy));
+    let last = behind(&store, Buy("Bertha".into()));
+    // What changes nothing does not even wait.
+    let (told, nothing) = oneshot::channel();
+    store.write_behind(|_| Ok::<_, WriteError>(()), |(), outcome| told.send(outcome).unwrap()).unwrap();
+    assert_eq!(nothing.await.unwrap(), Ok(()));
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    for one in written.into_iter().chain([last]) {
+        assert_eq!(one.await.unwrap(), Ok(()));
+    }
+    assert_eq!(cows(&store), ["Bertha"]);
+}
