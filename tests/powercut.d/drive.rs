@@ -266,21 +266,26 @@ fn serve(from: &mut impl Read, to: &mut impl Write, drive: &mut Drive, hold: &Pa
 fn run(arguments: &Arguments) -> io::Result<String> {
     let mut drive = Drive::open(&arguments.disk)?;
     let listener = UnixListener::bind(&arguments.socket)?;
-    let (stream, _) = listener.accept()?;
-    let (mut from, mut to) = (BufReader::new(stream.try_clone()?), BufWriter::new(stream));
-    shake_hands(&mut from, &mut to, drive.size)?;
-    match serve(&mut from, &mut to, &mut drive, &arguments.hold) {
-        Ok(()) => Ok("the drive was switched off in order".to_owned()),
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
-            ) =>
-        {
-            drive.lose(&mut Dice::new(arguments.seed))
+    loop {
+        let (stream, _) = listener.accept()?;
+        let (mut from, mut to) = (BufReader::new(stream.try_clone()?), BufWriter::new(stream));
+        let ended = shake_hands(&mut from, &mut to, drive.size)
+            .and_then(|()| serve(&mut from, &mut to, &mut drive, &arguments.hold));
+        match ended {
+            Ok(()) => return Ok("the drive was switched off in order".to_owned()),
+            Err(error) if !is_gone(&error) => return Err(error),
+            // A host that did not start was killed, and is started again.
+            Err(_) if drive.requests == 0 => {}
+            Err(_) => return drive.lose(&mut Dice::new(arguments.seed)),
         }
-        Err(error) => Err(error),
     }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
 }
 
 fn main() -> ExitCode {
