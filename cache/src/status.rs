@@ -11,6 +11,7 @@ use crate::{
     image::Images,
     kernel::{Devices, PoolUsage},
     ledger::Ledger,
+    serve::Connected,
 };
 
 /// What `GetStatus` asks.
@@ -25,6 +26,8 @@ pub struct StatusSource {
     pub admission: Admission,
     /// The images.
     pub images: Images,
+    /// Whether containerd has found the snapshotter that this process serves, if it does.
+    pub(crate) connected: Option<Connected>,
     /// Start of this process.
     pub started_at: SystemTime,
 }
@@ -62,6 +65,7 @@ impl StatusSource {
         if let Err(error) = self.containerd.has_snapshot("cowshed-status").await {
             problems.push(self.containerd.explain(error).to_string());
         }
+        problems.extend(self.connected.as_ref().and_then(Connected::problem));
         Some(v1::ContainerdStatus {
             address: self.containerd.address().display().to_string(),
             version,

@@ -54,6 +54,9 @@ impl Inner {
         let mut remade = false;
         loop {
             let Intent { new, origin, hold } = self.intend(wish.clone()).await?;
+            if new.layer {
+                self.traffic.layer();
+            }
             let failed = match self.make_of(&new, &origin, &is_wanted).await {
                 Ok(mount) => return Ok(mount),
                 Err(failed) => failed,
@@ -79,14 +82,17 @@ impl Inner {
         origin: &Snapshot,
         is_wanted: &impl Fn() -> bool,
     ) -> Result<Mount, Failed> {
+        let begun = Instant::now();
         self.effect(new, Some(origin)).await?;
         let mount = self.mount_of(new).await?;
+        let made = begun.elapsed();
         if !is_wanted() {
             // containerd has written down nothing, and would not look for it.
             return Err(Error::new(Code::Cancelled, "its caller has gone away").into());
         }
         let id = new.id;
         self.write(move |tree| Ok((vec![tree.confirm(id)?], ()))).await?;
+        tracing::debug!(snapshot = id.0, ?made, confirmed = ?begun.elapsed().saturating_sub(made), "made");
         Ok(mount)
     }
 
@@ -127,7 +133,7 @@ impl Inner {
 
     /// Makes the thin device of a record that is written, and activates it.
     async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<(), Failed> {
-        let mut thin = new.thin;
+        let (mut thin, begun) = (new.thin, Instant::now());
         loop {
             let made = match origin {
                 Some(origin) => self.snap(thin, origin).await,
@@ -151,7 +157,11 @@ impl Inner {
             self.count_creation();
         }
         let activation = Activation { thin, ..self.activation(new) };
-        Ok(self.on_pool(move |pool| pool.activate(&activation)).await?)
+        let in_pool = begun.elapsed();
+        self.on_pool(move |pool| pool.activate(&activation)).await?;
+        let activated = begun.elapsed().saturating_sub(in_pool);
+        tracing::debug!(snapshot = new.id.0, ?in_pool, ?activated, "its device is there");
+        Ok(())
     }
 
     /// Somebody else has made a thin device in our pool.

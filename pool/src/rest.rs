@@ -9,10 +9,11 @@ use crate::{
     tree::{Change, Kind, Snapshot, SnapshotId, State},
 };
 
-/// Within this time an image's next layer is made of the one just committed, and need not wait for its deactivation.
+/// Within this time an image's next layer is made of the one just committed, or committed, and need not wait for
+/// deactivations; one that takes longer has time for them.
 const NEXT_LAYER: Duration = Duration::from_secs(1);
-/// So long at the most deactivations wait for the end of makings that follow each other as those of an unpack do.
-const UNPACK: Duration = Duration::from_secs(10);
+/// So long at the most deactivations wait for the end of unpacks.
+const UNPACK: Duration = Duration::from_secs(60);
 
 impl Inner {
     /// What activates a snapshot that is not committed.
@@ -74,11 +75,11 @@ impl Inner {
         known.ok_or_else(unknown)
     }
 
-    /// Puts a snapshot just committed to rest, when the image's next layers were made.
+    /// Puts a snapshot just committed to rest, when the image's next layers were unpacked.
     pub(crate) async fn rest_later(&self, id: SnapshotId) {
         tokio::time::sleep(NEXT_LAYER).await;
         let until = Instant::now() + UNPACK;
-        while !self.traffic.is_quiet_for(NEXT_LAYER) && Instant::now() < until {
+        while !self.traffic.has_no_layer_for(NEXT_LAYER) && Instant::now() < until {
             tokio::time::sleep(NEXT_LAYER / 4).await;
         }
         self.put_to_rest(id).await;

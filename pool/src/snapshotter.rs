@@ -291,6 +291,9 @@ impl Snapshotter {
                 Ok((vec![change], id))
             });
             let id = written.await?;
+            if snapshot.layer {
+                writer.traffic.layer();
+            }
             tokio::spawn(async move { writer.rest_later(id).await });
             Ok(())
         });

@@ -13,12 +13,13 @@ const NEXT_REMOVAL: Duration = Duration::from_millis(30);
 /// Who makes one snapshot after the other, or has waited for containerd's collection, comes back within this time.
 const NEXT_MAKING: Duration = Duration::from_millis(250);
 
-/// Makings and removals, under way and just over.
+/// Makings and removals, under way and just over, and the layers among them.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     makings: AtomicUsize,
     last_making: Mutex<Option<Instant>>,
     last_removal: Mutex<Option<Instant>>,
+    last_layer: Mutex<Option<Instant>>,
 }
 
 /// A Prepare or View under way.
@@ -48,9 +49,14 @@ impl Traffic {
         self.makings.load(Ordering::Relaxed) > 0 || within(&self.last_removal, NEXT_REMOVAL)
     }
 
-    /// Whether nothing was made for so long.
-    pub(crate) fn is_quiet_for(&self, time: Duration) -> bool {
-        self.makings.load(Ordering::Relaxed) == 0 && !within(&self.last_making, time)
+    /// An image's layer is made or committed.
+    pub(crate) fn layer(&self) {
+        note(&self.last_layer);
+    }
+
+    /// Whether no layer was for so long.
+    pub(crate) fn has_no_layer_for(&self, time: Duration) -> bool {
+        !within(&self.last_layer, time)
     }
 
     /// Whether somebody waits, or will in a moment.

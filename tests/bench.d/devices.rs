@@ -13,6 +13,8 @@ use crate::{Outcome, side::Disk};
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+/// Looking must not take the processor from what is measured meanwhile.
+const BETWEEN_LISTINGS: Duration = Duration::from_millis(200);
 
 /// Opens the device once, as a launcher would, and says its device-mapper name.
 pub(crate) fn openable(path: &str) -> Outcome<String> {
@@ -31,17 +33,11 @@ fn name_of(directory: &Path) -> Outcome<String> {
     Ok(fs::read_to_string(directory.join("dm/name"))?.trim_end().to_owned())
 }
 
-/// Names of all device-mapper devices there are.
+/// Names of all device-mapper devices there are, by one call of the kernel's.
 pub(crate) fn names() -> Outcome<HashSet<String>> {
-    let mut names = HashSet::new();
-    for entry in fs::read_dir("/sys/block")? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("dm-") {
-            // one that goes while we look is gone
-            names.extend(name_of(&entry.path()).ok());
-        }
-    }
-    Ok(names)
+    let listed =
+        DM::new().and_then(|dm| dm.list_devices()).map_err(|e| format!("device-mapper, listing: {e}"))?;
+    Ok(listed.into_iter().map(|(name, _, _)| name.to_string()).collect())
 }
 
 /// Waits until the kernel has none of these devices any more.
@@ -56,7 +52,7 @@ pub(crate) async fn wait_gone(disks: &[Disk]) -> Outcome {
         if begun.elapsed() > PATIENCE {
             return Err(format!("{left} of {} devices did not go in {PATIENCE:?}", disks.len()).into());
         }
-        tokio::time::sleep(BETWEEN_LOOKS).await;
+        tokio::time::sleep(BETWEEN_LISTINGS).await;
     }
 }
 

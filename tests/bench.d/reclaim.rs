@@ -21,8 +21,9 @@ use crate::{
 
 /// Bytes written to each of the devices that are reclaimed.
 const WRITTEN: usize = 4 << 20;
-/// As many Prepares as that are enough for a p99, and after that time there are enough.
-const SAMPLES: usize = 150;
+/// As many Prepares as that are enough for an idle p99, and after that time there are enough. All that are made during a
+/// reclaim count.
+const IDLE_SAMPLES: usize = 150;
 const IDLE_TIME: Duration = Duration::from_secs(20);
 const RECLAIM_TIME: Duration = Duration::from_secs(90);
 
@@ -35,7 +36,7 @@ struct Measured {
     seconds: Vec<Option<f64>>,
 }
 
-/// What becomes of a reclaim that is still under way when there are enough samples.
+/// What becomes of a reclaim that is still under way when the time is over.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Afterwards {
     Wait,
@@ -65,8 +66,8 @@ impl Measured {
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
     let (victims, rounds) = (sides.of(200, 30), sides.of(3, 1));
     let conditions = format!(
-        "{rounds} rounds of ours and one of the peer's; {victims} devices of {} MiB; idle: {SAMPLES} Prepares or {} s, the {victims} devices being there; reclaiming: \
-         {SAMPLES} Prepares or {} s or until it is done",
+        "{rounds} rounds of ours and one of the peer's; {victims} devices of {} MiB; idle: {IDLE_SAMPLES} Prepares or {} s, the {victims} devices being there; \
+         reclaiming: until it is done, or for {} s",
         WRITTEN >> 20,
         IDLE_TIME.as_secs(),
         RECLAIM_TIME.as_secs()
@@ -100,7 +101,7 @@ async fn round(side: &Side, count: usize, afterwards: Afterwards, measured: &mut
     }
 
     let begun = Instant::now();
-    let (idle, disks) = sample(side, || begun.elapsed() > IDLE_TIME).await?;
+    let (idle, disks) = sample(side, |count| count >= IDLE_SAMPLES || begun.elapsed() > IDLE_TIME).await?;
     side.clear(&disks).await?;
 
     let over = AtomicBool::new(false);
@@ -110,7 +111,7 @@ async fn round(side: &Side, count: usize, afterwards: Afterwards, measured: &mut
         over.store(true, Ordering::Relaxed);
         reclaimed.map(|()| begun.elapsed())
     });
-    let sample = pin!(sample(side, || over.load(Ordering::Relaxed) || begun.elapsed() > RECLAIM_TIME));
+    let sample = pin!(sample(side, |_| over.load(Ordering::Relaxed) || begun.elapsed() > RECLAIM_TIME));
     let (reclaimed, (reclaiming, disks)) = match select(reclaim, sample).await {
         Either::Left((reclaimed, sample)) => (Some(reclaimed?), sample.await?),
         Either::Right((sampled, reclaim)) if afterwards == Afterwards::Wait => {
@@ -126,10 +127,10 @@ async fn round(side: &Side, count: usize, afterwards: Afterwards, measured: &mut
     if afterwards == Afterwards::Wait { side.clear(&disks).await } else { Ok(()) }
 }
 
-/// Prepares one after the other until it is over, or there are enough.
-async fn sample(side: &Side, over: impl Fn() -> bool) -> Outcome<(Samples, Vec<Disk>)> {
+/// Prepares one after the other until it is over; that is told how many there are.
+async fn sample(side: &Side, over: impl Fn(usize) -> bool) -> Outcome<(Samples, Vec<Disk>)> {
     let (mut samples, mut disks) = (Samples::default(), Vec::new());
-    while !over() && samples.len() < SAMPLES {
+    while !over(samples.len()) {
         let (disk, took) = side.prepare().await?;
         samples.add_time(took);
         disks.push(disk);
@@ -146,7 +147,7 @@ async fn reclaim(side: &Side, lease: &str, victims: &[Disk], free_again: u64) ->
         if begun.elapsed() > Duration::from_secs(300) {
             return Err("the blocks of the reclaimed devices do not become free".into());
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
     // the registry has the image in its cache from then on
     pull(&sides.ours).await?;
     let (ours, peer) =
-        sides.in_turn(sides.of(4, 1), async |side| Ok(Samples::of_time(pull(side).await?))).await?;
+        sides.in_turn(sides.of(6, 1), async |side| Ok(Samples::of_time(pull(side).await?))).await?;
     let value = ratio(&peer, &ours)?;
     Ok(UNPACK.result(value, &ours, Some((&sides.peer.snapshotter, &peer))))
 }

@@ -5,6 +5,8 @@ mod listen;
 mod lock;
 mod snapshotter;
 
+pub(crate) use snapshotter::Connected;
+
 use std::{
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
@@ -98,7 +100,8 @@ impl ServeError {
 
 /// How long replies under way and the reclaimer's step may take once everything else has stopped.
 const GOODBYE: Duration = Duration::from_secs(5);
-const SWEEP_RETRY: Duration = Duration::from_secs(10);
+const FIRST_SWEEP_RETRY: Duration = Duration::from_millis(500);
+const LONGEST_SWEEP_RETRY: Duration = Duration::from_secs(10);
 
 /// The parts, put together.
 struct Parts {
@@ -125,12 +128,14 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let tcp = bind(config.server.tcp).await?;
     let http = bind(config.metrics_address()?).await?;
     let ledger = Ledger::open(&config.state.directory)?;
-    let parts = assemble(&config, ledger)?;
+    let metrics = Metrics::new().map_err(|e| ServeError::Broke(e.to_string()))?;
     // containerd asks it when we ask containerd: it is the first to start, and the last to stop.
     let plugin = match plugin {
-        Some(listener) => Some(snapshotter::start(&config, parts.metrics.registry(), listener).await?),
+        Some(listener) => Some(snapshotter::start(&config, metrics.registry(), listener).await?),
         None => None,
     };
+    let connected = plugin.as_ref().map(snapshotter::Served::connected);
+    let parts = assemble(&config, ledger, metrics, connected.clone());
     parts.reclaimer.recover().await.map_err(|e| ServeError::Broke(e.to_string()))?;
 
     let (stop, stopped) = watch::channel(false);
@@ -148,8 +153,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         };
         tokio::spawn(http::serve(http, scrape, stopped.clone()));
     }
+    // It makes containerd connect to the snapshotter, if nothing else does.
     tokio::spawn(sweep(parts.containerd, parts.tasks.clone()));
-    announce(&config, &parts.ledger);
+    tokio::spawn(announce(config.clone(), parts.ledger.clone(), connected));
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
     let (tasks, ledger) = (parts.tasks.clone(), parts.ledger.clone());
     let serving = listen_until_stopped(parts.api, listener, tcp, stopped);
@@ -194,9 +200,7 @@ fn containerd(config: &Config) -> Arc<Containerd> {
     ))
 }
 
-fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
-    let broke = |what: String| ServeError::Broke(what);
-    let metrics = Metrics::new().map_err(|e| broke(e.to_string()))?;
+fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option<Connected>) -> Parts {
     let containerd = containerd(config);
     let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
@@ -239,6 +243,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         kernel: kernel.clone(),
         admission,
         images: images.clone(),
+        connected,
         started_at: SystemTime::now(),
     });
     let api = Api {
@@ -251,7 +256,7 @@ fn assemble(config: &Config, ledger: Ledger) -> Result<Parts, ServeError> {
         waiting,
         metrics: metrics.clone(),
     };
-    Ok(Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics })
+    Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics }
 }
 
 fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
@@ -302,6 +307,7 @@ async fn listen_until_stopped(
 /// Once containerd answers, for what a crash has left.
 /// Until one succeeds; a stop waits for the one under way, so that nothing of it is left.
 async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
+    let mut pause = FIRST_SWEEP_RETRY;
     loop {
         let (done, outcome) = oneshot::channel();
         let containerd = containerd.clone();
@@ -315,7 +321,8 @@ async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
             Err(_) if begun => tracing::error!("the sweep after the start panicked"),
             Err(_) => return,
         }
-        tokio::time::sleep(SWEEP_RETRY).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_SWEEP_RETRY);
     }
 }
 
@@ -325,7 +332,11 @@ async fn bind(address: Option<std::net::SocketAddr>) -> Result<Option<TcpListene
     listener.map(Some).map_err(|e| ServeError::Listen { address: address.to_string(), what: e.to_string() })
 }
 
-fn announce(config: &Config, ledger: &Ledger) {
+/// Says that it is ready, when containerd finds the snapshotter or does not for a while.
+async fn announce(config: Config, ledger: Ledger, connected: Option<Connected>) {
+    if let Some(connected) = connected {
+        connected.wait().await;
+    }
     let leases = ledger.read(|book| book.after(None).count());
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -361,7 +372,11 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
     }
     let tasks = Tasks::default();
     tokio::spawn(sweep(containerd(&config), tasks.clone()));
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    let connected = plugin.connected();
+    tokio::spawn(async move {
+        connected.wait().await;
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    });
     wait_for_signal().await?;
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
     let _unfinished = tasks.close(Duration::from_secs(config.server.stop_timeout_seconds)).await;

@@ -1,8 +1,9 @@
 //! Serves Cowshed's own snapshotter to containerd.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cowshed_pool::{Api, Health, Metrics, SnapshotsServer, Snapshotter};
+use futures_util::TryStreamExt as _;
 use prometheus::Registry;
 use tokio::{net::UnixListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -13,12 +14,42 @@ use crate::config::Config;
 
 /// How long the service waits for the snapshotter before it starts without.
 const SETTLE: Duration = Duration::from_secs(20);
+/// How long it waits for containerd's connection before it says that it is ready. containerd tries every three seconds.
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// A snapshotter that is served.
 pub(super) struct Served {
     snapshotter: Snapshotter,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
+    connected: Connected,
+}
+
+/// Whether containerd has connected since the start: before that, it refuses what is asked of the snapshotter.
+#[derive(Clone, Debug)]
+pub(crate) struct Connected {
+    socket: PathBuf,
+    seen: watch::Receiver<bool>,
+}
+
+impl Connected {
+    /// What is wrong if it has not.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let what = format!(
+            "containerd has not connected to the snapshotter's socket {} yet: its configuration has to name it as the \
+             address of a proxy plugin",
+            self.socket.display()
+        );
+        Some(what).filter(|_| !*self.seen.borrow())
+    }
+
+    /// Waits for it, for a while.
+    pub(super) async fn wait(mut self) {
+        let connected = tokio::time::timeout(CONNECT, self.seen.wait_for(|seen| *seen)).await;
+        if connected.is_err() {
+            tracing::warn!(socket = %self.socket.display(), "containerd has not connected to the snapshotter yet");
+        }
+    }
 }
 
 /// Opens the store, serves, and waits until snapshots can be made (or not).
@@ -33,15 +64,25 @@ pub(super) async fn start(
     let until = async move {
         let _stopped = stopped.wait_for(|stop| *stop).await;
     };
+    let (connects, seen) = watch::channel(false);
+    let connections = UnixListenerStream::new(listener).inspect_ok(move |_| {
+        connects.send_replace(true);
+    });
     let router = Server::builder().add_service(SnapshotsServer::new(Api::new(snapshotter.clone())));
-    let server = tokio::spawn(router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), until));
+    let server = tokio::spawn(router.serve_with_incoming_shutdown(connections, until));
     if let Health::Waiting(why) = snapshotter.settled(SETTLE).await {
         tracing::warn!(why, "the snapshotter is not ready");
     }
-    Ok(Served { snapshotter, stop, server })
+    let connected = Connected { socket: config.snapshotter.socket.clone(), seen };
+    Ok(Served { snapshotter, stop, server, connected })
 }
 
 impl Served {
+    /// Whether containerd has found it.
+    pub(super) fn connected(&self) -> Connected {
+        self.connected.clone()
+    }
+
     /// Brings its metrics up to date.
     pub(super) fn looker(&self) -> Arc<dyn Fn() + Send + Sync> {
         let snapshotter = self.snapshotter.clone();
