@@ -65,7 +65,9 @@ impl StatusSource {
         if let Err(error) = self.containerd.has_snapshot("cowshed-status").await {
             problems.push(self.containerd.explain(error).to_string());
         }
-        problems.extend(self.connected.as_ref().and_then(Connected::problem));
+        if let Some(connected) = &self.connected {
+            problems.extend(connected.problem().await);
+        }
         Some(v1::ContainerdStatus {
             address: self.containerd.address().display().to_string(),
             version,

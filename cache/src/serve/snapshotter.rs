@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use cowshed_pool::{Api, Health, Metrics, SnapshotsServer, Snapshotter};
 use futures_util::TryStreamExt as _;
 use prometheus::Registry;
-use tokio::{net::UnixListener, sync::watch, task::JoinHandle};
+use tokio::{net::UnixListener, sync::watch, task::JoinHandle, time::Instant};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -30,23 +30,30 @@ pub(super) struct Served {
 pub(crate) struct Connected {
     socket: PathBuf,
     seen: watch::Receiver<bool>,
+    /// Until then it is waited for.
+    until: Instant,
 }
 
 impl Connected {
-    /// What is wrong if it has not.
-    pub(crate) fn problem(&self) -> Option<String> {
-        let what = format!(
+    /// What is wrong if it has not, when it should have.
+    pub(crate) async fn problem(&self) -> Option<String> {
+        if self.clone().arrives().await {
+            return None;
+        }
+        Some(format!(
             "containerd has not connected to the snapshotter's socket {} yet: its configuration has to name it as the \
              address of a proxy plugin",
             self.socket.display()
-        );
-        Some(what).filter(|_| !*self.seen.borrow())
+        ))
+    }
+
+    async fn arrives(mut self) -> bool {
+        tokio::time::timeout_at(self.until, self.seen.wait_for(|seen| *seen)).await.is_ok()
     }
 
     /// Waits for it, for a while.
-    pub(super) async fn wait(mut self) {
-        let connected = tokio::time::timeout(CONNECT, self.seen.wait_for(|seen| *seen)).await;
-        if connected.is_err() {
+    pub(super) async fn wait(self) {
+        if !self.clone().arrives().await {
             tracing::warn!(socket = %self.socket.display(), "containerd has not connected to the snapshotter yet");
         }
     }
@@ -73,7 +80,8 @@ pub(super) async fn start(
     if let Health::Waiting(why) = snapshotter.settled(SETTLE).await {
         tracing::warn!(why, "the snapshotter is not ready");
     }
-    let connected = Connected { socket: config.snapshotter.socket.clone(), seen };
+    let until = Instant::now() + CONNECT;
+    let connected = Connected { socket: config.snapshotter.socket.clone(), seen, until };
     Ok(Served { snapshotter, stop, server, connected })
 }
 
