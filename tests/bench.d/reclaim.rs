@@ -66,8 +66,8 @@ impl Measured {
 pub(crate) async fn measure(sides: &Sides) -> Outcome<Value> {
     let (victims, rounds) = (sides.of(200, 30), sides.of(3, 1));
     let conditions = format!(
-        "{rounds} rounds of ours and one of the peer's; {victims} devices of {} MiB; idle: {IDLE_SAMPLES} Prepares or {} s, the {victims} devices being there; \
-         reclaiming: until it is done, or for {} s",
+        "{rounds} rounds of ours and one of the peer's; {victims} devices of {} MiB; idle: {IDLE_SAMPLES} Prepares or \
+         {} s, the {victims} devices being there; reclaiming: until it is done, or for {} s",
         WRITTEN >> 20,
         IDLE_TIME.as_secs(),
         RECLAIM_TIME.as_secs()

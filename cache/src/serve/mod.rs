@@ -304,8 +304,8 @@ async fn listen_until_stopped(
     tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
 }
 
-/// Once containerd answers, for what a crash has left.
-/// Until one succeeds; a stop waits for the one under way, so that nothing of it is left.
+/// Sweeps up what a crash has left, once containerd answers: again until it succeeds. A stop waits for the one under way,
+/// so that nothing of it is left.
 async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
     let mut pause = FIRST_SWEEP_RETRY;
     loop {
@@ -347,6 +347,10 @@ async fn announce(config: Config, ledger: Ledger, connected: Option<Connected>) 
         leases,
         "serving"
     );
+    say_ready();
+}
+
+fn say_ready() {
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
 }
@@ -375,7 +379,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
     let connected = plugin.connected();
     tokio::spawn(async move {
         connected.wait().await;
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+        say_ready();
     });
     wait_for_signal().await?;
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);

@@ -35,7 +35,7 @@ pub(crate) struct Connected {
 }
 
 impl Connected {
-    /// What is wrong if it has not, when it should have.
+    /// What is wrong if it has not, when it should have. Waits in the first seconds after the start.
     pub(crate) async fn problem(&self) -> Option<String> {
         if self.clone().arrives().await {
             return None;
@@ -103,5 +103,40 @@ impl Served {
         // containerd keeps its connection open for as long as it is let.
         let _served = tokio::time::timeout(GOODBYE, self.server).await;
         self.snapshotter.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn containerd_that_has_not_connected_is_told_of_when_it_had_its_time() {
+        let (connects, seen) = watch::channel(false);
+        let connected =
+            Connected { socket: "/run/cow/snapshotter".into(), seen, until: Instant::now() + CONNECT };
+        let begun = Instant::now();
+        let problem = connected.problem().await.unwrap();
+        assert!(problem.contains("/run/cow/snapshotter"), "{problem}");
+        assert_eq!(begun.elapsed(), CONNECT);
+        // Later nobody waits any more; and what was late is no problem.
+        assert!(connected.problem().await.is_some());
+        assert_eq!(begun.elapsed(), CONNECT);
+        connects.send_replace(true);
+        assert_eq!(connected.problem().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_ends_the_waiting() {
+        let (connects, seen) = watch::channel(false);
+        let connected =
+            Connected { socket: "/run/cow/snapshotter".into(), seen, until: Instant::now() + CONNECT };
+        let begun = Instant::now();
+        let (problem, ()) = tokio::join!(connected.problem(), async {
+            tokio::time::sleep(CONNECT / 5).await;
+            connects.send_replace(true);
+        });
+        assert_eq!(problem, None);
+        assert_eq!(begun.elapsed(), CONNECT / 5);
     }
 }
