@@ -584,3 +584,53 @@ fn a_layer_is_on_the_disk_when_its_commit_is_answered() {
         assert_eq!(pool.thins()[&layer(&s)], "empty, unpacked");
     });
 }
+
+#[test]
+fn a_layer_that_the_end_of_the_host_has_interrupted_is_never_committed() {
+    let directory = tempfile::tempdir().unwrap();
+    let pool = FakePool::new();
+    let commit = async |s: &Snapshotter, name: &str, key: &str| {
+        s.commit(name.to_owned(), key.to_owned(), BTreeMap::new()).await
+    };
+    runtime().block_on(async {
+        let s = start(directory.path(), &pool).await;
+        for key in ["one", "two"] {
+            make(&s, key, "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        }
+        make(&s, "disk", "", Kind::Active, &[]).await.unwrap();
+        s.close().await;
+        // Only the service has started anew: what is being unpacked goes on.
+        let s = start(directory.path(), &pool).await;
+        commit(&s, "layer-one", "one").await.unwrap();
+        s.close().await;
+        pool.cut_power();
+        for _ in 0..2 {
+            let s = start(directory.path(), &pool).await;
+            let refused = commit(&s, "layer-two", "two").await.unwrap_err();
+            assert_eq!(refused.code, Code::DataLoss, "{refused}");
+            s.close().await;
+        }
+        let s = start(directory.path(), &pool).await;
+        commit(&s, "saved", "disk").await.unwrap();
+        s.remove("two").unwrap();
+        make(&s, "two", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        commit(&s, "layer-two", "two").await.unwrap();
+    });
+}
+
+#[test]
+fn what_could_not_be_flushed_stays_refused_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let pool = FakePool::new();
+    runtime().block_on(async {
+        let s = start(directory.path(), &pool).await;
+        make(&s, "a", "", Kind::Active, &[]).await.unwrap();
+        pool.set_fuse(Fuse::FailAt(0));
+        let failed = s.commit("saved".into(), "a".into(), BTreeMap::new()).await.unwrap_err();
+        assert_ne!(failed.code, Code::DataLoss, "the kernel's own words: {failed}");
+        s.close().await;
+        let s = start(directory.path(), &pool).await;
+        let refused = s.commit("saved".into(), "a".into(), BTreeMap::new()).await.unwrap_err();
+        assert_eq!(refused.code, Code::DataLoss, "{refused}");
+    });
+}

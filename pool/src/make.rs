@@ -70,8 +70,7 @@ impl Inner {
             }
             remade = true;
             tracing::error!(base = origin.id.0, %error, "a base is not in the pool any more; it is made anew");
-            self.write(move |tree| Ok((tree.give_up(origin.id, Traces::Maybe).into_iter().collect(), ())))
-                .await?;
+            self.write(move |tree| Ok((tree.give_up(origin.id, Traces::Maybe), ()))).await?;
             self.wake.notify_one();
         }
     }
@@ -119,7 +118,7 @@ impl Inner {
     /// Writes down that it is not to be; the reclaimer does so later if that is not possible now.
     async fn give_up(&self, id: SnapshotId, failed: Failed) -> Error {
         let traces = failed.traces;
-        let given_up = self.write(move |tree| Ok((tree.give_up(id, traces).into_iter().collect(), ()))).await;
+        let given_up = self.write(move |tree| Ok((tree.give_up(id, traces), ()))).await;
         let error = match given_up {
             Ok(()) => failed.error,
             Err(second) => {
@@ -212,12 +211,12 @@ impl Inner {
     async fn make_base(&self, base: Base, now: UnixNanos) -> Result<()> {
         let lock = self.bases.lock().unwrap_or_else(PoisonError::into_inner).entry(base).or_default().clone();
         let _alone = lock.lock().await;
-        let busy = self.busy.clone();
+        let (busy, abandoned) = (self.busy.clone(), self.abandoned().clone());
         let intent = self
             .write(move |tree| {
                 let Some(plan) = tree.make_base(base, now)? else { return Ok((Vec::new(), None)) };
-                let hold = busy.hold([plan.new.id]);
-                Ok((plan.changes(), Some((plan, hold))))
+                let hold = busy.hold([plan.new.id].into_iter().chain(base.of));
+                Ok((plan.changes(&abandoned), Some((plan, hold))))
             })
             .await?;
         let Some((BasePlan { new, origin, .. }, _hold)) = intent else { return Ok(()) };

@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 
 use crate::{
     device::Deactivated,
-    error::{Error, Result},
+    error::Error,
     snapshotter::{Health, Inner},
     tree::{Change, Snapshot, SnapshotId},
 };
@@ -76,9 +76,8 @@ async fn write_abandoned(inner: &Inner) -> bool {
     in_order.sort_by_key(|(id, _)| Reverse(*id));
     let marked = inner.store.write(move |batch| {
         for (id, traces) in in_order {
-            if let Some(change) = batch.state().give_up(id, traces) {
-                batch.change(change);
-            }
+            let changes = batch.state().give_up(id, traces);
+            changes.into_iter().for_each(|change| batch.change(change));
         }
         Ok::<_, Error>(())
     });
@@ -109,7 +108,11 @@ fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
         let removed = tree.removing().filter(|s| !busy.contains_key(&s.id));
-        removed.filter(|s| held.get(&s.id).is_none_or(|(at, _)| *at <= now)).take(count).cloned().collect()
+        let tried = |s: &&Snapshot| held.get(&s.id).map(|(at, _)| *at);
+        let mut due: Vec<&Snapshot> = removed.filter(|s| tried(s).is_none_or(|at| at <= now)).collect();
+        // Those that many have open must not keep the others waiting.
+        due.sort_by_key(tried);
+        due.into_iter().take(count).cloned().collect()
     })
 }
 
@@ -129,13 +132,15 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
             .await
     }))
     .await;
-    let mut gone = Vec::new();
+    let (mut gone, mut freed) = (Vec::new(), 0);
     for (snapshot, outcome) in batch.into_iter().zip(deactivated) {
         let id = snapshot.id;
         let deleted = match outcome {
             Ok((Deactivated::Gone, mapped)) => {
                 waited += give_way(inner, patience).await;
-                delete(inner, &snapshot, mapped).await
+                let thin = snapshot.thin;
+                let deleted = inner.on_pool(move |pool| pool.delete(thin)).await;
+                deleted.map(|()| mapped.unwrap_or(0))
             }
             Ok((Deactivated::InUse, _)) => {
                 try_later(held, id);
@@ -144,7 +149,10 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
             Err(error) => Err(error),
         };
         match deleted {
-            Ok(()) => gone.push(id),
+            Ok(bytes) => {
+                gone.push(id);
+                freed += bytes;
+            }
             Err(error) => {
                 tracing::warn!(snapshot = id.0, %error, "a removed snapshot is still there; trying again");
                 try_later(held, id);
@@ -156,19 +164,15 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
     }
     inner.active_origins().retain(|id, _| !gone.contains(id));
     inner.torn().retain(|id| !gone.contains(id));
-    let deletions = gone.into_iter().map(Change::Delete).collect();
-    if let Err(error) = inner.write(move |_| Ok((deletions, ()))).await {
-        tracing::warn!(%error, "deleted snapshots could not be struck off the store; trying again");
-        tokio::time::sleep(FIRST_RETRY).await;
+    let deletions = gone.iter().copied().map(Change::Delete).collect();
+    match inner.write(move |_| Ok((deletions, ()))).await {
+        Ok(()) => inner.metrics.deleted(freed),
+        Err(error) => {
+            tracing::warn!(%error, "deleted snapshots could not be struck off the store; trying again");
+            gone.into_iter().for_each(|id| try_later(held, id));
+        }
     }
     begun.elapsed().saturating_sub(waited)
-}
-
-async fn delete(inner: &Inner, snapshot: &Snapshot, mapped: Option<u64>) -> Result<()> {
-    let thin = snapshot.thin;
-    inner.on_pool(move |pool| pool.delete(thin)).await?;
-    inner.metrics.deleted(mapped.unwrap_or(0));
-    Ok(())
 }
 
 fn try_later(held: &mut Held, id: SnapshotId) {

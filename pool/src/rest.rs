@@ -38,13 +38,15 @@ impl Inner {
         self.on_pool(move |pool| pool.activate(&activation)).await
     }
 
-    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers. What could
-    /// not be written once stays refused, for the kernel does not try again, and tells it once only.
-    pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
-        if self.torn().contains(&id) {
+    /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers, and the last
+    /// close of a disk flushes nothing. What could not be written once stays refused, for the kernel does not try again,
+    /// and tells it once only.
+    pub(crate) async fn flush(&self, snapshot: &Snapshot) -> Result<()> {
+        let id = snapshot.id;
+        if snapshot.torn || self.torn().contains(&id) {
             let path = self.name(id).path();
             let what =
-                format!("not all of what was written to {path} is on the disk: remove it and unpack again");
+                format!("not all of what was written to {path} is on the disk: remove it and make it anew");
             return Err(Error::new(Code::DataLoss, what));
         }
         let (name, seen) = (self.name(id), self.name(id));
@@ -52,10 +54,12 @@ impl Inner {
             self.ensure_active(id).await?;
         }
         let flushed = self.on_pool(move |pool| pool.flush(&name)).await;
-        if flushed.is_err() {
-            self.torn().insert(id);
+        let Err(error) = flushed else { return Ok(()) };
+        self.torn().insert(id);
+        match self.write(move |tree| Ok((tree.tear(id).into_iter().collect(), ()))).await {
+            Ok(()) => Err(error),
+            Err(second) => Err(error.and(second)),
         }
-        flushed
     }
 
     /// Bytes of the blocks that it maps.

@@ -83,7 +83,7 @@ pub(crate) struct Inner {
     pub(crate) active_origins: Mutex<HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>>,
     /// Snapshots that the reclaimer leaves alone.
     pub(crate) busy: Busy,
-    /// Layers that could not be flushed.
+    /// Snapshots that could not be flushed, and where that could not be written down yet.
     torn: Mutex<HashSet<SnapshotId>>,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
@@ -279,19 +279,23 @@ impl Snapshotter {
         // It is put to rest whether or not its caller stays.
         let committed = tokio::spawn(async move {
             let snapshot = writer.store.read(|tree| tree.ready(&key).cloned())?;
-            if snapshot.layer && snapshot.kind == Kind::Active {
-                let flushed = writer.flush(snapshot.id).await;
-                flushed.map_err(|error| error.context(format!("committing the layer {key:?}")))?;
+            if snapshot.kind == Kind::Active {
+                let flushed = writer.flush(&snapshot).await;
+                flushed.map_err(|error| error.context(format!("committing {key:?}")))?;
             }
+            let (id, is_layer) = (snapshot.id, snapshot.layer);
             let written = writer.write(move |tree| {
-                let id = tree.ready(&key)?.id;
+                if tree.ready(&key)?.id != id {
+                    let what = format!("snapshot {key:?} was removed and made anew while it was committed");
+                    return Err(Error::new(Code::NotFound, what));
+                }
                 let change = tree.commit(&name, &key, labels, now())?;
                 // Before it can be a parent.
                 inner.active_origins().entry(id).or_default();
-                Ok((vec![change], id))
+                Ok((vec![change], ()))
             });
-            let id = written.await?;
-            if snapshot.layer {
+            written.await?;
+            if is_layer {
                 writer.traffic.layer();
             }
             tokio::spawn(async move { writer.rest_later(id).await });

@@ -5,6 +5,7 @@
 //! | a record Preparing, its thin id not in the pool | deleted |
 //! | a record Preparing | it was half made: marked Removing |
 //! | a record Ready, Active or View | its device is activated |
+//! | a layer Ready and Active, its device not in the kernel | the host has started anew while it was unpacked, without a journal: never committed |
 //! | a record Ready, of another kind, its device active | deactivated when nobody has it open |
 //! | a record Removing | left to the reclaimer |
 //! | one of our devices, suspended | resumed: a snapshot of it was being made |
@@ -208,7 +209,8 @@ pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Fo
     let tree = inner.store.read(Clone::clone);
     let seen = tree.clone();
     let in_kernel = tokio::task::spawn_blocking(move || kernel_side(&*pool, &store_id, &seen)).await;
-    let awake = in_kernel.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    let InKernel { awake, names } = in_kernel.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    tear_layers(inner, names).await.map_err(|e| e.to_string())?;
     // Before the first request: whoever makes a snapshot of one of these has to know.
     for id in &awake {
         inner.active_origins().entry(*id).or_default();
@@ -251,7 +253,7 @@ async fn half_made(
                 .iter()
                 .copied()
                 .chain(tree.all().filter(is_lost_base))
-                .filter_map(|s| tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }))
+                .flat_map(|s| tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }))
                 .collect();
             changes.extend(new_uuid.map(Change::Pool));
             Ok((changes, half.len()))
@@ -297,15 +299,44 @@ async fn compare_ids(inner: &Inner, in_pool: BTreeSet<ThinId>) {
     }
 }
 
-/// Resumes and deactivates what a crash has left; returns the bases and committed ones that are active.
-fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<SnapshotId>, DeviceError> {
-    let mut awake = BTreeSet::new();
+/// Which devices of ours there are.
+#[derive(Default)]
+struct InKernel {
+    /// Bases and committed ones.
+    awake: BTreeSet<SnapshotId>,
+    /// All.
+    names: BTreeSet<SnapshotId>,
+}
+
+/// A layer is unpacked without a journal: what the end of the host has interrupted is not whole, whoever comes back to it.
+async fn tear_layers(inner: &Inner, in_kernel: BTreeSet<SnapshotId>) -> crate::error::Result<()> {
+    let count = inner
+        .write(move |tree| {
+            let interrupted = tree.all().filter(|s| s.layer && !in_kernel.contains(&s.id));
+            let torn: Vec<Change> = interrupted.filter_map(|s| tree.tear(s.id)).collect();
+            let count = torn.len();
+            Ok((torn, count))
+        })
+        .await?;
+    if count > 0 {
+        tracing::warn!(
+            count,
+            "layers were being unpacked when the host stopped; they have to be unpacked anew"
+        );
+    }
+    Ok(())
+}
+
+/// Resumes and deactivates what a crash has left.
+fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<InKernel, DeviceError> {
+    let mut found = InKernel::default();
     for name in pool.names()? {
         let Some(id) = DeviceName::parse(&name, store_id) else {
             tracing::warn!(name, "a device of another snapshot store: left alone");
             continue;
         };
         let name = DeviceName::new(store_id, id);
+        found.names.insert(id);
         // One device that does not obey must not keep all others waiting.
         if let Err(error) = let_go_on(pool, &name) {
             tracing::error!(%name, %error, "a device cannot be looked at or resumed");
@@ -316,12 +347,12 @@ fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<BTreeSet<
                 Err(error) => tracing::error!(%name, %error, "a device of ours without a record stays"),
             },
             Some(s) if s.state == State::Ready && !s.kind.is_active() => {
-                awake.insert(id);
+                found.awake.insert(id);
             }
             Some(_) => {}
         }
     }
-    Ok(awake)
+    Ok(found)
 }
 
 fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {

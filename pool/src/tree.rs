@@ -124,6 +124,8 @@ pub struct Snapshot {
     pub mapped: Option<u64>,
     /// Whether it was unpacked from an image's layer: then no guest has written it.
     pub layer: bool,
+    /// Whether not all of what was written to it is there: then it is never committed.
+    pub torn: bool,
     /// As containerd gave them.
     pub labels: BTreeMap<String, String>,
     /// When it was made, or committed.
@@ -208,9 +210,12 @@ pub(crate) struct BasePlan {
 }
 
 impl BasePlan {
-    /// What is written down of it.
-    pub(crate) fn changes(&self) -> Vec<Change> {
-        let left = self.left.iter().map(|left| removing(left, self.new.created));
+    /// What is written down of it. `traces`: what those have left that could not be given up yet.
+    pub(crate) fn changes(&self, traces: &HashMap<SnapshotId, Traces>) -> Vec<Change> {
+        let left = self.left.iter().map(|left| match traces.get(&left.id) {
+            Some(Traces::None) => Change::Delete(left.id),
+            Some(Traces::Maybe) | None => removing(left, self.new.created),
+        });
         left.chain([Change::Put(self.new.clone())]).collect()
     }
 }
@@ -274,16 +279,17 @@ impl Tree {
             }
             tree.apply(Change::Put(Box::new(snapshot)));
         }
-        for snapshot in tree.all.values().filter(|s| s.state != State::Removing) {
-            if let Some(parent) = snapshot.parent
-                && tree.all.get(&parent).is_none_or(|parent| parent.kind != Kind::Committed)
-            {
-                return Err(format!(
-                    "snapshot {} ({:?}) has no parent {}",
-                    snapshot.id.0, snapshot.key, parent.0
-                ));
-            }
+        let has_parent = |s: &Snapshot| {
+            s.parent.is_none_or(|id| tree.all.get(&id).is_some_and(|parent| parent.kind == Kind::Committed))
+        };
+        let orphans = tree.all.values().filter(|s| s.state != State::Removing && !has_parent(s));
+        let (listed, bases): (Vec<_>, Vec<_>) = orphans.cloned().partition(|s| s.kind.is_listed());
+        if let Some(Snapshot { id, key, parent, .. }) = listed.first() {
+            let parent = parent.map_or(0, |id| id.0);
+            return Err(format!("snapshot {} ({key:?}) has no parent {parent}", id.0));
         }
+        // What others would be made of, and nobody can ask for any more.
+        bases.iter().for_each(|base| drop(tree.apply(removing(base, base.updated))));
         Ok(tree)
     }
 
@@ -420,6 +426,7 @@ impl Tree {
             bytes,
             mapped: None,
             layer: false,
+            torn: false,
             labels: BTreeMap::new(),
             created: UnixNanos::default(),
             updated: UnixNanos::default(),
@@ -441,14 +448,30 @@ impl Tree {
         Ok(Change::Put(Box::new(Snapshot { thin, ..snapshot.clone() })))
     }
 
-    /// Gives up a snapshot that could not be made or marked as removed, or a base that is not there; not one that has
-    /// children by now.
-    pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces) -> Option<Change> {
+    /// Gives up a snapshot that could not be made or marked as removed, or a base that is not there, and the bases grown
+    /// from it; not one that has children by now.
+    pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces) -> Vec<Change> {
         let childless = |snapshot: &&Snapshot| !self.children.contains_key(&snapshot.id);
-        self.get(id).filter(childless).map(|snapshot| match traces {
+        let Some(snapshot) = self.get(id).filter(childless) else { return Vec::new() };
+        let given_up = match traces {
             Traces::Maybe => removing(snapshot, snapshot.updated),
             Traces::None => Change::Delete(id),
-        })
+        };
+        let grown = self.grown(id).map(|base| removing(base, base.updated));
+        [given_up].into_iter().chain(grown).collect()
+    }
+
+    /// The bases grown from it. One that is being made finds at its confirmation that it is not wanted any more.
+    fn grown(&self, id: SnapshotId) -> impl Iterator<Item = &Snapshot> {
+        let bases = self.bases.iter().filter(move |(base, _)| base.of == Some(id));
+        bases.filter_map(|(_, base)| self.get(*base))
+    }
+
+    /// Says that not all of what was written to it is there. Nothing changes if it is not there itself, or committed.
+    pub(crate) fn tear(&self, id: SnapshotId) -> Option<Change> {
+        let whole = |s: &&Snapshot| s.state == State::Ready && s.kind == Kind::Active && !s.torn;
+        let torn = self.get(id).filter(whole)?.clone();
+        Some(Change::Put(Box::new(Snapshot { torn: true, ..torn })))
     }
 
     /// Decides a Commit.
@@ -470,12 +493,10 @@ impl Tree {
         if self.keys.contains_key(name) {
             return Err(Error::new(Code::AlreadyExists, format!("there is a snapshot {name:?} already")));
         }
-        let layer = snapshot.layer || labels.contains_key(LAYER_LABEL);
         let committed = Snapshot {
             key: name.to_owned(),
             kind: Kind::Committed,
             labels,
-            layer,
             created: now,
             updated: now,
             ..snapshot.clone()
@@ -498,13 +519,7 @@ impl Tree {
             let what = format!("snapshot {key:?} has {children} snapshots on it: remove them first");
             return Err(Error::new(Code::FailedPrecondition, what));
         }
-        // A grown base that is being made finds at its confirmation that it is not wanted any more.
-        let grown = self
-            .bases
-            .iter()
-            .filter(|(base, _)| base.of == Some(snapshot.id))
-            .filter_map(|(_, id)| self.get(*id));
-        Ok([snapshot].into_iter().chain(grown).map(|s| removing(s, now)).collect())
+        Ok([snapshot].into_iter().chain(self.grown(snapshot.id)).map(|s| removing(s, now)).collect())
     }
 
     /// Decides an Update of the labels that `paths` name ("labels" or "labels.NAME"; all of them if there is none).

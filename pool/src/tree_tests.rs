@@ -17,6 +17,7 @@ pub(crate) fn snapshot(id: u64, key: &str, kind: Kind) -> Snapshot {
         bytes: GIB,
         mapped: None,
         layer: false,
+        torn: false,
         labels: BTreeMap::new(),
         created: UnixNanos(1),
         updated: UnixNanos(1),
@@ -45,7 +46,7 @@ fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
             Plan::Needs(base) => {
                 let plan = tree.make_base(base, wish.now)?.unwrap();
                 let id = plan.new.id;
-                plan.changes().into_iter().for_each(|change| drop(tree.apply(change)));
+                plan.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
                 tree.apply(tree.confirm(id)?);
             }
             Plan::Make(new, _) => {
@@ -115,16 +116,60 @@ fn a_base_that_could_not_be_given_up_does_not_hide_its_successor() {
     let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
     let first = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let abandoned = first.new.id;
-    first.changes().into_iter().for_each(|change| drop(tree.apply(change)));
+    first.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
     make(&mut tree, &wish("a", "")).unwrap();
     let second = tree.ready_base(base).unwrap().id;
     assert_ne!(second, abandoned);
     assert_eq!(tree.get(abandoned).unwrap().state, State::Removing);
     // The reclaimer hears of it late.
-    let again = tree.give_up(abandoned, Traces::Maybe).unwrap();
-    tree.apply(again);
+    tree.give_up(abandoned, Traces::Maybe).into_iter().for_each(|again| drop(tree.apply(again)));
     tree.apply(Change::Delete(abandoned));
     assert_eq!(tree.ready_base(base).map(|s| s.id), Some(second));
+}
+
+#[test]
+fn a_base_that_was_refused_its_thin_id_is_not_deleted_in_the_pool() {
+    let mut tree = Tree::default();
+    let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
+    let refused = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let id = refused.new.id;
+    refused.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
+    let next = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let changes = next.changes(&HashMap::from([(id, Traces::None)]));
+    assert_eq!(changes.first(), Some(&Change::Delete(id)));
+}
+
+#[test]
+fn what_is_given_up_takes_the_bases_grown_from_it_along() {
+    let mut tree = Tree::default();
+    let layer = Wish { labels: label(LAYER_LABEL, "sha256:1"), ..wish("l", "") };
+    make(&mut tree, &layer).unwrap();
+    commit(&mut tree, "layer", "l", BTreeMap::new()).unwrap();
+    let parent = tree.ready("layer").unwrap().id;
+    let base = Base { of: Some(parent), bytes: Bytes(2 << 30) };
+    let plan = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
+    let grown = plan.new.id;
+    plan.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
+    tree.give_up(parent, Traces::Maybe).into_iter().for_each(|change| drop(tree.apply(change)));
+    assert_eq!([parent, grown].map(|id| tree.get(id).unwrap().state), [State::Removing; 2]);
+    assert!(tree.confirm(grown).is_err(), "nobody can ask for it any more");
+}
+
+#[test]
+fn a_base_whose_parent_is_gone_is_no_damage_but_a_snapshot_is() {
+    let orphan = |kind, key: &str| Snapshot { parent: Some(SnapshotId(1)), ..snapshot(2, key, kind) };
+    let tree = Tree::load(vec![orphan(Kind::Grown, "")], 3, String::new()).unwrap();
+    assert_eq!(tree.get(SnapshotId(2)).unwrap().state, State::Removing);
+    let damaged = Tree::load(vec![orphan(Kind::Active, "a")], 3, String::new()).unwrap_err();
+    assert!(damaged.contains("has no parent 1"), "{damaged}");
+}
+
+#[test]
+fn a_disk_does_not_become_a_layer_by_what_it_is_called() {
+    let mut tree = Tree::default();
+    make(&mut tree, &wish("vm", "")).unwrap();
+    commit(&mut tree, "saved", "vm", label(LAYER_LABEL, "sha256:1")).unwrap();
+    assert!(!tree.ready("saved").unwrap().layer, "root would grow a filesystem that a guest has written");
 }
 
 #[test]

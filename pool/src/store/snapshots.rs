@@ -27,7 +27,7 @@ CREATE TABLE snapshots (
     thin    INTEGER NOT NULL UNIQUE,
     bytes   INTEGER NOT NULL,      -- size of the device
     mapped  INTEGER,               -- bytes of blocks that it maps, once it was committed and closed
-    layer   INTEGER NOT NULL,      -- 1: unpacked from an image's layer
+    layer   INTEGER NOT NULL,      -- 1: unpacked from an image's layer; 2: not all of what was written is there; 3: both
     labels  TEXT NOT NULL,         -- JSON
     created INTEGER NOT NULL,      -- nanoseconds since 1970
     updated INTEGER NOT NULL
@@ -81,7 +81,7 @@ fn put(connection: &Connection, s: &Snapshot) -> rusqlite::Result<()> {
             s.thin.0,
             signed(s.bytes.0),
             s.mapped.map(signed),
-            s.layer,
+            i64::from(s.layer) | i64::from(s.torn) << 1,
             labels,
             s.created.0,
             s.updated.0,
@@ -134,7 +134,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<Snapshot, String>> {
     let thin: u32 = row.get("thin")?;
     let parent: Option<i64> = row.get("parent")?;
     let mapped: Option<i64> = row.get("mapped")?;
-    let (key, layer) = (row.get("key")?, row.get("layer")?);
+    let (key, layer): (_, i64) = (row.get("key")?, row.get("layer")?);
     let bytes: i64 = row.get("bytes")?;
     let (created, updated) = (UnixNanos(row.get("created")?), UnixNanos(row.get("updated")?));
     let parse = || {
@@ -147,7 +147,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<Snapshot, String>> {
             thin: ThinId(thin),
             bytes: Bytes(bytes.unsigned_abs()),
             mapped: mapped.map(i64::unsigned_abs),
-            layer,
+            layer: layer & 1 != 0,
+            torn: layer & 2 != 0,
             labels: serde_json::from_str(&labels).map_err(|e| format!("snapshot {id}: labels: {e}"))?,
             created,
             updated,
