@@ -45,7 +45,7 @@ macro_rules! same {
 pub(crate) use same;
 
 /// Long enough for an emulated host; what is waited for is a condition.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Asks until there is an answer. The last refusal is the failure's text.
 pub(crate) fn wait_for<T>(what: &str, ask: impl FnMut() -> Outcome<T>) -> Outcome<T> {
