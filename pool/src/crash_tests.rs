@@ -634,3 +634,26 @@ fn what_could_not_be_flushed_stays_refused_after_a_restart() {
         assert_eq!(refused.code, Code::DataLoss, "{refused}");
     });
 }
+
+/// Else its thin id could be another's disk before the base is made of it.
+#[test]
+fn what_a_base_is_grown_from_is_held_while_it_is_made() {
+    with_pool(async |s, pool| {
+        make(&s, "a", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        s.commit("layer".into(), "a".into(), BTreeMap::new()).await.unwrap();
+        let layer = s.0.store.read(|tree| tree.ready("layer").unwrap().id);
+        let held = pool.hold();
+        let asked = s.clone();
+        let caller =
+            tokio::spawn(
+                async move { make(&asked, "large", "layer", Kind::Active, &[(SIZE, "2GiB")]).await },
+            );
+        while s.0.store.read(|tree| tree.all().all(|s| s.kind != Kind::Grown)) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(s.0.busy.counts().contains_key(&layer), "the reclaimer could delete it");
+        drop(held);
+        caller.await.unwrap().unwrap();
+        assert!(s.0.busy.counts().is_empty());
+    });
+}

@@ -108,12 +108,22 @@ fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
         let removed = tree.removing().filter(|s| !busy.contains_key(&s.id));
-        let tried = |s: &&Snapshot| held.get(&s.id).map(|(at, _)| *at);
-        let mut due: Vec<&Snapshot> = removed.filter(|s| tried(s).is_none_or(|at| at <= now)).collect();
-        // Those that many have open must not keep the others waiting.
-        due.sort_by_key(tried);
-        due.into_iter().take(count).cloned().collect()
+        longest_due(removed, held, now, count).into_iter().cloned().collect()
     })
+}
+
+/// Those never tried first: the ones that somebody keeps open must not keep the others waiting.
+fn longest_due<'a>(
+    removed: impl Iterator<Item = &'a Snapshot>,
+    held: &Held,
+    now: Instant,
+    count: usize,
+) -> Vec<&'a Snapshot> {
+    let tried = |s: &&Snapshot| held.get(&s.id).map(|(at, _)| *at);
+    let mut due: Vec<&Snapshot> = removed.filter(|s| tried(s).is_none_or(|at| at <= now)).collect();
+    due.sort_by_key(tried);
+    due.truncate(count);
+    due
 }
 
 /// Each step gives way for a moment; returns how long the rest of it took.
@@ -197,4 +207,25 @@ async fn wait_while(limit: Duration, condition: impl Fn() -> bool) -> Duration {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     begun.elapsed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::{Kind, tests::snapshot};
+
+    #[test]
+    fn what_somebody_keeps_open_keeps_no_other_waiting() {
+        let removed: Vec<Snapshot> = (1..=5).map(|id| snapshot(id, "", Kind::Active)).collect();
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let at = |id, at| (SnapshotId(id), (at, second));
+        // 1 and 2 were open, and are due again; 3 is not due yet.
+        let held = Held::from([at(1, now), at(2, now - second), at(3, now + second)]);
+        let next = |count| -> Vec<u64> {
+            longest_due(removed.iter(), &held, now, count).into_iter().map(|s| s.id.0).collect()
+        };
+        assert_eq!(next(2), [4, 5]);
+        assert_eq!(next(9), [4, 5, 2, 1]);
+    }
 }

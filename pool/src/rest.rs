@@ -39,22 +39,13 @@ impl Inner {
     }
 
     /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers, and the last
-    /// close of a disk flushes nothing. What could not be written once stays refused, for the kernel does not try again,
-    /// and tells it once only.
-    pub(crate) async fn flush(&self, snapshot: &Snapshot) -> Result<()> {
-        let id = snapshot.id;
-        if snapshot.torn || self.torn().contains(&id) {
-            let path = self.name(id).path();
-            let what =
-                format!("not all of what was written to {path} is on the disk: remove it and make it anew");
-            return Err(Error::new(Code::DataLoss, what));
-        }
+    /// close of a disk flushes nothing. What cannot be flushed is torn for good.
+    pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
         let (name, seen) = (self.name(id), self.name(id));
         if self.on_pool(move |pool| pool.look(&seen)).await?.is_none() {
             self.ensure_active(id).await?;
         }
-        let flushed = self.on_pool(move |pool| pool.flush(&name)).await;
-        let Err(error) = flushed else { return Ok(()) };
+        let Err(error) = self.on_pool(move |pool| pool.flush(&name)).await else { return Ok(()) };
         self.torn().insert(id);
         match self.write(move |tree| Ok((tree.tear(id).into_iter().collect(), ()))).await {
             Ok(()) => Err(error),

@@ -21,7 +21,7 @@ use crate::{
     size::Bytes,
     store::{Store, WriteError},
     traffic::Traffic,
-    tree::{Base, Change, Kind, Snapshot, SnapshotId, State, Traces, Tree, UnixNanos, Wish},
+    tree::{self, Base, Change, Kind, Snapshot, SnapshotId, State, Traces, Tree, UnixNanos, Wish},
 };
 
 /// What a snapshotter is told.
@@ -198,9 +198,11 @@ impl Inner {
         let ids = marked.ids();
         if let Err(error) = written {
             tracing::warn!(?ids, %error, "removed snapshots could not be written down; trying again");
-            // They are back, and may be active.
+            // Those that were there before are back, and may be active.
+            let is_back = |tree: &Tree| ids.iter().filter(|id| tree.get(**id).is_some()).collect::<Vec<_>>();
+            let back = self.store.read(is_back);
             let mut active = self.active_origins();
-            for id in ids {
+            for id in back {
                 active.entry(*id).or_default();
             }
             drop(active);
@@ -280,16 +282,15 @@ impl Snapshotter {
         let committed = tokio::spawn(async move {
             let snapshot = writer.store.read(|tree| tree.ready(&key).cloned())?;
             if snapshot.kind == Kind::Active {
-                let flushed = writer.flush(&snapshot).await;
+                let flushed = writer.flush(snapshot.id).await;
                 flushed.map_err(|error| error.context(format!("committing {key:?}")))?;
             }
             let (id, is_layer) = (snapshot.id, snapshot.layer);
             let written = writer.write(move |tree| {
-                if tree.ready(&key)?.id != id {
-                    let what = format!("snapshot {key:?} was removed and made anew while it was committed");
-                    return Err(Error::new(Code::NotFound, what));
+                if inner.torn().contains(&id) {
+                    return Err(tree::torn(&key));
                 }
-                let change = tree.commit(&name, &key, labels, now())?;
+                let change = tree.commit(&name, (&key, id), labels, now())?;
                 // Before it can be a parent.
                 inner.active_origins().entry(id).or_default();
                 Ok((vec![change], ()))

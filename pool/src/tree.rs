@@ -474,11 +474,11 @@ impl Tree {
         Some(Change::Put(Box::new(Snapshot { torn: true, ..torn })))
     }
 
-    /// Decides a Commit.
+    /// Decides a Commit of what was flushed: `key` was this snapshot's name then.
     pub(crate) fn commit(
         &self,
         name: &str,
-        key: &str,
+        (key, flushed): (&str, SnapshotId),
         labels: BTreeMap<String, String>,
         now: UnixNanos,
     ) -> Result<Change> {
@@ -486,6 +486,13 @@ impl Tree {
             return Err(Error::new(Code::InvalidArgument, "name: a committed snapshot needs a name"));
         }
         let snapshot = self.ready(key)?;
+        if snapshot.id != flushed {
+            let what = format!("snapshot {key:?} was removed and made anew while it was committed");
+            return Err(Error::new(Code::NotFound, what));
+        }
+        if snapshot.torn {
+            return Err(torn(key));
+        }
         if snapshot.kind != Kind::Active {
             let what = format!("snapshot {key:?} is not active, but {}", snapshot.kind.as_str());
             return Err(Error::new(Code::FailedPrecondition, what));
@@ -618,6 +625,13 @@ impl Tree {
             }
         }
     }
+}
+
+/// The kernel tells once only what it could not write, and does not try again: so it is told from now on.
+pub(crate) fn torn(key: &str) -> Error {
+    let what =
+        format!("not all of what was written to snapshot {key:?} is on the disk: remove it and make it anew");
+    Error::new(Code::DataLoss, what)
 }
 
 fn removing(snapshot: &Snapshot, now: UnixNanos) -> Change {

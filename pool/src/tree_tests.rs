@@ -39,6 +39,10 @@ fn label(name: &str, value: &str) -> BTreeMap<String, String> {
     BTreeMap::from([(name.to_owned(), value.to_owned())])
 }
 
+fn apply_all(tree: &mut Tree, changes: Vec<Change>) {
+    changes.into_iter().for_each(|change| drop(tree.apply(change)));
+}
+
 /// Makes what is wished, with all the bases that it needs.
 fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
     loop {
@@ -46,7 +50,7 @@ fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
             Plan::Needs(base) => {
                 let plan = tree.make_base(base, wish.now)?.unwrap();
                 let id = plan.new.id;
-                plan.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
+                apply_all(tree, plan.changes(&HashMap::new()));
                 tree.apply(tree.confirm(id)?);
             }
             Plan::Make(new, _) => {
@@ -59,14 +63,19 @@ fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
     }
 }
 
+/// 0 if there is none.
+fn id_of(tree: &Tree, key: &str) -> SnapshotId {
+    tree.ready(key).map_or(SnapshotId(0), |s| s.id)
+}
+
 fn commit(tree: &mut Tree, name: &str, key: &str, labels: BTreeMap<String, String>) -> Result<()> {
-    tree.commit(name, key, labels, UnixNanos(6)).map(|change| drop(tree.apply(change)))
+    tree.commit(name, (key, id_of(tree, key)), labels, UnixNanos(6)).map(|change| drop(tree.apply(change)))
 }
 
 fn remove(tree: &mut Tree, key: &str) -> Result<usize> {
     let changes = tree.remove(key, UnixNanos(7))?;
     let count = changes.len();
-    changes.into_iter().for_each(|change| drop(tree.apply(change)));
+    apply_all(tree, changes);
     Ok(count)
 }
 
@@ -87,7 +96,9 @@ fn refusals() {
     assert_eq!(code(prepare(sized("base", "512M"))), Code::InvalidArgument);
     assert_eq!(code(prepare(sized("", "1M"))), Code::InvalidArgument);
     assert_eq!(code(prepare(sized("", "much"))), Code::InvalidArgument);
-    let commit = |name: &str, key: &str| tree.commit(name, key, BTreeMap::new(), UnixNanos(1)).map(drop);
+    let commit = |name: &str, key: &str| {
+        tree.commit(name, (key, id_of(&tree, key)), BTreeMap::new(), UnixNanos(1)).map(drop)
+    };
     assert_eq!(code(commit("base", "b")), Code::AlreadyExists);
     assert_eq!(code(commit("c", "base")), Code::FailedPrecondition);
     assert_eq!(code(commit("c", "nobody")), Code::NotFound);
@@ -116,15 +127,39 @@ fn a_base_that_could_not_be_given_up_does_not_hide_its_successor() {
     let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
     let first = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let abandoned = first.new.id;
-    first.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
+    apply_all(&mut tree, first.changes(&HashMap::new()));
     make(&mut tree, &wish("a", "")).unwrap();
     let second = tree.ready_base(base).unwrap().id;
     assert_ne!(second, abandoned);
     assert_eq!(tree.get(abandoned).unwrap().state, State::Removing);
     // The reclaimer hears of it late.
-    tree.give_up(abandoned, Traces::Maybe).into_iter().for_each(|again| drop(tree.apply(again)));
+    let given_up = tree.give_up(abandoned, Traces::Maybe);
+    apply_all(&mut tree, given_up);
     tree.apply(Change::Delete(abandoned));
     assert_eq!(tree.ready_base(base).map(|s| s.id), Some(second));
+}
+
+/// Its namesake was flushed, and this one was not.
+#[test]
+fn what_was_made_anew_under_a_name_is_not_committed_for_the_one_before() {
+    let mut tree = Tree::default();
+    let first = make(&mut tree, &wish("a", "")).unwrap();
+    remove(&mut tree, "a").unwrap();
+    make(&mut tree, &wish("a", "")).unwrap();
+    let refused = tree.commit("base", ("a", first), BTreeMap::new(), UnixNanos(1)).unwrap_err();
+    assert_eq!(refused.code, Code::NotFound, "{refused}");
+    assert_eq!(commit(&mut tree, "base", "a", BTreeMap::new()), Ok(()));
+}
+
+#[test]
+fn what_is_torn_is_never_committed() {
+    let mut tree = Tree::default();
+    let id = make(&mut tree, &wish("a", "")).unwrap();
+    let tear = tree.tear(id);
+    apply_all(&mut tree, tear.into_iter().collect());
+    assert_eq!(tree.tear(id), None, "it is so already");
+    assert_eq!(commit(&mut tree, "base", "a", BTreeMap::new()).unwrap_err().code, Code::DataLoss);
+    assert_eq!(remove(&mut tree, "a"), Ok(1));
 }
 
 #[test]
@@ -133,7 +168,7 @@ fn a_base_that_was_refused_its_thin_id_is_not_deleted_in_the_pool() {
     let Plan::Needs(base) = tree.prepare(&wish("a", "")).unwrap() else { unreachable!() };
     let refused = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let id = refused.new.id;
-    refused.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
+    apply_all(&mut tree, refused.changes(&HashMap::new()));
     let next = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let changes = next.changes(&HashMap::from([(id, Traces::None)]));
     assert_eq!(changes.first(), Some(&Change::Delete(id)));
@@ -149,8 +184,9 @@ fn what_is_given_up_takes_the_bases_grown_from_it_along() {
     let base = Base { of: Some(parent), bytes: Bytes(2 << 30) };
     let plan = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let grown = plan.new.id;
-    plan.changes(&HashMap::new()).into_iter().for_each(|change| drop(tree.apply(change)));
-    tree.give_up(parent, Traces::Maybe).into_iter().for_each(|change| drop(tree.apply(change)));
+    apply_all(&mut tree, plan.changes(&HashMap::new()));
+    let given_up = tree.give_up(parent, Traces::Maybe);
+    apply_all(&mut tree, given_up);
     assert_eq!([parent, grown].map(|id| tree.get(id).unwrap().state), [State::Removing; 2]);
     assert!(tree.confirm(grown).is_err(), "nobody can ask for it any more");
 }

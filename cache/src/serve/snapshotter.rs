@@ -110,12 +110,15 @@ impl Served {
 mod tests {
     use super::*;
 
+    fn waited_for() -> (watch::Sender<bool>, Connected, Instant) {
+        let ((connects, seen), begun) = (watch::channel(false), Instant::now());
+        let socket = "/run/cow/snapshotter".into();
+        (connects, Connected { socket, seen, until: begun + CONNECT }, begun)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn containerd_that_has_not_connected_is_told_of_when_it_had_its_time() {
-        let (connects, seen) = watch::channel(false);
-        let connected =
-            Connected { socket: "/run/cow/snapshotter".into(), seen, until: Instant::now() + CONNECT };
-        let begun = Instant::now();
+        let (connects, connected, begun) = waited_for();
         let problem = connected.problem().await.unwrap();
         assert!(problem.contains("/run/cow/snapshotter"), "{problem}");
         assert_eq!(begun.elapsed(), CONNECT);
@@ -128,10 +131,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_ends_the_waiting() {
-        let (connects, seen) = watch::channel(false);
-        let connected =
-            Connected { socket: "/run/cow/snapshotter".into(), seen, until: Instant::now() + CONNECT };
-        let begun = Instant::now();
+        let (connects, connected, begun) = waited_for();
         let (problem, ()) = tokio::join!(connected.problem(), async {
             tokio::time::sleep(CONNECT / 5).await;
             connects.send_replace(true);
