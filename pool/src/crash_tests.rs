@@ -41,7 +41,8 @@ async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
     let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
     inner.filesystem = Arc::new(pool.clone());
     let inner = Arc::new(inner);
-    let found = Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0 };
+    let found =
+        Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0, events: 0 };
     tokio::spawn(reclaim::run(inner.clone()));
     reconcile(&inner, Arc::new(pool.clone()), found).await.unwrap();
     Snapshotter(inner)
@@ -655,5 +656,63 @@ fn what_a_base_is_grown_from_is_held_while_it_is_made() {
         drop(held);
         caller.await.unwrap().unwrap();
         assert!(s.0.busy.counts().is_empty());
+    });
+}
+
+/// containerd has taken its own part of the commit back, and knows the disk by its old name only.
+#[test]
+fn a_commit_whose_caller_has_gone_changes_nothing() {
+    with_pool(async |s, pool| {
+        make(&s, "disk", "", Kind::Active, &[]).await.unwrap();
+        let held = pool.hold();
+        let asked = s.clone();
+        let caller =
+            tokio::spawn(async move { asked.commit("saved".into(), "disk".into(), BTreeMap::new()).await });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        drop(held);
+        // The next one waits for the one before it: the store decides in order.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(s.stat("saved").unwrap_err().code, Code::NotFound);
+        assert_eq!(s.stat("disk").unwrap().0.kind, Kind::Active);
+        s.commit("saved".into(), "disk".into(), BTreeMap::new()).await.unwrap();
+        assert_eq!(s.stat("saved").unwrap().0.kind, Kind::Committed);
+    });
+}
+
+/// What was written to a file while the pool was full is lost, and no flush tells so.
+#[test]
+fn a_layer_that_was_unpacked_while_the_pool_had_no_room_is_torn() {
+    let commit = async |s: &Snapshotter, key: &str| {
+        s.commit(format!("{key}-c"), key.to_owned(), BTreeMap::new()).await
+    };
+    with_pool(async |s, pool| {
+        make(&s, "layer", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        make(&s, "disk", "", Kind::Active, &[]).await.unwrap();
+        pool.tell_event();
+        let refused = commit(&s, "layer").await.unwrap_err();
+        assert!(refused.to_string().contains("low on space"), "{refused}");
+        assert_eq!(commit(&s, "layer").await.unwrap_err().code, Code::DataLoss);
+        // A disk's writer was told.
+        commit(&s, "disk").await.unwrap();
+        // A new one begins with what was told by then; its name is that of containerd 1.7's own unpacker.
+        let key = "default/9/extract-1-a sha256:b";
+        make(&s, key, "", Kind::Active, &[]).await.unwrap();
+        commit(&s, key).await.unwrap();
+        assert!(s.0.unpacking().keys().count() == 0);
+    });
+}
+
+#[test]
+fn a_layer_that_is_mounted_still_is_frozen_before_it_is_flushed() {
+    with_pool(async |s, pool| {
+        let path = make(&s, "layer", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        let name = path.strip_prefix("/dev/mapper/").unwrap();
+        pool.open(name, 1);
+        s.commit("base".into(), "layer".into(), BTreeMap::new()).await.unwrap();
+        assert_eq!(pool.times_suspended(), 1);
+        assert!(!pool.any_suspended());
+        pool.open(name, 0);
     });
 }

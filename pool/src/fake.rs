@@ -46,6 +46,8 @@ struct State {
     devices: BTreeMap<String, Device>,
     fuse: Fuse,
     creations: u32,
+    events: u32,
+    suspensions: usize,
 }
 
 /// Pool and filesystem tools. Clones share it.
@@ -60,6 +62,8 @@ impl FakePool {
             devices: BTreeMap::new(),
             fuse: Fuse::Whole,
             creations: 0,
+            events: 0,
+            suspensions: 0,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -118,6 +122,10 @@ impl FakePool {
         self.state().devices.values().all(|device| device.loaded && device.linked)
     }
 
+    pub(crate) fn times_suspended(&self) -> usize {
+        self.state().suspensions
+    }
+
     pub(crate) fn any_suspended(&self) -> bool {
         self.state().devices.values().any(|device| device.suspended)
     }
@@ -134,6 +142,11 @@ impl FakePool {
     /// As `lvconvert --repair` loses the latest.
     pub(crate) fn lose(&self, thin: ThinId) {
         self.state().thins.remove(&thin);
+    }
+
+    /// As a pool does that has become full, and again when it has room.
+    pub(crate) fn tell_event(&self) {
+        self.state().events += 1;
     }
 
     /// Calls that change something wait while this is held.
@@ -194,6 +207,10 @@ impl Pool for FakePool {
             zeroing: true,
         };
         Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned() })
+    }
+
+    fn events(&self) -> Result<u32, DeviceError> {
+        Ok(self.state().events)
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -285,11 +302,13 @@ impl Pool for FakePool {
             state.unflushed.remove(&thin);
             Ok(())
         })
+        .map_err(|error| DeviceError::NotFlushed { path: name.path(), error: error.to_string() })
     }
 
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
         self.effect(|state| {
             state.devices.get_mut(name.as_str()).ok_or_else(|| refused("suspend"))?.suspended = true;
+            state.suspensions += 1;
             Ok(())
         })
     }

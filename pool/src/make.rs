@@ -84,6 +84,10 @@ impl Inner {
         let begun = Instant::now();
         self.effect(new, Some(origin)).await?;
         let mount = self.mount_of(new).await?;
+        if new.layer {
+            let events = self.on_pool(|pool| pool.events()).await?;
+            self.unpacking().insert(new.id, events);
+        }
         let made = begun.elapsed();
         if !is_wanted() {
             // containerd has written down nothing, and would not look for it.

@@ -10,7 +10,7 @@ use std::{
 use futures_util::future::join_all;
 
 use crate::{
-    device::Deactivated,
+    device::{Deactivated, PoolFacts},
     error::Error,
     snapshotter::{Health, Inner},
     tree::{Change, Snapshot, SnapshotId},
@@ -26,6 +26,9 @@ const GIVE_WAY: Duration = Duration::from_millis(150);
 const REST: u32 = 3;
 /// From twice as many that wait on, it gives way and rests for half as long and does twice as much, and so on.
 const CROWD: usize = 128;
+/// In a pool with less than this percentage of its space left there is no giving way: VMs would see errors first.
+const SHORT: u64 = 10;
+const NO_MANNERS: u32 = 1024;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// What counts itself is compared with the pool so often.
@@ -44,6 +47,7 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
         let backlog = inner.store.read(|tree| tree.removing().count());
         let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
+        let crowd = if backlog > 0 && serving && is_short(&inner).await { NO_MANNERS } else { crowd };
         let count = if lively { BATCH_BESIDE.saturating_mul(crowd as usize).min(BATCH) } else { BATCH };
         let batch = if serving { due(&inner, &mut held, count) } else { Vec::new() };
         if batch.is_empty() {
@@ -63,6 +67,15 @@ pub(crate) async fn run(inner: Arc<Inner>) {
             recount(&inner).await;
         }
     }
+}
+
+/// Whether the pool has next to no room left, for data or for metadata.
+async fn is_short(inner: &Inner) -> bool {
+    let facts = inner.on_pool(|pool| pool.facts()).await;
+    let short = |used: u64, total: u64| total.saturating_sub(used) < total / 100 * SHORT;
+    facts.is_ok_and(|PoolFacts { usage, .. }| {
+        short(usage.data_used, usage.data_total) || short(usage.metadata_used, usage.metadata_total)
+    })
 }
 
 /// Marks as removed what was given up while the store could not be written; says whether nothing of it is left.
@@ -164,7 +177,11 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
                 freed += bytes;
             }
             Err(error) => {
-                tracing::warn!(snapshot = id.0, %error, "a removed snapshot is still there; trying again");
+                if held.contains_key(&id) {
+                    tracing::debug!(snapshot = id.0, %error, "a removed snapshot is still there");
+                } else {
+                    tracing::warn!(snapshot = id.0, %error, "a removed snapshot is still there; trying again");
+                }
                 try_later(held, id);
             }
         }
@@ -174,6 +191,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
     }
     inner.active_origins().retain(|id, _| !gone.contains(id));
     inner.torn().retain(|id| !gone.contains(id));
+    inner.unpacking().retain(|id, _| !gone.contains(id));
     let deletions = gone.iter().copied().map(Change::Delete).collect();
     match inner.write(move |_| Ok((deletions, ()))).await {
         Ok(()) => inner.metrics.deleted(freed),

@@ -1,9 +1,12 @@
 //! Which devices are active: those of Active snapshots and Views are; a committed one is put to rest.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use crate::{
-    device::{Access, Activation, Deactivated, Live},
+    device::{Access, Activation, Deactivated, DeviceError, DeviceName, Live, Pool},
     error::{Code, Error, Result},
     snapshotter::Inner,
     tree::{Change, Kind, Snapshot, SnapshotId, State},
@@ -35,22 +38,60 @@ impl Inner {
             return Err(Error::new(Code::NotFound, what));
         };
         let activation = self.activation(&snapshot);
-        self.on_pool(move |pool| pool.activate(&activation)).await
+        self.on_pool(move |pool| {
+            let is_whole = |live: Live| live.mapped.is_some() && !live.suspended;
+            // To make it and find it there would cost the kernel a device.
+            if activation.name.is_linked() && pool.look(&activation.name)?.is_some_and(is_whole) {
+                return Ok(());
+            }
+            pool.activate(&activation)
+        })
+        .await
     }
 
     /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers, and the last
-    /// close of a disk flushes nothing. What cannot be flushed is torn for good.
-    pub(crate) async fn flush(&self, id: SnapshotId) -> Result<()> {
+    /// close of a disk flushes nothing. What is lost is torn for good: what could not be flushed, and a layer that was
+    /// unpacked while the pool had no room. Of a disk that was full for a moment nothing is lost; its writer was told.
+    pub(crate) async fn flush(&self, snapshot: &Snapshot) -> Result<()> {
+        let (id, is_layer) = (snapshot.id, snapshot.layer);
         let (name, seen) = (self.name(id), self.name(id));
-        if self.on_pool(move |pool| pool.look(&seen)).await?.is_none() {
-            self.ensure_active(id).await?;
+        let live = match self.on_pool(move |pool| pool.look(&seen)).await? {
+            Some(live) => live,
+            None => {
+                self.ensure_active(id).await?;
+                Live { open: 0, suspended: false, mapped: None }
+            }
+        };
+        let begun = self.begun_at_event(id);
+        let flushed = self
+            .on_pool(move |pool| {
+                // Whoever has it mounted still has what a last unmount writes back; freezing it does so too.
+                if is_layer && live.open > 0 {
+                    pool.suspend(&name)?;
+                    pool.resume(&name)?;
+                }
+                let flushed = pool.flush(&name);
+                Ok(if is_layer { flushed.and_then(|()| no_event_since(begun, pool, &name)) } else { flushed })
+            })
+            .await?;
+        let Err(error) = flushed else { return Ok(()) };
+        let is_lost = is_layer || matches!(error, DeviceError::NotFlushed { .. });
+        let error = Error::from(error);
+        if !is_lost {
+            return Err(error);
         }
-        let Err(error) = self.on_pool(move |pool| pool.flush(&name)).await else { return Ok(()) };
         self.torn().insert(id);
+        self.unpacking().remove(&id);
         match self.write(move |tree| Ok((tree.tear(id).into_iter().collect(), ()))).await {
             Ok(()) => Err(error),
             Err(second) => Err(error.and(second)),
         }
+    }
+
+    /// How many events the pool had had when the layer was begun to be unpacked.
+    fn begun_at_event(&self, id: SnapshotId) -> u32 {
+        let known = self.unpacking().get(&id).copied();
+        known.unwrap_or_else(|| self.first_event.load(Ordering::Relaxed))
     }
 
     /// Bytes of the blocks that it maps.
@@ -135,4 +176,17 @@ impl Inner {
         }
         Ok(done)
     }
+}
+
+/// The kernel tells a pool's events when it has become full, stopped writing, or goes on: what was written to files
+/// meanwhile may be lost, and neither the filesystem's end nor a flush of its device tells so.
+fn no_event_since(begun: u32, pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
+    let events = pool.events()?;
+    if events == begun {
+        return Ok(());
+    }
+    let error = format!(
+        "the pool was low on space or has stopped while it was unpacked ({events} events, {begun} when it began)"
+    );
+    Err(DeviceError::NotFlushed { path: name.path(), error })
 }

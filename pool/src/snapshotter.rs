@@ -85,6 +85,10 @@ pub(crate) struct Inner {
     pub(crate) busy: Busy,
     /// Snapshots that could not be flushed, and where that could not be written down yet.
     torn: Mutex<HashSet<SnapshotId>>,
+    /// Layers being unpacked, and how many events the pool had had when each began.
+    pub(crate) unpacking: Mutex<HashMap<SnapshotId, u32>>,
+    /// How many it had had when this process started: for layers that were begun before.
+    pub(crate) first_event: AtomicU32,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
     /// Who changes whether a device is active holds one of them, by its snapshot's id.
@@ -111,6 +115,8 @@ impl Inner {
             active_origins: Mutex::default(),
             busy: Busy::default(),
             torn: Mutex::default(),
+            unpacking: Mutex::default(),
+            first_event: AtomicU32::new(0),
             abandoned: Mutex::default(),
             devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             traffic: Traffic::default(),
@@ -179,6 +185,10 @@ impl Inner {
 
     pub(crate) fn torn(&self) -> MutexGuard<'_, HashSet<SnapshotId>> {
         self.torn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn unpacking(&self) -> MutexGuard<'_, HashMap<SnapshotId, u32>> {
+        self.unpacking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn abandoned(&self) -> MutexGuard<'_, HashMap<SnapshotId, Traces>> {
@@ -278,17 +288,28 @@ impl Snapshotter {
     ) -> Result<()> {
         self.0.pool()?;
         let (inner, writer) = (self.0.clone(), self.0.clone());
+        // Gone with this future.
+        let caller = Arc::new(());
+        let is_wanted = Arc::downgrade(&caller);
         // It is put to rest whether or not its caller stays.
         let committed = tokio::spawn(async move {
             let snapshot = writer.store.read(|tree| tree.ready(&key).cloned())?;
+            if snapshot.torn || writer.torn().contains(&snapshot.id) {
+                return Err(tree::torn(&key));
+            }
             if snapshot.kind == Kind::Active {
-                let flushed = writer.flush(snapshot.id).await;
+                let flushed = writer.flush(&snapshot).await;
                 flushed.map_err(|error| error.context(format!("committing {key:?}")))?;
             }
             let (id, is_layer) = (snapshot.id, snapshot.layer);
             let written = writer.write(move |tree| {
                 if inner.torn().contains(&id) {
                     return Err(tree::torn(&key));
+                }
+                // containerd has taken its own part back, knows it by its old name, and would collect the new one.
+                if is_wanted.strong_count() == 0 {
+                    let what = format!("committing {key:?}: its caller has gone away; it is as it was");
+                    return Err(Error::new(Code::Cancelled, what));
                 }
                 let change = tree.commit(&name, (&key, id), labels, now())?;
                 // Before it can be a parent.
@@ -297,12 +318,15 @@ impl Snapshotter {
             });
             written.await?;
             if is_layer {
+                writer.unpacking().remove(&id);
                 writer.traffic.layer();
             }
             tokio::spawn(async move { writer.rest_later(id).await });
             Ok(())
         });
-        committed.await.map_err(|e| Error::new(Code::Internal, e.to_string()))?
+        let committed = committed.await.map_err(|e| Error::new(Code::Internal, e.to_string()))?;
+        drop(caller);
+        committed
     }
 
     /// Marks it. containerd calls this under its locks, for one after the other of hundreds, so it does not wait for the
@@ -398,7 +422,9 @@ impl From<DeviceError> for Error {
             DeviceError::ThinMissing(_) => Code::DataLoss,
             DeviceError::NoPool(_) => Code::Unavailable,
             DeviceError::PoolStopped { .. } | DeviceError::PoolRefuses { .. } => Code::FailedPrecondition,
-            DeviceError::Refused { .. } | DeviceError::Helper(_) => Code::Internal,
+            DeviceError::Refused { .. } | DeviceError::NotFlushed { .. } | DeviceError::Helper(_) => {
+                Code::Internal
+            }
         };
         Self::new(code, error.to_string())
     }

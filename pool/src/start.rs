@@ -17,7 +17,7 @@
 use std::{
     collections::BTreeSet,
     path::Path,
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -26,6 +26,7 @@ use rusqlite::Connection;
 
 use crate::{
     device::{DeviceError, DeviceMapper, DeviceName, Live, Pool, PoolMode},
+    error::Code,
     metrics::Metrics,
     reclaim,
     snapshotter::{Health, Inner, Settings, Snapshotter},
@@ -33,8 +34,9 @@ use crate::{
     tree::{Change, Kind, Snapshot, SnapshotId, State, ThinId, Traces, Tree},
 };
 
-/// Pause before a pool that is not there is looked for again.
+/// Pause before a pool that is not there is looked for again, or what cannot be activated tried again.
 const RETRY: Duration = Duration::from_secs(2);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
 /// Why snapshots cannot be made.
 enum Hindrance {
@@ -138,6 +140,8 @@ pub(crate) struct Found {
     /// `None` if they could not be listed.
     pub(crate) thin_ids: Option<BTreeSet<ThinId>>,
     pub(crate) creations: u32,
+    /// As many events as the kernel has told of it.
+    pub(crate) events: u32,
 }
 
 fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found), Hindrance> {
@@ -146,7 +150,17 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
     let name = &facts.usage.name;
     match facts.usage.mode {
         PoolMode::ReadWrite | PoolMode::OutOfDataSpace => {}
-        mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
+        // As one without room for metadata is; the kernel lets it write again when it has some.
+        PoolMode::ReadOnly => {
+            let (used, total) = (facts.usage.metadata_used >> 20, facts.usage.metadata_total >> 20);
+            return Err(Hindrance::Passing(format!(
+                "the thin pool {name} is in mode {}, so nothing is changed in it; {used} of {total} MiB of its metadata are in \
+                 use. If there is no room, extend it (lvextend --poolmetadatasize); else see the kernel's log, deactivate the \
+                 pool, and check its metadata with thin_check",
+                facts.usage.mode
+            )));
+        }
+        mode @ (PoolMode::NeedsCheck | PoolMode::Failed) => {
             return Err(Hindrance::Lasting(format!(
                 "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses \
                  the pool, deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and \
@@ -188,9 +202,9 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
             None
         }
     };
-    let creations = pool.creations().map_err(passing)?;
+    let (creations, events) = (pool.creations().map_err(passing)?, pool.events().map_err(passing)?);
     let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
-    Ok((pool, Found { new_uuid, thin_ids, creations }))
+    Ok((pool, Found { new_uuid, thin_ids, creations, events }))
 }
 
 fn passing(error: DeviceError) -> Hindrance {
@@ -200,6 +214,7 @@ fn passing(error: DeviceError) -> Hindrance {
 /// Brings store, pool and kernel together, then lets requests in.
 pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Found) -> Result<(), String> {
     inner.know_creations(found.creations);
+    inner.first_event.store(found.events, Ordering::Relaxed);
     half_made(inner, found.new_uuid, found.thin_ids.as_ref()).await.map_err(|e| e.to_string())?;
     if let Some(ids) = found.thin_ids {
         compare_ids(inner, ids).await;
@@ -362,11 +377,29 @@ fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
     Ok(())
 }
 
-async fn activate_all(inner: &Inner, tree: &Tree) {
+async fn activate_all(inner: &Arc<Inner>, tree: &Tree) {
     let to_be_active = tree.listed().filter(|s| s.kind.is_active()).map(|snapshot| async move {
-        if let Err(error) = inner.ensure_active(snapshot.id).await {
-            tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
+        let Err(error) = inner.ensure_active(snapshot.id).await else { return };
+        tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated; trying again");
+        if error.code != Code::DataLoss {
+            tokio::spawn(activate_later(inner.clone(), snapshot.id));
         }
     });
     join_all(to_be_active).await;
+}
+
+/// Its VM may look for its device and never ask for it.
+async fn activate_later(inner: Arc<Inner>, id: SnapshotId) {
+    let mut pause = RETRY;
+    loop {
+        tokio::time::sleep(pause).await;
+        match inner.ensure_active(id).await {
+            Ok(()) => {
+                return tracing::info!(device = %inner.name(id), "a snapshot's device is active after all");
+            }
+            Err(error) if matches!(error.code, Code::DataLoss | Code::NotFound) => return,
+            Err(error) => tracing::debug!(device = %inner.name(id), %error, "not yet active"),
+        }
+        pause = (pause * 2).min(LONGEST_RETRY);
+    }
 }

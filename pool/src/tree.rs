@@ -254,6 +254,9 @@ impl Default for Tree {
 const SIZE_LABELS: [&str; 2] = ["containerd.io/snapshot/cowshed.size", "containerd.io/snapshot/max-size"];
 /// containerd and Cowshed set it on what a layer is unpacked into.
 const LAYER_LABEL: &str = "containerd.io/snapshot.ref";
+/// containerd's name for what a layer is unpacked into begins so (its `snapshots.UnpackKeyPrefix`), and ends with the
+/// layer's chain id after a space; containerd 1.7 sets no label when it pulls by itself.
+const UNPACK_KEY: &str = "extract-";
 
 impl Tree {
     /// Puts together what was stored. `next` is the lowest id that was never used, `pool` the pool's uuid.
@@ -383,7 +386,7 @@ impl Tree {
             key: wish.key.clone(),
             kind: wish.kind,
             labels: wish.labels.clone(),
-            layer: wish.labels.contains_key(LAYER_LABEL),
+            layer: is_layer(wish),
             created: wish.now,
             updated: wish.now,
             ..self.intent(parent.map(|p| p.id), base.bytes)?
@@ -629,8 +632,9 @@ impl Tree {
 
 /// The kernel tells once only what it could not write, and does not try again: so it is told from now on.
 pub(crate) fn torn(key: &str) -> Error {
-    let what =
-        format!("not all of what was written to snapshot {key:?} is on the disk: remove it and make it anew");
+    let what = format!(
+        "not all of what was written to snapshot {key:?} is on the disk: remove it and make it anew (a layer: unpack it again)"
+    );
     Error::new(Code::DataLoss, what)
 }
 
@@ -638,9 +642,15 @@ fn removing(snapshot: &Snapshot, now: UnixNanos) -> Change {
     Change::Put(Box::new(Snapshot { state: State::Removing, updated: now, ..snapshot.clone() }))
 }
 
+/// Whether it is for an image's layer to be unpacked into. Keys come as NAMESPACE/NUMBER/KEY.
+fn is_layer(wish: &Wish) -> bool {
+    let key = wish.key.splitn(3, '/').last().unwrap_or_default();
+    wish.labels.contains_key(LAYER_LABEL) || key.starts_with(UNPACK_KEY) && key.contains(' ')
+}
+
 /// A layer's labels can be an image's annotations, and all images on it have its size: only disks can ask for one.
 fn wanted_size(wish: &Wish) -> Result<Option<Bytes>> {
-    if wish.labels.contains_key(LAYER_LABEL) {
+    if is_layer(wish) {
         return Ok(None);
     }
     let Some((label, text)) = SIZE_LABELS.iter().find_map(|label| wish.labels.get_key_value(*label)) else {

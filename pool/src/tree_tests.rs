@@ -335,3 +335,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn layers_are_known_by_their_label_or_by_the_name_that_containerd_gives_them() {
+    let tree = Tree::default();
+    let is_layer = |key: &str, labels| match tree.prepare(&Wish { labels, ..wish(key, "") }).unwrap() {
+        Plan::Make(new, _) => new.layer,
+        // The base of its own size is what a disk with a size needs.
+        Plan::Needs(base) => base.bytes == Bytes(1 << 30),
+    };
+    let sized = || label(SIZE_LABELS[0], "3GiB");
+    for key in ["default/7/extract-12-Ab_- sha256:0", "default/7/extract-x sha256:0", "extract-1 x"] {
+        assert!(is_layer(key, sized()), "{key}");
+    }
+    for key in ["default/7/extract-12", "default/7/my-extract-12 sha256:0", "extract-1 x/7/vm", "vm"] {
+        assert!(!is_layer(key, sized()), "{key}");
+    }
+}

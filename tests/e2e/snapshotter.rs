@@ -330,7 +330,7 @@ fn pool_with_io_errors() -> Outcome {
     same!(listed()?, there, "what is listed after errors of the data");
     // What was lost is not forgotten because the disk is back.
     let again = block_on(client.commit("io-lc", "io-l", &[]));
-    failed(again, &[Code::DataLoss, Code::Unknown], &["unpack again"])?;
+    failed(again, &[Code::DataLoss, Code::Unknown], &["io-l", "unpack it again"])?;
     block_on(client.prepare("io-b", "", &[(SIZE_LABEL, "11GiB")]))?;
 
     let there = listed()?;

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::symlink,
+    time::{Duration, Instant},
 };
 
 use devicemapper::{DM, DevId, Device, DeviceInfo, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
@@ -12,16 +13,21 @@ use nix::errno::Errno;
 
 use super::{
     Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolFacts, audit, ioctl,
-    table::{self, DeviceNumber, PoolMode, PoolUsage},
+    table::{self, DeviceNumber, PoolMode},
 };
 use crate::tree::ThinId;
 
 /// What to do with a pool that has stopped.
 const REPAIR: &str = "see the kernel's log; deactivate it, then check and repair its metadata (thin_check, lvconvert --repair)";
 
+/// So long lvextend may keep a pool suspended, which activates nothing meanwhile.
+const EXTENSION: Duration = Duration::from_secs(5);
+
 /// Device-mapper, and one thin pool of it.
 pub struct DeviceMapper {
     pool: String,
+    /// Its uuid: what is done to it is done to no other that gets its name. Empty if it has none.
+    uuid: String,
     dm: DM,
     control: File,
 }
@@ -37,10 +43,12 @@ impl DeviceMapper {
         };
         let dm = DM::new().map_err(|e| no_dm(&e))?;
         let control = ioctl::control().map_err(|e| no_dm(&e))?;
-        let mut this = Self { pool: pool.to_owned(), dm, control };
+        let mut this = Self { pool: pool.to_owned(), uuid: String::new(), dm, control };
         if pool.is_empty() {
             this.pool = this.only_pool()?;
         }
+        let found = this.targets(&this.pool, DmFlags::DM_STATUS_TABLE)?;
+        this.uuid = found.and_then(|(info, _)| info.uuid().map(ToString::to_string)).unwrap_or_default();
         Ok(this)
     }
 
@@ -86,13 +94,28 @@ impl DeviceMapper {
         self.targets(&self.pool, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)
     }
 
+    fn status(&self) -> Result<(DeviceInfo, Vec<table::Target>), DeviceError> {
+        let gone = || self.no_pool("it has just gone");
+        self.targets(&self.pool, DmFlags::empty())?.ok_or_else(gone)
+    }
+
+    /// Whether it writes, without asking how large it is.
+    fn mode(&self) -> Result<PoolMode, DeviceError> {
+        let (_, status) = self.status()?;
+        table::parse_pool_mode(&status).map_err(|what| self.no_pool(what))
+    }
+
     fn no_pool(&self, what: impl std::fmt::Display) -> DeviceError {
         DeviceError::NoPool(format!("{} is not a usable thin pool: {what}", self.pool))
     }
 
     fn message(&self, text: &str) -> Result<(), DmError> {
-        let name = DmName::new(&self.pool)?;
-        self.dm.target_msg(&DevId::Name(name), Some(0), text).map(drop)
+        let pool = if self.uuid.is_empty() {
+            DevId::Name(DmName::new(&self.pool)?)
+        } else {
+            DevId::Uuid(DmUuid::new(&self.uuid)?)
+        };
+        self.dm.target_msg(&pool, Some(0), text).map(drop)
     }
 
     /// A message about a thin device that was refused: the kernel's code, or what it means.
@@ -106,7 +129,16 @@ impl DeviceMapper {
 
     /// A message's own commit can fail without its sender being told, and the pool turns read-only then.
     fn writes_still(&self) -> Result<(), DeviceError> {
-        writes(self.facts().map_err(|e| said("looking at the pool afterwards", e))?.usage)
+        self.expect_writing(self.mode().map_err(|e| said("looking at the pool afterwards", e))?)
+    }
+
+    fn expect_writing(&self, mode: PoolMode) -> Result<(), DeviceError> {
+        match mode {
+            PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
+            PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => {
+                Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice: REPAIR })
+            }
+        }
     }
 
     /// Puts a table into use and makes the link to its node.
@@ -120,10 +152,18 @@ impl DeviceMapper {
             Access::ReadOnly => DmFlags::DM_READONLY,
         };
         let options = DmOptions::default().set_flags(flags);
-        self.dm.table_load(&id(name)?, &targets, options).map_err(|e| match errno(&e) {
-            Some(Errno::ENODATA) => DeviceError::ThinMissing(activation.thin),
-            _ => refused(&format!("loading the table of {name}"), &e),
-        })?;
+        let begun = Instant::now();
+        loop {
+            match self.dm.table_load(&id(name)?, &targets, options) {
+                Ok(_) => break,
+                // The pool is suspended for a moment: somebody extends it.
+                Err(error) if errno(&error) == Some(Errno::EINVAL) && begun.elapsed() < EXTENSION => pause(),
+                Err(error) if errno(&error) == Some(Errno::ENODATA) => {
+                    return Err(DeviceError::ThinMissing(activation.thin));
+                }
+                Err(error) => return Err(refused(&format!("loading the table of {name}"), &error)),
+            }
+        }
         ioctl::resume(&self.control, name).map_err(|e| said(&format!("resuming {name}"), e))?;
         link(&activation.name, device).map_err(|e| said(&format!("linking {}", activation.name.path()), e))
     }
@@ -132,11 +172,15 @@ impl DeviceMapper {
 impl Pool for DeviceMapper {
     fn facts(&self) -> Result<PoolFacts, DeviceError> {
         let (info, tables) = self.pool_table()?;
-        let gone = || self.no_pool("it has just gone");
-        let (_, status) = self.targets(&self.pool, DmFlags::empty())?.ok_or_else(gone)?;
+        let (_, status) = self.status()?;
         let usage = table::parse_pool(&self.pool, &tables, &status).map_err(|what| self.no_pool(what))?;
         let uuid = info.uuid().map(ToString::to_string).unwrap_or_default();
         Ok(PoolFacts { usage, uuid })
+    }
+
+    fn events(&self) -> Result<u32, DeviceError> {
+        let (info, _) = self.status()?;
+        Ok(info.event_nr())
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -226,14 +270,15 @@ impl Pool for DeviceMapper {
 
     fn flush(&self, name: &DeviceName) -> Result<(), DeviceError> {
         let path = name.path();
-        let flushed = File::open(&path).and_then(|device| device.sync_all());
-        flushed.map_err(|e| said(&format!("flushing {path}"), e))?;
-        match self.facts()?.usage {
+        let device = File::open(&path).map_err(|e| said(&format!("opening {path}"), e))?;
+        device.sync_all().map_err(|e| DeviceError::NotFlushed { path, error: e.to_string() })?;
+        match self.mode()? {
             // It may have dropped what was written before.
-            PoolUsage { name, mode: mode @ PoolMode::OutOfDataSpace, .. } => {
-                Err(DeviceError::PoolStopped { name, mode, advice: "extend it (lvextend), and unpack again" })
+            mode @ PoolMode::OutOfDataSpace => {
+                let advice = "extend it (lvextend), and then commit, or unpack the layer again";
+                Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice })
             }
-            usage => writes(usage),
+            mode => self.expect_writing(mode),
         }
     }
 
@@ -312,13 +357,9 @@ impl DeviceMapper {
     }
 }
 
-fn writes(pool: PoolUsage) -> Result<(), DeviceError> {
-    match pool.mode {
-        PoolMode::ReadWrite | PoolMode::OutOfDataSpace => Ok(()),
-        mode @ (PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed) => {
-            Err(DeviceError::PoolStopped { name: pool.name, mode, advice: REPAIR })
-        }
-    }
+#[allow(clippy::disallowed_methods, reason = "calls of the kernel block, and have threads of their own")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(20));
 }
 
 /// Makes `/dev/mapper/NAME`, as udev will when it gets to it.

@@ -162,6 +162,14 @@ pub enum DeviceError {
         /// Its answer.
         error: String,
     },
+    /// Not all of what was written to a device is on the disk.
+    #[error("flushing {path}: {error}")]
+    NotFlushed {
+        /// Where it can be opened.
+        path: String,
+        /// What the kernel said.
+        error: String,
+    },
     /// A program failed.
     #[error("{0}")]
     Helper(String),
@@ -181,6 +189,8 @@ impl DeviceError {
 pub trait Pool: Send + Sync {
     /// Looks at the pool.
     fn facts(&self) -> Result<PoolFacts, DeviceError>;
+    /// How many events the kernel has told of the pool: it has become low on space, full, or has stopped, or goes on.
+    fn events(&self) -> Result<u32, DeviceError>;
     /// Makes an empty thin device.
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError>;
     /// Makes a snapshot of `origin`, which is inactive, closed or suspended.

@@ -138,6 +138,24 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
     })
 }
 
+/// The mode in the status of a `thin-pool`.
+///
+/// # Errors
+/// Says what it is instead.
+pub fn parse_pool_mode(status: &[Target]) -> Result<PoolMode, String> {
+    let [(_, _, kind, status)] = status else {
+        return Err(format!("its table has {} targets", status.len()));
+    };
+    let words: Vec<&str> = status.split_ascii_whitespace().collect();
+    match words.get(3..) {
+        Some(rest) if kind == "thin-pool" => Ok(mode(rest)),
+        None if kind == "thin-pool" && matches!(words.first(), Some(&"Fail" | &"Error")) => {
+            Ok(PoolMode::Failed)
+        }
+        _ => Err(format!("its status is {kind:?} {status:?}")),
+    }
+}
+
 fn mode(words: &[&str]) -> PoolMode {
     if words.contains(&"needs_check") {
         PoolMode::NeedsCheck
@@ -248,13 +266,16 @@ mod tests {
         ];
         for (rest, mode) in modes {
             assert_eq!(status(&format!("0 1/2 3/4 {rest}")).unwrap().mode, mode, "{rest}");
+            assert_eq!(parse_pool_mode(&target(8, "thin-pool", &format!("0 1/2 3/4 {rest}"))), Ok(mode));
         }
         for failed in ["Fail", "Error"] {
             assert_eq!(status(failed).unwrap().mode, PoolMode::Failed, "{failed}");
+            assert_eq!(parse_pool_mode(&target(8, "thin-pool", failed)), Ok(PoolMode::Failed));
         }
         for bad in ["", "0 1/2", "0 1/2 x/4 - rw"] {
             assert!(status(bad).is_err(), "{bad:?}");
         }
+        assert!(parse_pool_mode(&target(8, "linear", "")).is_err());
         assert!(parse_pool("x", &target(8, "linear", "8:0 0"), &target(8, "linear", "")).is_err());
     }
 }
