@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     busy::Hold,
-    device::{Activation, Deactivated, DeviceError},
+    device::{Activation, Deactivated, DeviceError, Filesystem},
     error::{Code, Error, Result},
     snapshotter::{Inner, Mount},
     tree::{Base, BasePlan, Change, Kind, Plan, Snapshot, SnapshotId, ThinId, Traces, UnixNanos, Wish},
@@ -82,12 +82,7 @@ impl Inner {
         is_wanted: &impl Fn() -> bool,
     ) -> Result<Mount, Failed> {
         let begun = Instant::now();
-        self.effect(new, Some(origin)).await?;
-        let mount = self.mount_of(new).await?;
-        if new.layer {
-            let events = self.on_pool(|pool| pool.events()).await?;
-            self.unpacking().insert(new.id, events);
-        }
+        let mount = self.effect(new, Some(origin)).await?;
         let made = begun.elapsed();
         if !is_wanted() {
             // containerd has written down nothing, and would not look for it.
@@ -134,8 +129,8 @@ impl Inner {
         error
     }
 
-    /// Makes the thin device of a record that is written, and activates it.
-    async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<(), Failed> {
+    /// Makes the thin device of a record that is written, and activates it; returns how it is mounted.
+    async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<Mount, Failed> {
         let (mut thin, begun) = (new.thin, Instant::now());
         loop {
             let made = match origin {
@@ -161,10 +156,20 @@ impl Inner {
         }
         let activation = Activation { thin, ..self.activation(new) };
         let in_pool = begun.elapsed();
-        self.on_pool(move |pool| pool.activate(&activation)).await?;
+        let (snapshot, filesystem) = (new.clone(), self.filesystem.clone());
+        let (mount, events) = self
+            .on_pool(move |pool| {
+                pool.activate(&activation)?;
+                let events = if snapshot.layer { Some(pool.events()?) } else { None };
+                Ok((mount(&*filesystem, &snapshot, activation.name.path())?, events))
+            })
+            .await?;
+        if let Some(events) = events {
+            self.unpacking().insert(new.id, events);
+        }
         let activated = begun.elapsed().saturating_sub(in_pool);
         tracing::debug!(snapshot = new.id.0, ?in_pool, ?activated, "its device is there");
-        Ok(())
+        Ok(mount)
     }
 
     /// Somebody else has made a thin device in our pool.
@@ -273,22 +278,9 @@ impl Inner {
 
     /// How a snapshot that is there is mounted.
     pub(crate) async fn mount_of(&self, snapshot: &Snapshot) -> Result<Mount> {
-        let path = self.name(snapshot.id).path();
-        let is_view = snapshot.kind == Kind::View;
-        let mut options = vec![if is_view { "ro" } else { "rw" }.to_owned()];
-        if is_view || snapshot.layer {
-            let (filesystem, path) = (self.filesystem.clone(), path.clone());
-            let needs_recovery = self.blocking(move || filesystem.needs_recovery(&path)).await?;
-            if is_view && needs_recovery {
-                // Its journal cannot be replayed on a device that is read-only.
-                options.push("noload".to_owned());
-            } else if !is_view && !needs_recovery {
-                // Thrown away unless it is unpacked to its end, unmounted and committed, which flushes it: until then
-                // there is nothing to save, and in no order.
-                options.extend(["noload", "nobarrier"].map(str::to_owned));
-            }
-        }
-        Ok(Mount { kind: self.filesystem.name(), source: path, options })
+        let (path, snapshot) = (self.name(snapshot.id).path(), snapshot.clone());
+        let filesystem = self.filesystem.clone();
+        self.blocking(move || mount(&*filesystem, &snapshot, path)).await
     }
 
     /// The pool's count of snapshots ever made has 24 bits, and dm-thin corrupts its mappings beyond.
@@ -325,4 +317,21 @@ impl Inner {
             );
         }
     }
+}
+
+fn mount(filesystem: &dyn Filesystem, snapshot: &Snapshot, path: String) -> Result<Mount, DeviceError> {
+    let is_view = snapshot.kind == Kind::View;
+    let mut options = vec![if is_view { "ro" } else { "rw" }.to_owned()];
+    if is_view || snapshot.layer {
+        let needs_recovery = filesystem.needs_recovery(&path)?;
+        if is_view && needs_recovery {
+            // Its journal cannot be replayed on a device that is read-only.
+            options.push("noload".to_owned());
+        } else if !is_view && !needs_recovery {
+            // Thrown away unless it is unpacked to its end, unmounted and committed, which flushes it: until then
+            // there is nothing to save, and in no order.
+            options.extend(["noload", "nobarrier"].map(str::to_owned));
+        }
+    }
+    Ok(Mount { kind: filesystem.name(), source: path, options })
 }

@@ -54,26 +54,33 @@ impl Inner {
     /// unpacked while the pool had no room. Of a disk that was full for a moment nothing is lost; its writer was told.
     pub(crate) async fn flush(&self, snapshot: &Snapshot) -> Result<()> {
         let (id, is_layer) = (snapshot.id, snapshot.layer);
-        let (name, seen) = (self.name(id), self.name(id));
-        let live = match self.on_pool(move |pool| pool.look(&seen)).await? {
-            Some(live) => live,
-            None => {
-                self.ensure_active(id).await?;
-                Live { open: 0, suspended: false, mapped: None }
-            }
-        };
         let begun = self.begun_at_event(id);
-        let flushed = self
-            .on_pool(move |pool| {
+        // The inner result is that of the flush; none without a device.
+        let flush = |name: DeviceName| {
+            self.on_pool(move |pool| {
+                let Some(live) = pool.look(&name)? else { return Ok(None) };
                 // Whoever has it mounted still has what a last unmount writes back; freezing it does so too.
                 if is_layer && live.open > 0 {
                     pool.suspend(&name)?;
                     pool.resume(&name)?;
                 }
                 let flushed = pool.flush(&name);
-                Ok(if is_layer { flushed.and_then(|()| no_event_since(begun, pool, &name)) } else { flushed })
+                Ok(Some(if is_layer {
+                    flushed.and_then(|()| no_event_since(begun, pool, &name))
+                } else {
+                    flushed
+                }))
             })
-            .await?;
+        };
+        let flushed = match flush(self.name(id)).await? {
+            Some(flushed) => flushed,
+            None => {
+                self.ensure_active(id).await?;
+                let gone =
+                    || Error::new(Code::Unavailable, format!("{} has gone away", self.name(id).path()));
+                flush(self.name(id)).await?.ok_or_else(gone)?
+            }
+        };
         let Err(error) = flushed else { return Ok(()) };
         let is_lost = is_layer || matches!(error, DeviceError::NotFlushed { .. });
         let error = Error::from(error);
