@@ -41,8 +41,7 @@ async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
     let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
     inner.filesystem = Arc::new(pool.clone());
     let inner = Arc::new(inner);
-    let found =
-        Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0, events: 0 };
+    let found = Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0 };
     tokio::spawn(reclaim::run(inner.clone()));
     reconcile(&inner, Arc::new(pool.clone()), found).await.unwrap();
     Snapshotter(inner)
@@ -690,9 +689,14 @@ fn a_layer_that_was_unpacked_while_the_pool_had_no_room_is_torn() {
     with_pool(async |s, pool| {
         make(&s, "layer", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
         make(&s, "disk", "", Kind::Active, &[]).await.unwrap();
+        make(&s, "other", "", Kind::Active, &[(LAYER, "y")]).await.unwrap();
+        // Low space.
+        pool.tell_event();
+        commit(&s, "other").await.unwrap();
+        // Full, or stopped, and back again.
         pool.tell_event();
         let refused = commit(&s, "layer").await.unwrap_err();
-        assert!(refused.to_string().contains("low on space"), "{refused}");
+        assert!(refused.to_string().contains("may have been full"), "{refused}");
         assert_eq!(commit(&s, "layer").await.unwrap_err().code, Code::DataLoss);
         // A disk's writer was told.
         commit(&s, "disk").await.unwrap();

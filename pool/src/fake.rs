@@ -9,8 +9,8 @@ use std::{
 
 use crate::{
     device::{
-        Access, Activation, Deactivated, DeviceError, DeviceName, Filesystem, Live, PREFIX, Pool, PoolFacts,
-        PoolMode, PoolUsage,
+        Access, Activation, Deactivated, DeviceError, DeviceName, Filesystem, Live, PREFIX, Pool, PoolEvents,
+        PoolFacts, PoolMode, PoolUsage,
     },
     tree::ThinId,
 };
@@ -209,8 +209,8 @@ impl Pool for FakePool {
         Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned() })
     }
 
-    fn events(&self) -> Result<u32, DeviceError> {
-        Ok(self.state().events)
+    fn events(&self) -> Result<PoolEvents, DeviceError> {
+        Ok(PoolEvents { count: self.state().events, mode: PoolMode::ReadWrite })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {

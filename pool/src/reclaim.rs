@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 
 use crate::{
     device::{Deactivated, PoolFacts},
-    error::Error,
+    error::{Code, Error},
     snapshotter::{Health, Inner},
     tree::{Change, Snapshot, SnapshotId},
 };
@@ -34,7 +34,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// What counts itself is compared with the pool so often.
 const RECOUNT: Duration = Duration::from_secs(600);
 
-/// Snapshots that somebody has open, and when to look again.
+/// Snapshots that could not be deleted yet, since somebody has them open or it failed, and when to look again.
 type Held = HashMap<SnapshotId, (Instant, Duration)>;
 
 /// Runs for ever.
@@ -155,7 +155,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
             .await
     }))
     .await;
-    let (mut gone, mut freed) = (Vec::new(), 0);
+    let (mut gone, mut freed, mut told) = (Vec::new(), 0, false);
     for (snapshot, outcome) in batch.into_iter().zip(deactivated) {
         let id = snapshot.id;
         let deleted = match outcome {
@@ -177,7 +177,9 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
                 freed += bytes;
             }
             Err(error) => {
-                if held.contains_key(&id) {
+                // A pool that has stopped has the same answer for all of them.
+                let stopped = error.code == Code::FailedPrecondition;
+                if stopped && std::mem::replace(&mut told, true) {
                     tracing::debug!(snapshot = id.0, %error, "a removed snapshot is still there");
                 } else {
                     tracing::warn!(snapshot = id.0, %error, "a removed snapshot is still there; trying again");

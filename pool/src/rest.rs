@@ -1,12 +1,9 @@
 //! Which devices are active: those of Active snapshots and Views are; a committed one is put to rest.
 
-use std::{
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use crate::{
-    device::{Access, Activation, Deactivated, DeviceError, DeviceName, Live, Pool},
+    device::{Access, Activation, Deactivated, DeviceError, DeviceName, Live, Pool, PoolEvents},
     error::{Code, Error, Result},
     snapshotter::Inner,
     tree::{Change, Kind, Snapshot, SnapshotId, State},
@@ -51,25 +48,16 @@ impl Inner {
 
     /// Makes what was written to a snapshot durable: a layer was mounted with neither journal nor barriers, and the last
     /// close of a disk flushes nothing. What is lost is torn for good: what could not be flushed, and a layer that was
-    /// unpacked while the pool had no room. Of a disk that was full for a moment nothing is lost; its writer was told.
+    /// unpacked while the pool did not write.
     pub(crate) async fn flush(&self, snapshot: &Snapshot) -> Result<()> {
         let (id, is_layer) = (snapshot.id, snapshot.layer);
-        let begun = self.begun_at_event(id);
+        // One that was begun before this process was may have seen all that the pool has told.
+        let begun = self.unpacking().get(&id).copied().unwrap_or(PoolEvents::NONE);
         // The inner result is that of the flush; none without a device.
         let flush = |name: DeviceName| {
             self.on_pool(move |pool| {
                 let Some(live) = pool.look(&name)? else { return Ok(None) };
-                // Whoever has it mounted still has what a last unmount writes back; freezing it does so too.
-                if is_layer && live.open > 0 {
-                    pool.suspend(&name)?;
-                    pool.resume(&name)?;
-                }
-                let flushed = pool.flush(&name);
-                Ok(Some(if is_layer {
-                    flushed.and_then(|()| no_event_since(begun, pool, &name))
-                } else {
-                    flushed
-                }))
+                Ok(Some(if is_layer { flush_layer(pool, &name, live, begun) } else { pool.flush(&name) }))
             })
         };
         let flushed = match flush(self.name(id)).await? {
@@ -82,7 +70,7 @@ impl Inner {
             }
         };
         let Err(error) = flushed else { return Ok(()) };
-        let is_lost = is_layer || matches!(error, DeviceError::NotFlushed { .. });
+        let is_lost = matches!(error, DeviceError::NotFlushed { .. } | DeviceError::PoolStopped { .. });
         let error = Error::from(error);
         if !is_lost {
             return Err(error);
@@ -93,12 +81,6 @@ impl Inner {
             Ok(()) => Err(error),
             Err(second) => Err(error.and(second)),
         }
-    }
-
-    /// How many events the pool had had when the layer was begun to be unpacked.
-    fn begun_at_event(&self, id: SnapshotId) -> u32 {
-        let known = self.unpacking().get(&id).copied();
-        known.unwrap_or_else(|| self.first_event.load(Ordering::Relaxed))
     }
 
     /// Bytes of the blocks that it maps.
@@ -185,15 +167,28 @@ impl Inner {
     }
 }
 
-/// The kernel tells a pool's events when it has become full, stopped writing, or goes on: what was written to files
-/// meanwhile may be lost, and neither the filesystem's end nor a flush of its device tells so.
-fn no_event_since(begun: u32, pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
-    let events = pool.events()?;
-    if events == begun {
+/// Whoever has it mounted still has what a last unmount writes back; freezing it does so too. What was written to files
+/// while the pool was full may be lost, and neither the filesystem's end nor a flush of its device tells so.
+fn flush_layer(pool: &dyn Pool, name: &DeviceName, live: Live, begun: PoolEvents) -> Result<(), DeviceError> {
+    expect_written(pool, name, begun)?;
+    // Not in a pool that is full, where it would wait, and keep from being extended what it waits for.
+    if live.open > 0 {
+        pool.suspend(name)?;
+        pool.resume(name)?;
+    }
+    pool.flush(name)?;
+    expect_written(pool, name, begun)
+}
+
+fn expect_written(pool: &dyn Pool, name: &DeviceName, begun: PoolEvents) -> Result<(), DeviceError> {
+    let now = pool.events()?;
+    if now.has_written_since(begun) {
         return Ok(());
     }
     let error = format!(
-        "the pool was low on space or has stopped while it was unpacked ({events} events, {begun} when it began)"
+        "the pool may have been full, or stopped, while it was unpacked: it is in mode {} and has told {} events, {} when \
+         that began; see that data and metadata have room, and unpack it again",
+        now.mode, now.count, begun.count
     );
     Err(DeviceError::NotFlushed { path: name.path(), error })
 }

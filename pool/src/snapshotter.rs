@@ -15,7 +15,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 use crate::{
     busy::{Busy, Hold},
-    device::{DeviceError, DeviceName, Filesystem, Pool, Tools},
+    device::{DeviceError, DeviceName, Filesystem, Pool, PoolEvents, Tools},
     error::{Code, Error, Result},
     metrics::Metrics,
     size::Bytes,
@@ -85,10 +85,8 @@ pub(crate) struct Inner {
     pub(crate) busy: Busy,
     /// Snapshots that could not be flushed, and where that could not be written down yet.
     torn: Mutex<HashSet<SnapshotId>>,
-    /// Layers being unpacked, and how many events the pool had had when each began.
-    pub(crate) unpacking: Mutex<HashMap<SnapshotId, u32>>,
-    /// How many it had had when this process started: for layers that were begun before.
-    pub(crate) first_event: AtomicU32,
+    /// Layers being unpacked, and what the pool had told when each began.
+    unpacking: Mutex<HashMap<SnapshotId, PoolEvents>>,
     /// Snapshots that were given up, and what they have left, when the store could not be written.
     abandoned: Mutex<HashMap<SnapshotId, Traces>>,
     /// Who changes whether a device is active holds one of them, by its snapshot's id.
@@ -116,7 +114,6 @@ impl Inner {
             busy: Busy::default(),
             torn: Mutex::default(),
             unpacking: Mutex::default(),
-            first_event: AtomicU32::new(0),
             abandoned: Mutex::default(),
             devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             traffic: Traffic::default(),
@@ -187,7 +184,7 @@ impl Inner {
         self.torn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn unpacking(&self) -> MutexGuard<'_, HashMap<SnapshotId, u32>> {
+    pub(crate) fn unpacking(&self) -> MutexGuard<'_, HashMap<SnapshotId, PoolEvents>> {
         self.unpacking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

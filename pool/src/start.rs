@@ -17,7 +17,7 @@
 use std::{
     collections::BTreeSet,
     path::Path,
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -140,8 +140,6 @@ pub(crate) struct Found {
     /// `None` if they could not be listed.
     pub(crate) thin_ids: Option<BTreeSet<ThinId>>,
     pub(crate) creations: u32,
-    /// As many events as the kernel has told of it.
-    pub(crate) events: u32,
 }
 
 fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found), Hindrance> {
@@ -202,9 +200,9 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
             None
         }
     };
-    let (creations, events) = (pool.creations().map_err(passing)?, pool.events().map_err(passing)?);
+    let creations = pool.creations().map_err(passing)?;
     let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
-    Ok((pool, Found { new_uuid, thin_ids, creations, events }))
+    Ok((pool, Found { new_uuid, thin_ids, creations }))
 }
 
 fn passing(error: DeviceError) -> Hindrance {
@@ -214,7 +212,6 @@ fn passing(error: DeviceError) -> Hindrance {
 /// Brings store, pool and kernel together, then lets requests in.
 pub(crate) async fn reconcile(inner: &Arc<Inner>, pool: Arc<dyn Pool>, found: Found) -> Result<(), String> {
     inner.know_creations(found.creations);
-    inner.first_event.store(found.events, Ordering::Relaxed);
     half_made(inner, found.new_uuid, found.thin_ids.as_ref()).await.map_err(|e| e.to_string())?;
     if let Some(ids) = found.thin_ids {
         compare_ids(inner, ids).await;
@@ -379,27 +376,34 @@ fn let_go_on(pool: &dyn Pool, name: &DeviceName) -> Result<(), DeviceError> {
 
 async fn activate_all(inner: &Arc<Inner>, tree: &Tree) {
     let to_be_active = tree.listed().filter(|s| s.kind.is_active()).map(|snapshot| async move {
-        let Err(error) = inner.ensure_active(snapshot.id).await else { return };
-        tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated; trying again");
-        if error.code != Code::DataLoss {
-            tokio::spawn(activate_later(inner.clone(), snapshot.id));
-        }
+        let error = inner.ensure_active(snapshot.id).await.err()?;
+        tracing::error!(key = snapshot.key, %error, "a snapshot's device cannot be activated");
+        Some(snapshot.id).filter(|_| error.code != Code::DataLoss)
     });
-    join_all(to_be_active).await;
+    let left: Vec<_> = join_all(to_be_active).await.into_iter().flatten().collect();
+    if !left.is_empty() {
+        tokio::spawn(activate_later(inner.clone(), left));
+    }
 }
 
-/// Its VM may look for its device and never ask for it.
-async fn activate_later(inner: Arc<Inner>, id: SnapshotId) {
+/// Their VMs may look for their devices and never ask for them.
+async fn activate_later(inner: Arc<Inner>, mut left: Vec<SnapshotId>) {
     let mut pause = RETRY;
-    loop {
+    while !left.is_empty() {
         tokio::time::sleep(pause).await;
-        match inner.ensure_active(id).await {
-            Ok(()) => {
-                return tracing::info!(device = %inner.name(id), "a snapshot's device is active after all");
+        // One after the other: who asks for one now comes first.
+        let mut again = Vec::new();
+        for id in left {
+            match inner.ensure_active(id).await {
+                Ok(()) => tracing::info!(device = %inner.name(id), "a snapshot's device is active after all"),
+                Err(error) if matches!(error.code, Code::DataLoss | Code::NotFound) => {}
+                Err(error) => {
+                    tracing::debug!(device = %inner.name(id), %error, "not yet active");
+                    again.push(id);
+                }
             }
-            Err(error) if matches!(error.code, Code::DataLoss | Code::NotFound) => return,
-            Err(error) => tracing::debug!(device = %inner.name(id), %error, "not yet active"),
         }
+        left = again;
         pause = (pause * 2).min(LONGEST_RETRY);
     }
 }

@@ -12,7 +12,8 @@ use devicemapper::{DM, DevId, Device, DeviceInfo, DmError, DmFlags, DmName, DmOp
 use nix::errno::Errno;
 
 use super::{
-    Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolFacts, audit, ioctl,
+    Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolEvents, PoolFacts,
+    audit, ioctl,
     table::{self, DeviceNumber, PoolMode},
 };
 use crate::tree::ThinId;
@@ -89,20 +90,27 @@ impl DeviceMapper {
     }
 
     fn pool_table(&self) -> Result<(DeviceInfo, Vec<table::Target>), DeviceError> {
-        let missing =
-            || DeviceError::NoPool(format!("there is no thin pool {}: activate or make it", self.pool));
-        self.targets(&self.pool, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)
+        self.of_pool(DmFlags::DM_STATUS_TABLE)
     }
 
     fn status(&self) -> Result<(DeviceInfo, Vec<table::Target>), DeviceError> {
-        let gone = || self.no_pool("it has just gone");
-        self.targets(&self.pool, DmFlags::empty())?.ok_or_else(gone)
+        self.of_pool(DmFlags::empty())
+    }
+
+    fn of_pool(&self, flags: DmFlags) -> Result<(DeviceInfo, Vec<table::Target>), DeviceError> {
+        let missing =
+            || DeviceError::NoPool(format!("there is no thin pool {}: activate or make it", self.pool));
+        let (info, targets) = self.targets(&self.pool, flags)?.ok_or_else(missing)?;
+        let uuid = info.uuid().map(ToString::to_string).unwrap_or_default();
+        if uuid != self.uuid {
+            return Err(self.no_pool(format!("it has the uuid {uuid:?}, and was {:?} before", self.uuid)));
+        }
+        Ok((info, targets))
     }
 
     /// Whether it writes, without asking how large it is.
     fn mode(&self) -> Result<PoolMode, DeviceError> {
-        let (_, status) = self.status()?;
-        table::parse_pool_mode(&status).map_err(|what| self.no_pool(what))
+        Ok(self.events()?.mode)
     }
 
     fn no_pool(&self, what: impl std::fmt::Display) -> DeviceError {
@@ -157,7 +165,13 @@ impl DeviceMapper {
             match self.dm.table_load(&id(name)?, &targets, options) {
                 Ok(_) => break,
                 // The pool is suspended for a moment: somebody extends it.
-                Err(error) if errno(&error) == Some(Errno::EINVAL) && begun.elapsed() < EXTENSION => pause(),
+                Err(error)
+                    if errno(&error) == Some(Errno::EINVAL)
+                        && begun.elapsed() < EXTENSION
+                        && self.mode()? != PoolMode::Failed =>
+                {
+                    pause();
+                }
                 Err(error) if errno(&error) == Some(Errno::ENODATA) => {
                     return Err(DeviceError::ThinMissing(activation.thin));
                 }
@@ -178,9 +192,10 @@ impl Pool for DeviceMapper {
         Ok(PoolFacts { usage, uuid })
     }
 
-    fn events(&self) -> Result<u32, DeviceError> {
-        let (info, _) = self.status()?;
-        Ok(info.event_nr())
+    fn events(&self) -> Result<PoolEvents, DeviceError> {
+        let (info, status) = self.status()?;
+        let mode = table::parse_pool_mode(&status).map_err(|what| self.no_pool(what))?;
+        Ok(PoolEvents { count: info.event_nr(), mode })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -275,7 +290,7 @@ impl Pool for DeviceMapper {
         match self.mode()? {
             // It may have dropped what was written before.
             mode @ PoolMode::OutOfDataSpace => {
-                let advice = "extend it (lvextend), and then commit, or unpack the layer again";
+                let advice = "extend it (lvextend), and make this snapshot anew";
                 Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice })
             }
             mode => self.expect_writing(mode),

@@ -124,6 +124,26 @@ pub struct PoolFacts {
     pub uuid: String,
 }
 
+/// What the kernel has told of a pool since it was activated: that it is low on space, and each change of its mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolEvents {
+    /// How many times it has told something.
+    pub count: u32,
+    /// What its mode is now.
+    pub mode: PoolMode,
+}
+
+impl PoolEvents {
+    /// A pool just activated.
+    pub(crate) const NONE: Self = Self { count: 0, mode: PoolMode::ReadWrite };
+
+    /// Whether it has been writing all the time since: to stop and to go on are two events, low space is one.
+    pub(crate) fn has_written_since(self, begun: Self) -> bool {
+        let writes = |events: Self| events.mode == PoolMode::ReadWrite;
+        writes(begun) && writes(self) && self.count.wrapping_sub(begun.count) < 2
+    }
+}
+
 /// Why device-mapper, or a helper, did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
 pub enum DeviceError {
@@ -189,8 +209,8 @@ impl DeviceError {
 pub trait Pool: Send + Sync {
     /// Looks at the pool.
     fn facts(&self) -> Result<PoolFacts, DeviceError>;
-    /// How many events the kernel has told of the pool: it has become low on space, full, or has stopped, or goes on.
-    fn events(&self) -> Result<u32, DeviceError>;
+    /// What the kernel has told of the pool.
+    fn events(&self) -> Result<PoolEvents, DeviceError>;
     /// Makes an empty thin device.
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError>;
     /// Makes a snapshot of `origin`, which is inactive, closed or suspended.
