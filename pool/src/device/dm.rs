@@ -98,8 +98,12 @@ impl DeviceMapper {
     }
 
     fn of_pool(&self, flags: DmFlags) -> Result<(DeviceInfo, Vec<table::Target>), DeviceError> {
-        let missing =
-            || DeviceError::NoPool(format!("there is no thin pool {}: activate or make it", self.pool));
+        let missing = || {
+            DeviceError::NoPool(format!(
+                "there is no thin pool {}: activate or make it (if LVM2 does not, see deploy/README.md)",
+                self.pool
+            ))
+        };
         let (info, targets) = self.targets(&self.pool, flags)?.ok_or_else(missing)?;
         let uuid = info.uuid().map(ToString::to_string).unwrap_or_default();
         if uuid != self.uuid {
