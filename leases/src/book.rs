@@ -1,106 +1,127 @@
-//! The book of leases: decides what an acquire, a grant, a release and a removal may change.
-//!
-//! Every decision returns the [`Change`] to write down; the book itself moves with [`Book::apply`], which gives back
-//! the change that undoes it. A writer thus decides a batch, makes it durable, and takes it back if that failed.
+//! The book: all leases, what became of recent ones, and which requests were answered. Moves are decided in `moves`.
 
 use std::collections::{BTreeMap, HashMap};
 
-use thiserror::Error;
+use serde::{Deserialize, Serialize};
 
-use crate::{Generation, Grant, Lease, LeaseId, Spec, State, UnixMicros, VmId};
+use crate::{Generation, Lease, LeaseId, Request, RequestId, Revision, VmId};
 
-/// All leases of a host.
+/// All leases, in memory. A value: what is decided on it comes out as [`Change`]s, which are written down and applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Book {
     leases: BTreeMap<LeaseId, Lease>,
-    /// The lease that each VM holds or waits for (never one that is Releasing).
+    /// The lease that each VM holds or waits for.
     held: HashMap<VmId, LeaseId>,
+    /// Each VM's failed lease that nobody has seen.
+    failed: HashMap<VmId, LeaseId>,
     /// Whose each granted device is, by device-mapper name, until the lease is gone.
     devices: HashMap<String, LeaseId>,
+    /// The leases by their last change.
+    changed: BTreeMap<Revision, LeaseId>,
+    /// Leases that are gone, by when they went.
+    gone: BTreeMap<Revision, Tombstone>,
+    /// What was forgotten of those: nothing after this revision.
+    horizon: Revision,
+    requests: BTreeMap<RequestId, Request>,
+    /// The requests by when they were answered.
+    answered: BTreeMap<Revision, RequestId>,
     /// The greatest generation that was ever given out.
     last_generation: u64,
+    /// The greatest revision that was ever given out.
+    last_revision: Revision,
 }
 
-/// What to write down.
+/// A lease that is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// Which.
+    pub id: LeaseId,
+    /// Whose it was.
+    pub vm: VmId,
+    /// Which of the VM's.
+    pub generation: Generation,
+    /// Of its going.
+    pub revision: Revision,
+}
+
+/// What to write down. To make one twice is to make it once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// The lease is now this.
     Put(Box<Lease>),
     /// The lease is gone.
-    Delete(LeaseId),
+    Delete(Tombstone),
+    /// That it has gone, in this revision, is forgotten.
+    Expunge(Revision),
+    /// The request was answered so; `None`: that is forgotten.
+    Request(RequestId, Option<Request>),
+    /// Takes a first Put back.
+    Unmake(LeaseId),
+    /// Takes a Delete back.
+    Undelete(Box<Lease>, Revision),
+    /// Takes an Expunge back.
+    Bury(Tombstone),
 }
 
-/// What an acquire comes to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Acquisition {
-    /// The VM gets this new lease, to be prepared.
-    New(Box<Lease>),
-    /// The VM has, or is being made, this lease of the same spec.
-    Existing(Box<Lease>),
-}
-
-/// How a spec differs from that of the lease that the VM holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
-    /// Field of the spec.
-    pub field: &'static str,
-    /// Its value in the lease.
-    pub held: String,
-    /// Its value in the request.
-    pub asked: String,
-}
-
-/// A move that is not legal.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum BookError {
-    /// The VM holds a lease of another spec.
-    #[error("VM {vm} holds lease {lease} with another spec")]
-    Conflict {
-        /// The VM.
-        vm: VmId,
-        /// What it holds.
-        lease: LeaseId,
-        /// Every field that differs; at least one.
-        differences: Vec<Difference>,
-    },
-    /// The lease is not, or no longer, in the state that the move starts from.
-    #[error("lease {0} is not being prepared any more")]
-    NotPreparing(LeaseId),
-    /// The lease may be held still, so it cannot be forgotten.
-    #[error("lease {0} is held: only a released lease can be removed")]
-    NotReleasing(LeaseId),
-    /// The device is that of another lease.
-    #[error("device {device} of lease {asked} is that of lease {owner}")]
-    DeviceTaken {
-        /// Its device-mapper name.
-        device: String,
-        /// Whose it is.
-        owner: LeaseId,
-        /// Who was to get it.
-        asked: LeaseId,
-    },
-    /// The same random id came twice, or a stored id is used again.
-    #[error("lease {0} exists already")]
-    Reused(LeaseId),
+/// What was written down.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "as in the book")]
+pub struct Stored {
+    pub leases: Vec<Lease>,
+    pub gone: Vec<Tombstone>,
+    pub requests: Vec<(RequestId, Request)>,
+    pub horizon: Revision,
+    pub last_generation: u64,
+    pub last_revision: Revision,
 }
 
 impl Book {
-    /// A book with what was written down. Fails if two leases claim one VM or one device.
-    pub fn load(leases: impl IntoIterator<Item = Lease>, last_generation: u64) -> Result<Self, String> {
-        let mut book = Self { last_generation, ..Self::default() };
-        for lease in leases {
-            if let (false, Some(other)) = (is_releasing(&lease), book.held.get(&lease.vm)) {
-                return Err(format!("VM {} is held by both lease {other} and lease {}", lease.vm, lease.id));
-            }
-            if let Some(other) = lease.grant().and_then(|grant| book.devices.get(&grant.device.dm_name)) {
-                return Err(format!("lease {other} and lease {} have the same device", lease.id));
-            }
-            if lease.generation.0 > last_generation {
-                return Err(format!("lease {} has a generation that was never given out", lease.id));
-            }
+    /// A book with what was written down. Fails if that does not fit together: two leases that hold one VM or have one
+    /// device, a generation or revision that was never given out, or one that was given out twice.
+    pub fn load(stored: Stored) -> Result<Self, String> {
+        let mut book = Self {
+            last_generation: stored.last_generation,
+            last_revision: stored.last_revision,
+            horizon: stored.horizon,
+            ..Self::default()
+        };
+        for lease in stored.leases {
+            book.expect_fit(&lease)?;
             book.apply(Change::Put(Box::new(lease)));
         }
+        for tombstone in stored.gone {
+            if tombstone.revision > stored.last_revision {
+                return Err(format!(
+                    "lease {} has gone in a revision that was never given out",
+                    tombstone.id
+                ));
+            }
+            book.gone.insert(tombstone.revision, tombstone);
+        }
+        for (id, request) in stored.requests {
+            book.apply(Change::Request(id, Some(request)));
+        }
         Ok(book)
+    }
+
+    fn expect_fit(&self, lease: &Lease) -> Result<(), String> {
+        let id = &lease.id;
+        if let (true, Some(other)) = (lease.is_held(), self.held.get(&lease.vm)) {
+            return Err(format!("VM {} is held by both lease {other} and lease {id}", lease.vm));
+        }
+        if let Some(other) = lease.grant().and_then(|grant| self.devices.get(&grant.device.dm_name)) {
+            return Err(format!("lease {other} and lease {id} have the same device"));
+        }
+        if lease.generation.0 > self.last_generation {
+            return Err(format!("lease {id} has a generation that was never given out"));
+        }
+        if lease.revision > self.last_revision {
+            return Err(format!("lease {id} has a revision that was never given out"));
+        }
+        if let Some(other) = self.changed.get(&lease.revision) {
+            return Err(format!("lease {other} and lease {id} have the same revision"));
+        }
+        Ok(())
     }
 
     /// The greatest generation that was ever given out.
@@ -108,17 +129,32 @@ impl Book {
         self.last_generation
     }
 
+    /// The greatest revision that was ever given out.
+    pub fn last_revision(&self) -> Revision {
+        self.last_revision
+    }
+
     /// One lease.
     pub fn get(&self, id: &LeaseId) -> Option<&Lease> {
         self.leases.get(id)
     }
 
-    /// The lease that the VM holds or waits for; if none, its latest one that is being reclaimed.
+    /// The lease that the VM holds or waits for.
+    pub fn held_by(&self, vm: &VmId) -> Option<&Lease> {
+        self.held.get(vm).and_then(|id| self.leases.get(id))
+    }
+
+    /// The VM's lease that could not be made, if nobody has seen why.
+    pub fn failed_of(&self, vm: &VmId) -> Option<&Lease> {
+        self.failed.get(vm).and_then(|id| self.leases.get(id))
+    }
+
+    /// The lease that the VM holds or waits for; if none, the one that has failed; if none, its latest one that is being
+    /// reclaimed.
     pub fn of_vm(&self, vm: &VmId) -> Option<&Lease> {
-        match self.held.get(vm) {
-            Some(id) => self.leases.get(id),
-            None => self.leases.values().filter(|lease| lease.vm == *vm).max_by_key(|lease| lease.generation),
-        }
+        let latest =
+            || self.leases.values().filter(|lease| lease.vm == *vm).max_by_key(|lease| lease.generation);
+        self.held_by(vm).or_else(|| self.failed_of(vm)).or_else(latest)
     }
 
     /// All leases after `after` (from the first if `None`), by id.
@@ -128,113 +164,148 @@ impl Book {
         self.leases.range::<LeaseId, _>((from, Bound::Unbounded)).map(|(_, lease)| lease)
     }
 
-    /// Decides an acquire. `id` is fresh and is used if a lease is to be made.
-    pub fn acquire(
-        &self,
-        vm: &VmId,
-        spec: &Spec,
-        id: LeaseId,
-        now: UnixMicros,
-    ) -> Result<Acquisition, BookError> {
-        if let Some(held) = self.held.get(vm).and_then(|id| self.leases.get(id)) {
-            let differences = differences(&held.spec, spec);
-            if differences.is_empty() {
-                return Ok(Acquisition::Existing(Box::new(held.clone())));
-            }
-            return Err(BookError::Conflict { vm: vm.clone(), lease: held.id.clone(), differences });
-        }
-        if self.leases.contains_key(&id) {
-            return Err(BookError::Reused(id));
-        }
-        Ok(Acquisition::New(Box::new(Lease {
-            id,
-            vm: vm.clone(),
-            generation: Generation(self.last_generation + 1),
-            spec: spec.clone(),
-            created_at: now,
-            state: State::Preparing,
-        })))
+    /// Whether all that has gone after `revision` is still known.
+    pub fn remembers(&self, revision: Revision) -> bool {
+        revision >= self.horizon && revision <= self.last_revision
     }
 
-    /// Preparing → Granted. Not if it was released meanwhile, nor if the device is still another lease's.
-    pub fn grant(&self, id: &LeaseId, grant: Grant) -> Result<Change, BookError> {
-        if let Some(owner) = self.devices.get(&grant.device.dm_name).filter(|owner| *owner != id) {
-            let (owner, asked) = (owner.clone(), id.clone());
-            return Err(BookError::DeviceTaken { device: grant.device.dm_name, owner, asked });
-        }
-        match self.leases.get(id) {
-            Some(lease) if lease.state == State::Preparing => {
-                Ok(Change::Put(Box::new(Lease { state: State::Granted(Box::new(grant)), ..lease.clone() })))
-            }
-            _ => Err(BookError::NotPreparing(id.clone())),
-        }
+    /// Leases that have changed after `revision` and are there, the earliest change first. Only the last change of each.
+    pub fn changed_after(&self, revision: Revision) -> impl Iterator<Item = &Lease> {
+        self.changed.range(revision.next()..).filter_map(|(_, id)| self.leases.get(id))
     }
 
-    /// Preparing or Granted → Releasing. `None` if there is nothing to do.
-    pub fn release(&self, id: &LeaseId, now: UnixMicros) -> Option<Change> {
-        let lease = self.leases.get(id)?;
-        let grant = match &lease.state {
-            State::Preparing => None,
-            State::Granted(grant) => Some(grant.clone()),
-            State::Releasing { .. } => return None,
-        };
-        let state = State::Releasing { grant, since: now };
-        Some(Change::Put(Box::new(Lease { state, ..lease.clone() })))
+    /// Leases that have gone after `revision`, the earliest first.
+    pub fn gone_after(&self, revision: Revision) -> impl Iterator<Item = &Tombstone> {
+        self.gone.range(revision.next()..).map(|(_, tombstone)| tombstone)
     }
 
-    /// Releasing → gone. `None` if it is gone already.
-    pub fn remove(&self, id: &LeaseId) -> Result<Option<Change>, BookError> {
-        match self.leases.get(id) {
-            None => Ok(None),
-            Some(lease) if is_releasing(lease) => Ok(Some(Change::Delete(id.clone()))),
-            Some(_) => Err(BookError::NotReleasing(id.clone())),
-        }
+    /// What became of the request.
+    pub fn request(&self, id: &RequestId) -> Option<&Request> {
+        self.requests.get(id)
     }
 
-    /// Makes the change, and returns the one that takes it back. The greatest generation stays: one that was lost is
-    /// not used again.
+    /// The request whose answer is the oldest, and how many are known.
+    pub(crate) fn requests(&self) -> (Option<&RequestId>, usize) {
+        (self.answered.first_key_value().map(|(_, id)| id), self.requests.len())
+    }
+
+    /// The request, if any, that made this lease.
+    pub(crate) fn request_of(&self, lease: &LeaseId) -> Option<&RequestId> {
+        self.requests.iter().find(|(_, request)| request.lease.as_ref() == Some(lease)).map(|(id, _)| id)
+    }
+
+    /// The oldest revision in which a lease has gone, and how many such are known.
+    pub(crate) fn tombstones(&self) -> (Option<Revision>, usize) {
+        (self.gone.first_key_value().map(|(revision, _)| *revision), self.gone.len())
+    }
+
+    /// How many leases have failed and were not seen, and the oldest.
+    pub(crate) fn failures(&self) -> (Option<&Lease>, usize) {
+        let oldest =
+            self.failed.values().filter_map(|id| self.leases.get(id)).min_by_key(|lease| lease.revision);
+        (oldest, self.failed.len())
+    }
+
+    /// Whose the device is.
+    pub(crate) fn owner_of(&self, device: &str) -> Option<&LeaseId> {
+        self.devices.get(device)
+    }
+
+    /// Makes the change, and returns the one that takes it back. The greatest generation and revision stay: what was lost
+    /// is not used again.
     pub fn apply(&mut self, change: Change) -> Change {
-        let (id, now) = match change {
-            Change::Put(lease) => (lease.id.clone(), Some(*lease)),
-            Change::Delete(id) => (id, None),
-        };
-        let before = self.leases.remove(&id);
-        if let Some(before) = &before
-            && self.held.get(&before.vm) == Some(&id)
-        {
-            self.held.remove(&before.vm);
+        match change {
+            Change::Put(lease) => {
+                let id = lease.id.clone();
+                match self.replace(&id, Some(*lease)) {
+                    Some(before) => Change::Put(Box::new(before)),
+                    None => Change::Unmake(id),
+                }
+            }
+            Change::Delete(tombstone) => {
+                let (id, revision) = (tombstone.id.clone(), tombstone.revision);
+                self.last_revision = self.last_revision.max(revision);
+                let before = self.replace(&id, None);
+                self.gone.insert(revision, tombstone);
+                match before {
+                    Some(lease) => Change::Undelete(Box::new(lease), revision),
+                    None => Change::Unmake(id),
+                }
+            }
+            Change::Undelete(lease, revision) => {
+                let id = lease.id.clone();
+                self.replace(&id, Some(*lease));
+                match self.gone.remove(&revision) {
+                    Some(tombstone) => Change::Delete(tombstone),
+                    None => Change::Unmake(id),
+                }
+            }
+            Change::Unmake(id) => match self.replace(&id, None) {
+                Some(lease) => Change::Put(Box::new(lease)),
+                None => Change::Unmake(id),
+            },
+            Change::Expunge(revision) => {
+                self.horizon = self.horizon.max(revision);
+                match self.gone.remove(&revision) {
+                    Some(tombstone) => Change::Bury(tombstone),
+                    None => Change::Expunge(revision),
+                }
+            }
+            Change::Bury(tombstone) => {
+                let revision = tombstone.revision;
+                self.gone.insert(revision, tombstone);
+                Change::Expunge(revision)
+            }
+            Change::Request(id, request) => {
+                let before = self.replace_request(&id, request);
+                Change::Request(id, before)
+            }
         }
-        if let Some(grant) = before.as_ref().and_then(Lease::grant) {
-            self.devices.remove(&grant.device.dm_name);
+    }
+
+    fn replace(&mut self, id: &LeaseId, now: Option<Lease>) -> Option<Lease> {
+        let before = self.leases.remove(id);
+        if let Some(before) = &before {
+            for index in [&mut self.held, &mut self.failed] {
+                if index.get(&before.vm) == Some(id) {
+                    index.remove(&before.vm);
+                }
+            }
+            if let Some(grant) = before.grant() {
+                self.devices.remove(&grant.device.dm_name);
+            }
+            self.changed.remove(&before.revision);
         }
         if let Some(lease) = now {
             self.last_generation = self.last_generation.max(lease.generation.0);
-            if !is_releasing(&lease) {
+            self.last_revision = self.last_revision.max(lease.revision);
+            if lease.is_held() {
                 self.held.insert(lease.vm.clone(), id.clone());
+            }
+            if matches!(lease.state, crate::State::Failed { .. }) {
+                self.failed.insert(lease.vm.clone(), id.clone());
             }
             if let Some(grant) = lease.grant() {
                 self.devices.insert(grant.device.dm_name.clone(), id.clone());
             }
+            self.changed.insert(lease.revision, id.clone());
             self.leases.insert(id.clone(), lease);
         }
-        match before {
-            Some(lease) => Change::Put(Box::new(lease)),
-            None => Change::Delete(id),
-        }
+        before
     }
-}
 
-fn is_releasing(lease: &Lease) -> bool {
-    matches!(lease.state, State::Releasing { .. })
-}
-
-fn differences(held: &Spec, asked: &Spec) -> Vec<Difference> {
-    let fields = [("image", &held.image, &asked.image), ("platform", &held.platform, &asked.platform)];
-    fields
-        .into_iter()
-        .filter(|(_, held, asked)| held != asked)
-        .map(|(field, held, asked)| Difference { field, held: held.clone(), asked: asked.clone() })
-        .collect()
+    fn replace_request(&mut self, id: &RequestId, now: Option<Request>) -> Option<Request> {
+        let before = self.requests.remove(id);
+        if let Some(before) = &before {
+            self.answered.remove(&before.revision);
+        }
+        if let Some(request) = now {
+            self.last_revision = self.last_revision.max(request.revision);
+            self.answered.insert(request.revision, id.clone());
+            self.requests.insert(id.clone(), request);
+        }
+        before
+    }
 }
 
 #[cfg(test)]

@@ -95,6 +95,44 @@ impl FromStr for LeaseId {
     }
 }
 
+/// The longest request id, in bytes.
+pub const REQUEST_ID_MAX_BYTES: usize = 128;
+
+/// A client's name for one request, so that the request repeated is not made twice: 1 to 128 printable ASCII characters,
+/// a UUID for example.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RequestId(String);
+
+/// A string that is no request id.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("a request id is 1 to {REQUEST_ID_MAX_BYTES} printable ASCII characters without blanks")]
+pub struct RequestIdError;
+
+impl FromStr for RequestId {
+    type Err = RequestIdError;
+
+    fn from_str(text: &str) -> Result<Self, RequestIdError> {
+        let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&text.len());
+        if fits && text.bytes().all(|b| b.is_ascii_graphic()) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(RequestIdError)
+        }
+    }
+}
+
+/// Counts changes of leases on this host: each is greater than every one before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Revision(pub u64);
+
+impl Revision {
+    /// The one after it.
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
 /// Counts grants on this host: each lease's is greater than that of every one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Generation(pub u64);
@@ -127,6 +165,7 @@ macro_rules! string_newtype {
 }
 string_newtype!(VmId, VmIdError);
 string_newtype!(LeaseId, LeaseIdError);
+string_newtype!(RequestId, RequestIdError);
 
 #[cfg(test)]
 mod tests {
@@ -167,6 +206,18 @@ mod tests {
             ["", "vm", "cowshed-vm-", "cowshed-vm-XYZ", "cowshed-pull-0000000000000000000000000000feed"]
         {
             assert_eq!(LeaseId::from_snapshot_key(foreign), None, "{foreign}");
+        }
+    }
+
+    #[test]
+    fn request_ids() {
+        let longest = "x".repeat(REQUEST_ID_MAX_BYTES);
+        for good in ["1", "0b1c2d3e-4f50-6172-8394-a5b6c7d8e9f0", longest.as_str()] {
+            assert_eq!(good.parse::<RequestId>().unwrap().as_str(), good);
+        }
+        let long = "x".repeat(REQUEST_ID_MAX_BYTES + 1);
+        for bad in ["", " ", "a b", "a\n", "é", long.as_str()] {
+            assert_eq!(bad.parse::<RequestId>(), Err(RequestIdError), "{bad:?}");
         }
     }
 

@@ -3,19 +3,27 @@
 //! ```text
 //!            intent written         device verified            released
 //!   (none) ────────────────► Preparing ────────► Granted ─────────────────► Releasing ───► (gone)
-//!                                │                                              ▲  device closed and
-//!                                └── failed, or found half made at start-up ────┘  snapshot removed
+//!                             │     │           ▲       │                   ▲   ▲   device closed and
+//!                      failed │     │   renewed │       │ expired, or of    │   │   snapshot removed
+//!                             │     │  acquired │       ▼ an earlier boot   │   │
+//!                             │     │    again  └──── Suspect ──────────────┘   │
+//!                             │     │                    released, or its grace │
+//!                             │     │                    is over and its device │
+//!                             │     │                    is closed              │
+//!                             │     └─── released while it was made ────────────┘
+//!                             ▼
+//!                          Failed ── remains cleared away ──► Failed ── seen ──► (gone)
 //! ```
 //!
-//! There is no way back: a VM whose lease is Releasing gets a new lease, of a new generation, if it asks again.
+//! Nothing comes back from Releasing or Failed: a VM that asks again gets a new lease, of a new generation. A lease that
+//! is Preparing, Granted or Suspect is the one that its VM holds; there is one at the most.
+//!
+//! Deadlines are those of the host's own clock ([`Uptime`]), which does not jump; each is of one boot. A lease that was
+//! acquired or renewed in an earlier boot is Suspect: no VM of that boot is alive, but what is on its disk may be wanted.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceIdentity, Generation, LeaseId, VmId};
-
-/// Microseconds since the Unix epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct UnixMicros(pub i64);
+use crate::{BootId, DeviceIdentity, Generation, LeaseId, Moment, Revision, Ttl, UnixMicros, Uptime, VmId};
 
 /// What a VM asked for, in full form, so that equal wishes compare equal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +60,36 @@ pub struct Grant {
     pub at: UnixMicros,
 }
 
+/// How long a lease holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Term {
+    /// As the launcher asked; `None`: until it is released.
+    pub ttl: Option<Ttl>,
+    /// The boot in which it was acquired or renewed last.
+    pub boot: BootId,
+    /// When it ends, in that boot; `None` if it has no end, or is not granted yet.
+    pub until: Option<Uptime>,
+}
+
+/// Why it is not sure that a lease is still wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Suspicion {
+    /// Its time is over, and nobody has renewed it.
+    Expired,
+    /// The host was booted since it was acquired or renewed.
+    EarlierBoot,
+}
+
+/// Why a lease has failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The stable name that the caller's error had.
+    pub reason: String,
+    /// Its words.
+    pub message: String,
+}
+
 /// Where a lease stands. See the module's picture.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
@@ -59,12 +97,34 @@ pub enum State {
     Preparing,
     /// Held by the VM.
     Granted(Box<Grant>),
+    /// Held by the VM, if that is still there.
+    Suspect {
+        /// What was granted.
+        grant: Box<Grant>,
+        /// Why.
+        why: Suspicion,
+        /// Since when.
+        since: UnixMicros,
+        /// The boot that `until` is of.
+        boot: BootId,
+        /// When its grace is over.
+        until: Uptime,
+    },
     /// To be reclaimed: given back, or never finished.
     Releasing {
         /// What had been granted; `None` if nothing was.
         grant: Option<Box<Grant>>,
         /// Since when.
         since: UnixMicros,
+    },
+    /// Could not be made. Kept until somebody has seen why.
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// Since when.
+        since: UnixMicros,
+        /// Whether nothing is left of it but this record.
+        cleared: bool,
     },
 }
 
@@ -81,6 +141,10 @@ pub struct Lease {
     pub spec: Spec,
     /// When it was asked for.
     pub created_at: UnixMicros,
+    /// How long it holds.
+    pub term: Term,
+    /// Of its last change.
+    pub revision: Revision,
     /// Where it stands.
     pub state: State,
 }
@@ -89,9 +153,34 @@ impl Lease {
     /// What was granted, also if it has been released since.
     pub fn grant(&self) -> Option<&Grant> {
         match &self.state {
-            State::Preparing => None,
-            State::Granted(grant) => Some(grant),
+            State::Preparing | State::Failed { .. } => None,
+            State::Granted(grant) | State::Suspect { grant, .. } => Some(grant),
             State::Releasing { grant, .. } => grant.as_deref(),
         }
+    }
+
+    /// Whether its VM has it, or is to have it.
+    pub fn is_held(&self) -> bool {
+        matches!(self.state, State::Preparing | State::Granted(_) | State::Suspect { .. })
+    }
+
+    /// Whether what there is of it is to be cleared away.
+    pub fn is_to_be_reclaimed(&self) -> bool {
+        matches!(self.state, State::Releasing { .. } | State::Failed { cleared: false, .. })
+    }
+
+    /// Why it is not sure, now, that it is still wanted; `None` if it is, or nothing was granted.
+    pub fn suspicion(&self, now: &Moment) -> Option<Suspicion> {
+        match &self.state {
+            State::Suspect { why, .. } => Some(*why),
+            State::Granted(_) if self.term.boot != now.boot => Some(Suspicion::EarlierBoot),
+            State::Granted(_) => self.term.until.filter(|until| *until <= now.up).map(|_| Suspicion::Expired),
+            State::Preparing | State::Releasing { .. } | State::Failed { .. } => None,
+        }
+    }
+
+    /// Whether it is Suspect and its grace is over.
+    pub fn is_overdue(&self, now: &Moment) -> bool {
+        matches!(&self.state, State::Suspect { boot, until, .. } if *boot == now.boot && *until <= now.up)
     }
 }

@@ -6,8 +6,15 @@ mod book;
 mod device;
 mod id;
 mod lease;
+mod moves;
+mod time;
 
-pub use book::{Acquisition, Book, BookError, Change, Difference};
+pub use book::{Book, Change, Stored, Tombstone};
 pub use device::{DeviceIdentity, DeviceNumber};
-pub use id::{Generation, LeaseId, LeaseIdError, SNAPSHOT_KEY_PREFIX, VM_ID_MAX_BYTES, VmId, VmIdError};
-pub use lease::{Grant, Lease, Process, Spec, State, UnixMicros};
+pub use id::{
+    Generation, LeaseId, LeaseIdError, REQUEST_ID_MAX_BYTES, RequestId, RequestIdError, Revision,
+    SNAPSHOT_KEY_PREFIX, VM_ID_MAX_BYTES, VmId, VmIdError,
+};
+pub use lease::{Failure, Grant, Lease, Process, Spec, State, Suspicion, Term};
+pub use moves::{Acquisition, Ask, BookError, Difference, Grace, Kind, Release, Releasing, Request};
+pub use time::{BootId, BootIdError, Moment, Ttl, TtlError, UnixMicros, Uptime};

@@ -1,0 +1,514 @@
+//! Every move of a lease: whether it is legal now, and what to write down for it.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    Book, Change, DeviceIdentity, Failure, Generation, Grant, Lease, LeaseId, Moment, RequestId, Revision,
+    Spec, State, Suspicion, Term, Tombstone, Ttl, VmId,
+};
+
+/// So many answered requests are remembered, the latest ones.
+const REQUESTS_KEPT: usize = 10_000;
+/// So many leases that have gone are remembered, the latest ones.
+const TOMBSTONES_KEPT: usize = 10_000;
+/// So many failures that nobody has seen are kept, the latest ones.
+const FAILURES_KEPT: usize = 1_000;
+
+/// What a launcher asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ask {
+    /// For which VM.
+    pub vm: VmId,
+    /// What.
+    pub spec: Spec,
+    /// For how long; `None`: as before, or without end.
+    pub ttl: Option<Ttl>,
+    /// A Suspect lease's disk is not wanted any more, but a new one.
+    pub fresh: bool,
+    /// The client's name for this request.
+    pub request: Option<RequestId>,
+}
+
+/// What an acquire comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Acquisition {
+    /// The VM gets this new lease, to be prepared.
+    New {
+        /// The lease.
+        lease: Box<Lease>,
+        /// To be written down.
+        changes: Vec<Change>,
+    },
+    /// The VM has, or is being made, this lease of the same spec. To be confirmed with [`Book::keep`].
+    Existing(Box<Lease>),
+}
+
+/// What was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "named as the API's calls")]
+pub enum Kind {
+    Acquire,
+    Release,
+}
+
+/// A request that was answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// What was asked.
+    pub kind: Kind,
+    /// For which VM.
+    pub vm: VmId,
+    /// What it acquired or released; `None` if there was nothing to release.
+    pub lease: Option<LeaseId>,
+    /// When.
+    pub revision: Revision,
+}
+
+/// What a launcher gives back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// Whose disk.
+    pub vm: VmId,
+    /// Only this lease.
+    pub lease: Option<LeaseId>,
+    /// Only this generation.
+    pub generation: Option<Generation>,
+    /// The client's name for this request.
+    pub request: Option<RequestId>,
+}
+
+/// What a release comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Releasing {
+    /// There is nothing to release.
+    Nothing,
+    /// It was released before.
+    Again(Box<Lease>),
+    /// It is released now.
+    Now(Box<Lease>),
+}
+
+/// How long a Suspect lease is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grace {
+    /// After it has expired.
+    pub expired: Ttl,
+    /// After the boot that has made it Suspect.
+    pub boot: Ttl,
+}
+
+/// How a spec differs from that of the lease that the VM holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Field of the spec.
+    pub field: &'static str,
+    /// Its value in the lease.
+    pub held: String,
+    /// Its value in the request.
+    pub asked: String,
+}
+
+/// A move that is not legal.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BookError {
+    /// The VM holds a lease of another spec.
+    #[error("VM {vm} holds lease {lease} with another spec")]
+    Conflict {
+        /// The VM.
+        vm: VmId,
+        /// What it holds.
+        lease: LeaseId,
+        /// Every field that differs; at least one.
+        differences: Vec<Difference>,
+    },
+    /// The lease is not, or no longer, in the state that the move starts from.
+    #[error("lease {0} is not being prepared any more")]
+    NotPreparing(LeaseId),
+    /// The lease may be held still, so it cannot be forgotten.
+    #[error("lease {0} is held: only a released lease can be removed")]
+    NotReleasing(LeaseId),
+    /// The device is that of another lease.
+    #[error("device {device} of lease {asked} is that of lease {owner}")]
+    DeviceTaken {
+        /// Its device-mapper name.
+        device: String,
+        /// Whose it is.
+        owner: LeaseId,
+        /// Who was to get it.
+        asked: LeaseId,
+    },
+    /// The same random id came twice, or a stored id is used again.
+    #[error("lease {0} exists already")]
+    Reused(LeaseId),
+    /// There is no such lease (any more).
+    #[error("there is no lease {0}")]
+    Gone(LeaseId),
+    /// It was released, or has failed: it cannot be renewed.
+    #[error("lease {0} has been released")]
+    Released(LeaseId),
+    /// It is not granted yet.
+    #[error("lease {0} is still being made")]
+    StillPreparing(LeaseId),
+    /// The lease that this request has acquired was released since.
+    #[error("request {request} acquired lease {lease}, which has been released since")]
+    RequestOver {
+        /// The request.
+        request: RequestId,
+        /// What it had acquired.
+        lease: LeaseId,
+    },
+    /// The request id was used for something else.
+    #[error("request id {request} was used before, for another {what}")]
+    RequestReused {
+        /// The id.
+        request: RequestId,
+        /// In what it differs.
+        what: &'static str,
+    },
+}
+
+/// Changes in the making, each with a revision of its own.
+struct Draft<'a> {
+    book: &'a Book,
+    revision: Revision,
+    changes: Vec<Change>,
+}
+
+impl<'a> Draft<'a> {
+    fn on(book: &'a Book) -> Self {
+        Self { book, revision: book.last_revision(), changes: Vec::new() }
+    }
+
+    fn next(&mut self) -> Revision {
+        self.revision = self.revision.next();
+        self.revision
+    }
+
+    fn put(&mut self, lease: &Lease, state: State) -> Lease {
+        let lease = Lease { state, revision: self.next(), ..lease.clone() };
+        self.changes.push(Change::Put(Box::new(lease.clone())));
+        lease
+    }
+
+    fn delete(&mut self, lease: &Lease) {
+        let tombstone = Tombstone {
+            id: lease.id.clone(),
+            vm: lease.vm.clone(),
+            generation: lease.generation,
+            revision: self.next(),
+        };
+        self.changes.push(Change::Delete(tombstone));
+        let (oldest, count) = self.book.tombstones();
+        if let Some(oldest) = oldest.filter(|_| count >= TOMBSTONES_KEPT) {
+            self.changes.push(Change::Expunge(oldest));
+        }
+    }
+
+    fn answer(&mut self, id: Option<&RequestId>, kind: Kind, vm: &VmId, lease: Option<&LeaseId>) {
+        let Some(id) = id else { return };
+        let request = Request { kind, vm: vm.clone(), lease: lease.cloned(), revision: self.next() };
+        self.changes.push(Change::Request(id.clone(), Some(request)));
+        let (oldest, count) = self.book.requests();
+        if let Some(oldest) = oldest.filter(|oldest| count >= REQUESTS_KEPT && *oldest != id) {
+            self.changes.push(Change::Request(oldest.clone(), None));
+        }
+    }
+
+    /// Failed → gone, or to be cleared away first.
+    fn see(&mut self, lease: &Lease, now: &Moment) {
+        match &lease.state {
+            State::Failed { cleared: true, .. } => self.delete(lease),
+            State::Failed { cleared: false, .. } => {
+                self.put(lease, State::Releasing { grant: None, since: now.wall });
+            }
+            _ => {}
+        }
+    }
+
+    fn release(&mut self, lease: &Lease, now: &Moment) -> Lease {
+        let grant = lease.grant().cloned().map(Box::new);
+        self.put(lease, State::Releasing { grant, since: now.wall })
+    }
+}
+
+impl Book {
+    /// Decides an acquire. `id` is fresh and is used if a lease is to be made.
+    ///
+    /// # Errors
+    /// If the VM holds a lease of another spec, or the request id was used for something else or is over.
+    pub fn acquire(&self, ask: &Ask, id: LeaseId, now: &Moment) -> Result<Acquisition, BookError> {
+        self.expect_open(ask)?;
+        let mut draft = Draft::on(self);
+        // What a request has acquired is as fresh as it wanted it.
+        let fresh = ask.fresh && ask.request.as_ref().is_none_or(|request| self.request(request).is_none());
+        if let Some(held) = self.held_by(&ask.vm) {
+            if !fresh || held.suspicion(now).is_none() {
+                let differences = differences(&held.spec, &ask.spec);
+                if differences.is_empty() {
+                    return Ok(Acquisition::Existing(Box::new(held.clone())));
+                }
+                return Err(BookError::Conflict { vm: ask.vm.clone(), lease: held.id.clone(), differences });
+            }
+            draft.release(held, now);
+        }
+        if self.get(&id).is_some() {
+            return Err(BookError::Reused(id));
+        }
+        if let Some(failed) = self.failed_of(&ask.vm) {
+            draft.see(failed, now);
+        }
+        let lease = Lease {
+            id,
+            vm: ask.vm.clone(),
+            generation: Generation(self.last_generation() + 1),
+            spec: ask.spec.clone(),
+            created_at: now.wall,
+            term: Term { ttl: ask.ttl, boot: now.boot, until: None },
+            revision: Revision::default(),
+            state: State::Preparing,
+        };
+        let lease = draft.put(&lease, State::Preparing);
+        draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(&lease.id));
+        Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes })
+    }
+
+    /// A request that came before: whether it may be answered as if it came for the first time.
+    fn expect_open(&self, ask: &Ask) -> Result<(), BookError> {
+        let Some((id, known)) = ask.request.as_ref().and_then(|id| Some((id, self.request(id)?))) else {
+            return Ok(());
+        };
+        let reused = |what| Err(BookError::RequestReused { request: id.clone(), what });
+        if known.kind != Kind::Acquire {
+            return reused("call");
+        }
+        if known.vm != ask.vm {
+            return reused("VM");
+        }
+        let Some(lease) = &known.lease else { return Ok(()) };
+        match self.get(lease) {
+            Some(lease) if lease.is_held() && lease.spec != ask.spec => reused("spec"),
+            Some(lease) if lease.is_held() => Ok(()),
+            _ => Err(BookError::RequestOver { request: id.clone(), lease: lease.clone() }),
+        }
+    }
+
+    /// Confirms that the VM has the lease that it was found to hold, with `seen`, its device as it is now: a Suspect one is
+    /// Granted again, its time begins anew, the request is remembered. Nothing is to be written if all is so already.
+    ///
+    /// # Errors
+    /// If it was released meanwhile, or is not granted yet.
+    pub fn keep(
+        &self,
+        ask: &Ask,
+        id: &LeaseId,
+        seen: Option<&DeviceIdentity>,
+        now: &Moment,
+    ) -> Result<(Lease, Vec<Change>), BookError> {
+        self.expect_open(ask)?;
+        let mut draft = Draft::on(self);
+        let lease = self.renewed(&mut draft, id, ask.ttl, seen, now)?;
+        let known = ask.request.as_ref().is_none_or(|request| self.request(request).is_some());
+        if !known {
+            draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(id));
+        }
+        Ok((lease, draft.changes))
+    }
+
+    /// Granted or Suspect → Granted, with `ttl` (the one that it has, if `None`) from now on, and with `seen`, its device as
+    /// it is now. Nothing is to be written if nothing changes by it.
+    ///
+    /// # Errors
+    /// If it is gone, was released, has failed, or is not granted yet.
+    pub fn renew(
+        &self,
+        id: &LeaseId,
+        ttl: Option<Ttl>,
+        seen: Option<&DeviceIdentity>,
+        now: &Moment,
+    ) -> Result<(Lease, Vec<Change>), BookError> {
+        let mut draft = Draft::on(self);
+        let lease = self.renewed(&mut draft, id, ttl, seen, now)?;
+        Ok((lease, draft.changes))
+    }
+
+    fn renewed(
+        &self,
+        draft: &mut Draft<'_>,
+        id: &LeaseId,
+        ttl: Option<Ttl>,
+        seen: Option<&DeviceIdentity>,
+        now: &Moment,
+    ) -> Result<Lease, BookError> {
+        let lease = self.get(id).ok_or_else(|| BookError::Gone(id.clone()))?;
+        let mut grant = match &lease.state {
+            State::Preparing => return Err(BookError::StillPreparing(id.clone())),
+            State::Releasing { .. } | State::Failed { .. } => return Err(BookError::Released(id.clone())),
+            State::Granted(grant) | State::Suspect { grant, .. } => grant.clone(),
+        };
+        let term = Term { ttl: ttl.or(lease.term.ttl), boot: now.boot, until: None }.begun(now);
+        // Numbers change when a device is activated again.
+        if let Some(seen) = seen {
+            grant.device = seen.clone();
+        }
+        let state = State::Granted(grant);
+        if state == lease.state && term == lease.term {
+            return Ok(lease.clone());
+        }
+        Ok(draft.put(&Lease { term, ..lease.clone() }, state))
+    }
+
+    /// Preparing → Granted. Not if it was released meanwhile, nor if the device is still another lease's.
+    ///
+    /// # Errors
+    /// In these two cases.
+    pub fn grant(&self, id: &LeaseId, grant: Grant, now: &Moment) -> Result<(Lease, Vec<Change>), BookError> {
+        if let Some(owner) = self.owner_of(&grant.device.dm_name).filter(|owner| *owner != id) {
+            let (owner, asked) = (owner.clone(), id.clone());
+            return Err(BookError::DeviceTaken { device: grant.device.dm_name, owner, asked });
+        }
+        match self.get(id) {
+            Some(lease) if lease.state == State::Preparing => {
+                let mut draft = Draft::on(self);
+                let begun = Lease { term: lease.term.begun(now), ..lease.clone() };
+                let lease = draft.put(&begun, State::Granted(Box::new(grant)));
+                Ok((lease, draft.changes))
+            }
+            _ => Err(BookError::NotPreparing(id.clone())),
+        }
+    }
+
+    /// Preparing → Failed, and its request may be made again. Nothing if it was released meanwhile, or is gone.
+    pub fn fail(&self, id: &LeaseId, failure: Failure, now: &Moment) -> Vec<Change> {
+        let Some(lease) = self.get(id).filter(|lease| lease.state == State::Preparing) else {
+            return Vec::new();
+        };
+        let mut draft = Draft::on(self);
+        if let (Some(oldest), FAILURES_KEPT..) = self.failures() {
+            draft.see(oldest, now);
+        }
+        draft.put(lease, State::Failed { failure, since: now.wall, cleared: false });
+        if let Some(request) = self.request_of(id) {
+            draft.changes.push(Change::Request(request.clone(), None));
+        }
+        draft.changes
+    }
+
+    /// Failed → gone: somebody has been told why.
+    pub fn see(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
+        let mut draft = Draft::on(self);
+        if let Some(lease) = self.get(id) {
+            draft.see(lease, now);
+        }
+        draft.changes
+    }
+
+    /// What a launcher gives back → Releasing; what has failed is seen. A request that came before changes nothing.
+    ///
+    /// # Errors
+    /// If the request id was used for something else.
+    pub fn release(&self, ask: &Release, now: &Moment) -> Result<(Releasing, Vec<Change>), BookError> {
+        if let Some((id, known)) = ask.request.as_ref().and_then(|id| Some((id, self.request(id)?))) {
+            let reused = |what| Err(BookError::RequestReused { request: id.clone(), what });
+            if known.kind != Kind::Release {
+                return reused("call");
+            }
+            if known.vm != ask.vm {
+                return reused("VM");
+            }
+            let lease = known.lease.as_ref().and_then(|lease| self.get(lease));
+            let again = lease.map_or(Releasing::Nothing, |lease| Releasing::Again(Box::new(lease.clone())));
+            return Ok((again, Vec::new()));
+        }
+        let found = match &ask.lease {
+            Some(id) => self.get(id).filter(|lease| lease.vm == ask.vm),
+            None => self.of_vm(&ask.vm),
+        };
+        let found =
+            found.filter(|lease| ask.generation.is_none_or(|generation| lease.generation == generation));
+        let mut draft = Draft::on(self);
+        let outcome = match found {
+            None => Releasing::Nothing,
+            Some(lease) if lease.is_held() => Releasing::Now(Box::new(draft.release(lease, now))),
+            Some(lease) => {
+                draft.see(lease, now);
+                Releasing::Again(Box::new(lease.clone()))
+            }
+        };
+        draft.answer(ask.request.as_ref(), Kind::Release, &ask.vm, found.map(|lease| &lease.id));
+        Ok((outcome, draft.changes))
+    }
+
+    /// Every lease whose time is over, or that an earlier boot has left, → Suspect, with its grace from now on.
+    pub fn suspect(&self, grace: Grace, now: &Moment) -> Vec<Change> {
+        let mut draft = Draft::on(self);
+        for lease in self.after(None) {
+            let Some(why) = lease.suspicion(now) else { continue };
+            // The grace of an earlier boot is over with that boot, and begins anew.
+            let why = match &lease.state {
+                State::Suspect { boot, .. } if *boot == now.boot => continue,
+                State::Suspect { .. } => Suspicion::EarlierBoot,
+                _ => why,
+            };
+            let Some(grant) = lease.grant().cloned() else { continue };
+            let since = match &lease.state {
+                State::Suspect { since, .. } => *since,
+                _ => now.wall,
+            };
+            let grace = match why {
+                Suspicion::Expired => grace.expired,
+                Suspicion::EarlierBoot => grace.boot,
+            };
+            let (boot, until) = (now.boot, now.up.after(grace));
+            draft.put(lease, State::Suspect { grant: Box::new(grant), why, since, boot, until });
+        }
+        draft.changes
+    }
+
+    /// Suspect, with its grace over → Releasing. The caller has seen that its device is closed. Nothing if it was renewed
+    /// meanwhile.
+    pub fn give_up_on(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
+        let mut draft = Draft::on(self);
+        if let Some(lease) = self.get(id).filter(|lease| lease.is_overdue(now)) {
+            draft.release(lease, now);
+        }
+        draft.changes
+    }
+
+    /// Its remains are cleared away: Releasing → gone; of a Failed one the record stays. Nothing if it is so already.
+    ///
+    /// # Errors
+    /// If it is held.
+    pub fn remove(&self, id: &LeaseId) -> Result<Vec<Change>, BookError> {
+        let mut draft = Draft::on(self);
+        let Some(lease) = self.get(id) else { return Ok(Vec::new()) };
+        match &lease.state {
+            State::Releasing { .. } => draft.delete(lease),
+            State::Failed { cleared: true, .. } => {}
+            State::Failed { failure, since, cleared: false } => {
+                draft.put(lease, State::Failed { failure: failure.clone(), since: *since, cleared: true });
+            }
+            State::Preparing | State::Granted(_) | State::Suspect { .. } => {
+                return Err(BookError::NotReleasing(id.clone()));
+            }
+        }
+        Ok(draft.changes)
+    }
+}
+
+impl Term {
+    /// From now on.
+    fn begun(self, now: &Moment) -> Self {
+        Self { ttl: self.ttl, boot: now.boot, until: self.ttl.map(|ttl| now.up.after(ttl)) }
+    }
+}
+
+fn differences(held: &Spec, asked: &Spec) -> Vec<Difference> {
+    let fields = [("image", &held.image, &asked.image), ("platform", &held.platform, &asked.platform)];
+    fields
+        .into_iter()
+        .filter(|(_, held, asked)| held != asked)
+        .map(|(field, held, asked)| Difference { field, held: held.clone(), asked: asked.clone() })
+        .collect()
+}
