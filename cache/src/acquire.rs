@@ -15,18 +15,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cowshed_leases::{Acquisition, DeviceIdentity, Grant, Lease, LeaseId, Process, Spec, State, VmId};
+use cowshed_leases::{
+    Acquisition, Ask, DeviceIdentity, Failure, Grant, Lease, LeaseId, Process, Release, Releasing, RequestId,
+    Spec, Ttl, VmId,
+};
 use tracing::Instrument as _;
 
 use crate::{
     admission::Admission,
-    clock,
+    clock::Clock,
     containerd::{LEASE_LABEL, Mount, Snapshots},
+    drain::Drain,
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
     image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
     kernel::{Devices, KernelError},
-    ledger::{Ledger, Release},
+    ledger::Ledger,
     making::{Maker, Making},
     reclaim::Wake,
     stages::{Stage, Stages},
@@ -45,11 +49,28 @@ pub struct Wish {
     pub image: ImageRef,
     /// For which platform.
     pub platform: Platform,
+    /// For how long.
+    pub ttl: Option<Ttl>,
+    /// Whether a Suspect lease's disk is not wanted any more.
+    pub fresh: bool,
+    /// The client's name for it.
+    pub request: Option<RequestId>,
 }
 
 impl Wish {
-    fn spec(&self) -> Spec {
-        Spec { image: self.image.to_string(), platform: self.platform.to_string() }
+    fn ask(&self) -> Ask {
+        Ask {
+            vm: self.vm.clone(),
+            spec: Spec { image: self.image.to_string(), platform: self.platform.to_string() },
+            ttl: self.ttl,
+            fresh: self.fresh,
+            request: self.request.clone(),
+        }
+    }
+
+    /// Wishes of one key share a flight. What else they ask for is added to what it comes to.
+    fn key(&self) -> (VmId, String) {
+        (self.vm.clone(), format!("{} {} {}", self.image, self.platform, self.fresh))
     }
 }
 
@@ -66,7 +87,28 @@ pub struct Acquired {
     pub existing: bool,
 }
 
-type Outcome = Result<Arc<Acquired>>;
+type Outcome = Result<Arc<Acquired>, Refusal>;
+
+/// A wish that did not come true.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    error: Error,
+    /// The lease that has failed by it, until its caller was told.
+    failed: Option<LeaseId>,
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self { error, failed: None }
+    }
+}
+
+/// Whether a caller's flight is its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seat {
+    Own,
+    Joined,
+}
 
 /// Grants disks.
 pub struct Acquirer {
@@ -80,10 +122,14 @@ pub struct Acquirer {
     pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
+    /// Whether anything new is taken on.
+    pub drain: Drain,
     /// To be woken when there is something to clear away.
     pub wake: Wake,
     /// What is being made, for the reclaimer.
     pub making: Making,
+    /// What time it is.
+    pub clock: Clock,
     /// Where the work runs.
     pub tasks: Tasks,
     /// Work under way, so that equal wishes share it.
@@ -92,34 +138,71 @@ pub struct Acquirer {
 
 impl Acquirer {
     /// Grants the wish, or says why not; see `Acquire` in the API.
-    pub async fn acquire(self: &Arc<Self>, wish: Wish) -> Outcome {
+    pub async fn acquire(self: &Arc<Self>, wish: Wish) -> Result<Arc<Acquired>> {
         let stopped = || Error::new(Reason::Stopping, "the service is stopping; acquire again when it is up");
-        self.join(wish).await.unwrap_or_else(|_| Err(stopped()))
-    }
-
-    /// Gives back the disk of the VM, or only this lease of it; `None` if there is nothing to give back.
-    pub async fn release(&self, vm: &VmId, only: Option<LeaseId>) -> Result<Option<Lease>> {
-        if only.is_none() {
-            self.flights.give_up(vm);
-        }
-        let released = self.ledger.release_of(vm.clone(), only, clock::now()).await?;
-        self.wake.now();
-        match released {
-            Release::Nothing => Ok(None),
-            Release::Again(lease) => Ok(Some(lease)),
-            Release::Now(lease) => {
-                // One that began meanwhile may have found the lease as it was.
-                self.flights.close(vm);
-                tracing::info!(%vm, lease = %lease.id, "released");
-                Ok(Some(lease))
+        let (arrival, seat) = self.join(wish.clone());
+        match arrival.await.map_err(|_| stopped())? {
+            Ok(acquired) if seat == Seat::Joined => self.add(&wish, acquired).await,
+            Ok(acquired) => Ok(acquired),
+            Err(Refusal { error, failed }) => {
+                // This caller is here to be told.
+                if let Some(id) = failed
+                    && let Err(second) = self.ledger.see(id.clone(), self.clock.now()).await
+                {
+                    tracing::warn!(lease = %id, error = %second, "that its failure was told cannot be written down");
+                }
+                Err(error)
             }
         }
     }
 
-    fn join(self: &Arc<Self>, wish: Wish) -> Arrival<Outcome> {
-        let spec = wish.spec();
-        let key = (wish.vm.clone(), format!("{} {}", spec.image, spec.platform));
-        self.flights.join(key, |landing| {
+    /// Adds to what an equal wish has come to what this one asks for besides.
+    async fn add(&self, wish: &Wish, acquired: Arc<Acquired>) -> Result<Arc<Acquired>> {
+        let Some(grant) = acquired.lease.grant() else { return Ok(acquired) };
+        let (id, device) = (acquired.lease.id.clone(), grant.device.clone());
+        let lease = self.ledger.keep(wish.ask(), id, device, self.clock.now()).await?;
+        Ok(Arc::new(Acquired { lease, ..Acquired::clone(&acquired) }))
+    }
+
+    /// How many are under way.
+    pub fn under_way(&self) -> usize {
+        self.flights.count()
+    }
+
+    /// Gives back what `ask` says.
+    pub async fn release(&self, ask: Release) -> Result<Releasing> {
+        let named = ask.lease.is_some() || ask.generation.is_some();
+        let repeated =
+            ask.request.as_ref().is_some_and(|id| self.ledger.read(|book| book.request(id).is_some()));
+        if !named && !repeated {
+            self.flights.give_up(&ask.vm);
+        }
+        let vm = ask.vm.clone();
+        let released = self.ledger.release(ask, self.clock.now()).await?;
+        self.wake.now();
+        if let Releasing::Now(lease) = &released {
+            // One that began meanwhile may have found the lease as it was.
+            self.flights.close(&vm);
+            tracing::info!(%vm, lease = %lease.id, "released");
+        }
+        Ok(released)
+    }
+
+    /// Lets a lease hold for its time from now on, if its device still is what was granted.
+    pub async fn renew(&self, id: LeaseId, ttl: Option<Ttl>) -> Result<Lease> {
+        let lease = self.ledger.read(|book| book.get(&id).cloned());
+        let seen = match &lease {
+            Some(lease) if lease.is_held() && lease.grant().is_some() => Some(self.seen(lease).await?),
+            // Why not is the book's to say.
+            _ => None,
+        };
+        self.ledger.renew(id, ttl, seen, self.clock.now()).await
+    }
+
+    fn join(self: &Arc<Self>, wish: Wish) -> (Arrival<Outcome>, Seat) {
+        let mut seat = Seat::Joined;
+        let arrival = self.flights.join(wish.key(), |landing| {
+            seat = Seat::Own;
             let span =
                 tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
             let this = Arc::clone(self);
@@ -129,24 +212,27 @@ impl Acquirer {
                 landing.land(outcome);
             };
             self.tasks.spawn(work.instrument(span));
-        })
+        });
+        (arrival, seat)
     }
 
-    async fn run(&self, wish: &Wish, given_up: GivenUp) -> Result<Acquired> {
+    async fn run(&self, wish: &Wish, given_up: GivenUp) -> Result<Acquired, Refusal> {
         let mut stages = Stages::start();
-        let spec = wish.spec();
+        let ask = wish.ask();
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
-        let known = self.ledger.read(|book| book.acquire(&wish.vm, &spec, fresh(), clock::now()))?;
+        let known =
+            self.ledger.read(|book| book.acquire(&ask, fresh(), &self.clock.now())).map_err(Error::from)?;
         if let Acquisition::Existing(lease) = known {
-            return self.existing(*lease, stages).await;
+            return Ok(self.existing(ask, *lease, stages).await?);
         }
+        self.drain.admit()?;
         self.admission.admit(&self.kernel).await?;
         let (image, cache) = self.image(wish, &mut stages).await?;
         let id = fresh();
         let maker = self.making.begin(id.clone());
-        let lease = match self.ledger.acquire(wish.vm.clone(), spec, id, clock::now(), given_up).await? {
-            Acquisition::Existing(lease) => return self.existing(*lease, stages).await,
-            Acquisition::New(lease) => *lease,
+        let lease = match self.ledger.acquire(ask.clone(), id, self.clock.now(), given_up).await? {
+            Acquisition::Existing(lease) => return Ok(self.existing(ask, *lease, stages).await?),
+            Acquisition::New { lease, .. } => *lease,
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
@@ -157,43 +243,54 @@ impl Acquirer {
     }
 
     /// The VM's own lease again, if its device still is what was granted.
-    async fn existing(&self, lease: Lease, mut stages: Stages) -> Result<Acquired> {
-        let State::Granted(grant) = &lease.state else {
-            let message = format!("lease {} of VM {} is still being made; try again", lease.id, lease.vm);
-            return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
-        };
-        if let Some(what) = self.differs(&lease, &grant.device).await? {
-            let message = format!(
-                "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
-                grant.device.path, lease.id, lease.vm
-            );
-            return Err(Error::new(Reason::DeviceMismatch, message).with("lease_id", &lease.id));
-        }
+    async fn existing(&self, ask: Ask, lease: Lease, mut stages: Stages) -> Result<Acquired> {
+        let seen = self.seen(&lease).await?;
+        let lease = self.ledger.keep(ask, lease.id, seen, self.clock.now()).await?;
         stages.done(Stage::Ledger);
         Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true })
     }
 
-    /// How the lease's device differs from what was granted. An error if that cannot be told: who releases a disk
-    /// because its device is not there *yet* (after a reboot, say) loses what is on it.
-    async fn differs(&self, lease: &Lease, granted: &DeviceIdentity) -> Result<Option<String>> {
+    /// The device of a lease that is held, as it is now, which is what was granted.
+    async fn seen(&self, lease: &Lease) -> Result<DeviceIdentity> {
+        let Some(grant) = lease.grant() else {
+            let message = format!("lease {} of VM {} is still being made; try again", lease.id, lease.vm);
+            return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
+        };
+        self.identify(lease, &grant.device).await?.map_err(|what| {
+            let message = format!(
+                "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
+                grant.device.path, lease.id, lease.vm
+            );
+            Error::new(Reason::DeviceMismatch, message).with("lease_id", &lease.id)
+        })
+    }
+
+    /// The lease's device as it is now, or how it differs from what was granted. An error if that cannot be told: who
+    /// releases a disk because its device is not there *yet* (after a reboot, say) loses what is on it.
+    pub(crate) async fn identify(
+        &self,
+        lease: &Lease,
+        granted: &DeviceIdentity,
+    ) -> Result<Result<DeviceIdentity, String>> {
         let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
             Ok(mounts) => mounts,
-            Err(error) if error.is_not_found() => return Ok(Some("its snapshot is gone".to_owned())),
+            Err(error) if error.is_not_found() => return Ok(Err("its snapshot is gone".to_owned())),
             // Who has a disk keeps it while containerd is away, if the kernel knows it by all its marks.
             Err(error) => match self.kernel.inspect(&granted.path).await {
-                Ok(now) if granted.differs_from(&now).is_none() => return Ok(None),
+                Ok(now) if granted.differs_from(&now).is_none() => return Ok(Ok(now)),
                 _ => return Err(self.snapshots.explain(error).with("lease_id", &lease.id)),
             },
         };
         let path = mounts.first().map_or("", |mount| &mount.source);
         if path != granted.path {
-            return Ok(Some(format!("its snapshot's device is {path:?}")));
+            return Ok(Err(format!("its snapshot's device is {path:?}")));
         }
         match self.kernel.inspect(path).await {
-            Ok(now) => Ok(granted
-                .differs_from(&now)
-                .map(|(what, was, is)| format!("{what} was {was:?} and is {is:?}"))),
-            Err(error @ KernelError::NotThin { .. }) => Ok(Some(error.to_string())),
+            Ok(now) => Ok(match granted.differs_from(&now) {
+                None => Ok(now),
+                Some((what, was, is)) => Err(format!("{what} was {was:?} and is {is:?}")),
+            }),
+            Err(error @ KernelError::NotThin { .. }) => Ok(Err(error.to_string())),
             Err(error) => {
                 let message = format!(
                     "the device of lease {} of VM {} cannot be looked at: {error}; its snapshot is there, so try again \
@@ -247,9 +344,9 @@ impl Acquirer {
                 user: image.process.user,
                 working_dir: image.process.working_dir,
             },
-            at: clock::now(),
+            at: crate::clock::wall(),
         };
-        let granted = self.ledger.grant(lease.id.clone(), grant).await?;
+        let granted = self.ledger.grant(lease.id.clone(), grant, self.clock.now()).await?;
         stages.done(Stage::Confirm);
         Ok(granted)
     }
@@ -292,16 +389,18 @@ impl Acquirer {
 
     /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be
     /// marked, the reclaimer does that too, as soon as it finds it without a maker.
-    async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Error {
-        let marked = self.ledger.release(id.clone(), clock::now()).await;
+    async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Refusal {
+        let failure = Failure { reason: error.reason().as_str().to_owned(), message: error.to_string() };
+        let marked = self.ledger.fail(id.clone(), failure, self.clock.now()).await;
         drop(maker);
         self.wake.now();
-        match marked {
+        let error = match marked {
             Ok(_) => error,
             Err(second) => {
                 error.context(format!("(and lease {id} could not be marked for removal: {second})"))
             }
-        }
+        };
+        Refusal { error, failed: Some(id.clone()) }
     }
 }
 
@@ -309,7 +408,7 @@ fn log(outcome: &Outcome) {
     match outcome {
         Ok(done) if done.existing => tracing::debug!(lease = %done.lease.id, "held already"),
         Ok(done) => tracing::info!(cache = done.cache.as_str(), stages = %done.stages, "granted"),
-        Err(error) => tracing::warn!(reason = error.reason().as_str(), %error, "refused"),
+        Err(Refusal { error, .. }) => tracing::warn!(reason = error.reason().as_str(), %error, "refused"),
     }
 }
 

@@ -4,8 +4,15 @@
 
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
+use cowshed_leases::{Revision, State, Suspicion};
+
 use super::*;
 use crate::fakes::{Fault, Process_, Sight, State_, World, start, wish, world};
+
+/// Whatever the VM has.
+fn back(vm: &str) -> Release {
+    Release { vm: vm.parse().unwrap(), lease: None, generation: None, request: None }
+}
 
 #[tokio::test]
 async fn equal_wishes_get_one_lease_and_different_vms_different_disks() {
@@ -142,7 +149,7 @@ async fn story(process: &Process_, world: &World) {
     };
     let all = async {
         let acquired = process.acquirer.acquire(wish("other")).await.unwrap();
-        process.acquirer.release(&acquired.lease.vm, None).await.unwrap();
+        process.acquirer.release(back(acquired.lease.vm.as_str())).await.unwrap();
         process.settle().await;
     };
     tokio::select! {
@@ -158,7 +165,7 @@ async fn an_open_device_is_waited_for_and_says_so() {
     let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
     let device = lease.grant().unwrap().device.dm_name.clone();
     world.set_open(&device, 1);
-    process.acquirer.release(&lease.vm, None).await.unwrap();
+    process.acquirer.release(back(lease.vm.as_str())).await.unwrap();
     process.settle().await;
     process.audit(&world, "while it is open");
     assert_eq!(process.reclaimer.waiting.read().unwrap()[&lease.id], "the device is open");
@@ -193,7 +200,7 @@ async fn a_release_during_the_pull_is_heeded() {
     let acquirer = process.acquirer.clone();
     let call = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
     tokio::task::yield_now().await;
-    assert_eq!(process.acquirer.release(&"vm-1".parse().unwrap(), None).await.unwrap(), None);
+    assert_eq!(process.acquirer.release(back("vm-1")).await.unwrap(), Releasing::Nothing);
     // Who asks after the release gets a disk, and does not join the one that was given up.
     let acquirer = process.acquirer.clone();
     let later = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
@@ -213,8 +220,8 @@ async fn a_release_while_the_snapshot_is_made_is_heeded() {
     let acquirer = process.acquirer.clone();
     let call = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
     let first = intent(&process).await;
-    let released = process.acquirer.release(&first.vm, None).await.unwrap().unwrap();
-    assert_eq!(released.id, first.id);
+    let released = process.acquirer.release(back("vm-1")).await.unwrap();
+    assert!(matches!(released, Releasing::Now(lease) if lease.id == first.id));
     let acquirer = process.acquirer.clone();
     let later = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
     tokio::task::yield_now().await;
@@ -233,14 +240,15 @@ async fn a_release_while_the_snapshot_is_made_is_heeded() {
 async fn a_release_by_lease_id_leaves_every_other_one_alone() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let process = start(&world, directory.path());
-    let vm: VmId = "vm-1".parse().unwrap();
     let first = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
-    assert!(process.acquirer.release(&vm, Some(first.id.clone())).await.unwrap().is_some());
+    let by_id = Release { lease: Some(first.id.clone()), ..back("vm-1") };
+    assert!(matches!(process.acquirer.release(by_id.clone()).await.unwrap(), Releasing::Now(_)));
     let preparing = world.prepares.lock().await;
     let acquirer = process.acquirer.clone();
     let call = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
     tokio::task::yield_now().await;
-    assert_eq!(process.acquirer.release(&vm, Some(first.id.clone())).await.unwrap().unwrap().id, first.id);
+    let again = process.acquirer.release(by_id).await.unwrap();
+    assert!(matches!(again, Releasing::Again(lease) if lease.id == first.id));
     drop(preparing);
     assert_ne!(call.await.unwrap().unwrap().lease.id, first.id);
 }
@@ -287,7 +295,7 @@ async fn a_device_that_is_opened_while_others_are_removed_is_left_alone() {
     let mut leases = Vec::new();
     for vm in ["vm-1", "vm-2"] {
         leases.push(process.acquirer.acquire(wish(vm)).await.unwrap().lease.clone());
-        process.acquirer.release(&vm.parse().unwrap(), None).await.unwrap();
+        process.acquirer.release(back(vm)).await.unwrap();
     }
     leases.sort_by(|a, b| a.id.cmp(&b.id));
     let late = leases[1].grant().unwrap().device.dm_name.clone();
@@ -306,7 +314,7 @@ async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection(
     let process = start(&world, directory.path());
     let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
     world.state.lock().unwrap().at_leisure = true;
-    process.acquirer.release(&lease.vm, None).await.unwrap();
+    process.acquirer.release(back(lease.vm.as_str())).await.unwrap();
     for _ in 0..2 {
         process.reclaimer.pass_over_everything().await;
         let why = process.reclaimer.waiting.read().unwrap()[&lease.id].clone();
@@ -322,4 +330,157 @@ async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection(
     tokio::join!(process.reclaimer.pass_over_everything(), goes);
     assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_none()));
     assert_eq!(world.look(|s| s.collections), 1);
+}
+
+fn request(name: &str) -> Option<RequestId> {
+    Some(name.parse().unwrap())
+}
+
+fn state(process: &Process_, id: &LeaseId) -> Option<State> {
+    process.acquirer.ledger.read(|book| book.get(id).map(|lease| lease.state.clone()))
+}
+
+#[tokio::test]
+async fn a_failure_that_nobody_was_told_is_kept_with_its_reason() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let preparing = world.prepares.lock().await;
+    let acquirer = process.acquirer.clone();
+    let call = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
+    let lease = intent(&process).await;
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    world.state.lock().unwrap().parents.clear();
+    world.pulls_fail.store(true, Ordering::SeqCst);
+    drop(preparing);
+    let failed = loop {
+        match state(&process, &lease.id) {
+            Some(State::Failed { failure, .. }) => break failure,
+            _ => tokio::task::yield_now().await,
+        }
+    };
+    assert_eq!(failed.reason, "REGISTRY_UNAVAILABLE");
+    while !process.acquirer.making.now().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    process.settle().await;
+    assert!(world.is_empty());
+    assert!(matches!(state(&process, &lease.id), Some(State::Failed { cleared: true, .. })));
+    // Who asks again hears how it ends this time, and leaves nothing behind.
+    process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
+    process.settle().await;
+    assert_eq!(process.acquirer.ledger.read(|book| book.after(None).count()), 0);
+}
+
+#[tokio::test]
+async fn after_a_reboot_a_vm_gets_its_old_disk_or_a_fresh_one() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let before = start(&world, directory.path());
+    let mut old = BTreeMap::new();
+    for vm in ["keeps", "replaces", "forgets"] {
+        old.insert(vm, before.acquirer.acquire(wish(vm)).await.unwrap().lease.clone());
+    }
+    before.acquirer.ledger.close().await;
+    *world.time.lock().unwrap() = (1, 5);
+    let process = start(&world, directory.path());
+    process.reclaimer.recover().await.unwrap();
+    for lease in old.values() {
+        let Some(State::Suspect { why, .. }) = state(&process, &lease.id) else { panic!("{lease:?}") };
+        assert_eq!(why, Suspicion::EarlierBoot);
+    }
+    let kept = process.acquirer.acquire(wish("keeps")).await.unwrap();
+    assert!(kept.existing);
+    assert_eq!(kept.lease.grant(), old["keeps"].grant());
+    let fresh = process.acquirer.acquire(Wish { fresh: true, ..wish("replaces") }).await.unwrap();
+    assert!(!fresh.existing);
+    assert_ne!(fresh.lease.id, old["replaces"].id);
+    // The grace is over, and somebody has the third one's device open.
+    *world.time.lock().unwrap() = (1, 106);
+    let device = old["forgets"].grant().unwrap().device.dm_name.clone();
+    world.set_open(&device, 1);
+    process.settle().await;
+    assert!(matches!(state(&process, &old["forgets"].id), Some(State::Suspect { .. })));
+    assert_eq!(process.reclaimer.waiting.read().unwrap()[&old["forgets"].id], "the device is open");
+    world.set_open(&device, 0);
+    process.settle().await;
+    assert_eq!(state(&process, &old["forgets"].id), None);
+    assert_eq!(process.acquirer.ledger.read(|book| book.after(None).count()), 2);
+    process.audit(&world, "after the grace");
+}
+
+#[tokio::test]
+async fn an_expired_lease_is_renewed_only_if_its_device_is_what_it_was() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let limited = Wish { ttl: Some(Ttl::from_seconds(30).unwrap()), ..wish("vm-1") };
+    let lease = process.acquirer.acquire(limited).await.unwrap().lease.clone();
+    *world.time.lock().unwrap() = (0, 31);
+    process.settle().await;
+    assert!(matches!(state(&process, &lease.id), Some(State::Suspect { why: Suspicion::Expired, .. })));
+    world.state.lock().unwrap().sight = Sight::NotThin;
+    let refused = process.acquirer.renew(lease.id.clone(), None).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::DeviceMismatch);
+    world.state.lock().unwrap().sight = Sight::Clear;
+    let renewed = process.acquirer.renew(lease.id.clone(), None).await.unwrap();
+    assert_eq!(renewed.term.until.map(|until| until.0), Some(61_000_000));
+    *world.time.lock().unwrap() = (0, 60);
+    process.settle().await;
+    process.audit(&world, "while it holds");
+    *world.time.lock().unwrap() = (0, 61);
+    process.settle().await;
+    *world.time.lock().unwrap() = (0, 71);
+    process.settle().await;
+    assert!(world.is_empty(), "expired, its grace over, and closed");
+    let gone = process.acquirer.renew(lease.id.clone(), None).await.unwrap_err();
+    assert_eq!(gone.reason(), Reason::LeaseNotFound);
+}
+
+#[tokio::test]
+async fn a_request_is_known_after_a_restart() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let named = Wish { request: request("a"), ..wish("vm-1") };
+    let process = start(&world, directory.path());
+    let lease = process.acquirer.acquire(named.clone()).await.unwrap().lease.clone();
+    let give_back = Release { request: request("b"), ..back("vm-1") };
+    process.acquirer.release(give_back.clone()).await.unwrap();
+    process.settle().await;
+    let revision = process.acquirer.ledger.read(|book| book.last_revision());
+    process.acquirer.ledger.close().await;
+
+    let process = start(&world, directory.path());
+    assert!(process.acquirer.ledger.read(|book| book.last_revision()) >= revision);
+    assert_eq!(
+        process.acquirer.ledger.read(|book| book.gone_after(Revision(0)).next().unwrap().id.clone()),
+        lease.id
+    );
+    let late = process.acquirer.acquire(named).await.unwrap_err();
+    assert_eq!(late.reason(), Reason::RequestOver);
+    let next = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    assert_eq!(process.acquirer.release(give_back).await.unwrap(), Releasing::Nothing);
+    assert!(matches!(state(&process, &next.id), Some(State::Granted(_))));
+    let reused = process.acquirer.acquire(Wish { request: request("b"), ..wish("vm-1") }).await.unwrap_err();
+    assert_eq!(reused.reason(), Reason::RequestIdReused);
+}
+
+#[tokio::test]
+async fn who_joins_another_s_acquire_gets_what_it_asks_for_besides() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let preparing = world.prepares.lock().await;
+    let first = process.acquirer.acquire(Wish { request: request("a"), ..wish("vm-1") });
+    let ttl = Some(Ttl::from_seconds(30).unwrap());
+    let second = process.acquirer.acquire(Wish { request: request("b"), ttl, ..wish("vm-1") });
+    let (first, second, ()) = tokio::join!(first, second, async {
+        intent(&process).await;
+        drop(preparing);
+    });
+    let (first, second) = (first.unwrap(), second.unwrap());
+    assert_eq!(first.lease.id, second.lease.id);
+    assert_eq!((first.lease.term.ttl, second.lease.term.ttl), (None, ttl));
+    process.acquirer.release(back("vm-1")).await.unwrap();
+    for name in ["a", "b"] {
+        let late =
+            process.acquirer.acquire(Wish { request: request(name), ..wish("vm-1") }).await.unwrap_err();
+        assert_eq!(late.reason(), Reason::RequestOver, "{name}");
+    }
 }

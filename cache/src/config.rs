@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use cowshed_leases::{Grace, Ttl};
 use cowshed_pool::Bytes;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
@@ -68,6 +69,8 @@ pub struct Config {
     pub snapshotter: Snapshotter,
     /// How to fetch images.
     pub registry: Registry,
+    /// How long leases are kept that nobody may want any more.
+    pub leases: Leases,
     /// When to look after released disks.
     pub reclaim: Reclaim,
     /// How to log.
@@ -170,6 +173,17 @@ pub struct Registry {
     pub read_timeout_seconds: u64,
 }
 
+/// `[leases]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Leases {
+    /// A lease that has expired is kept for so long, and as long as its device is open, in seconds.
+    pub expired_grace_seconds: u64,
+    /// A lease of an earlier boot of the host is kept for so long after the boot, and as long as its device is open, in
+    /// seconds.
+    pub boot_grace_seconds: u64,
+}
+
 /// `[reclaim]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -263,6 +277,12 @@ impl Default for Registry {
     }
 }
 
+impl Default for Leases {
+    fn default() -> Self {
+        Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
+    }
+}
+
 impl Default for Reclaim {
     fn default() -> Self {
         Self { retry_seconds: 5, interval_seconds: 60 }
@@ -349,6 +369,12 @@ impl Config {
                 return Err(value(section, field, format!("{number} is not between 1 and 86400")));
             }
         }
+        for (field, seconds) in [
+            ("expired_grace_seconds", self.leases.expired_grace_seconds),
+            ("boot_grace_seconds", self.leases.boot_grace_seconds),
+        ] {
+            Ttl::from_seconds(seconds).map_err(|e| value("leases", field, format!("{seconds}: {e}")))?;
+        }
         for (field, percent) in [
             ("data_headroom_percent", self.pool.data_headroom_percent),
             ("metadata_headroom_percent", self.pool.metadata_headroom_percent),
@@ -385,6 +411,13 @@ impl Config {
             base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
             allow_unzeroed: self.pool.allow_unzeroed,
         }
+    }
+
+    /// How long leases are kept that nobody may want any more.
+    pub fn grace(&self) -> Grace {
+        // Checked when it was read.
+        let time = |seconds| Ttl::from_seconds(seconds).unwrap_or(Ttl::SHORTEST);
+        Grace { expired: time(self.leases.expired_grace_seconds), boot: time(self.leases.boot_grace_seconds) }
     }
 
     /// Deadline of one call to containerd.
@@ -442,6 +475,8 @@ mod tests {
         "concurrent_downloads",
         "connect_timeout_seconds",
         "read_timeout_seconds",
+        "expired_grace_seconds",
+        "boot_grace_seconds",
         "retry_seconds",
         "interval_seconds",
         "format",
@@ -463,6 +498,7 @@ mod tests {
             ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
+            ("[leases]\nboot_grace_seconds = 0", "[leases] boot_grace_seconds"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

@@ -29,6 +29,10 @@ pub enum Reason {
     PlatformInvalid,
     LeaseIdInvalid,
     PageTokenInvalid,
+    TtlInvalid,
+    RequestIdInvalid,
+    RequestIdReused,
+    DeviceInvalid,
     LeaseNotFound,
     ImageNotFound,
     PlatformNotFound,
@@ -40,7 +44,10 @@ pub enum Reason {
     PoolUnusable,
     ImageUnsupported,
     DeviceMismatch,
+    LeaseReleased,
     Released,
+    RequestOver,
+    RevisionCompacted,
     PoolFull,
     StateDirectoryFull,
     ContainerdFull,
@@ -48,6 +55,7 @@ pub enum Reason {
     RegistryUnavailable,
     RegistryConfiguration,
     NotReady,
+    Draining,
     Stopping,
     ContainerdTimeout,
     ImageCorrupt,
@@ -64,7 +72,11 @@ impl Reason {
             | Self::ImageReferenceInvalid
             | Self::PlatformInvalid
             | Self::LeaseIdInvalid
-            | Self::PageTokenInvalid => Code::InvalidArgument,
+            | Self::PageTokenInvalid
+            | Self::TtlInvalid
+            | Self::RequestIdInvalid
+            | Self::RequestIdReused
+            | Self::DeviceInvalid => Code::InvalidArgument,
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
@@ -74,12 +86,16 @@ impl Reason {
             | Self::PoolUnusable
             | Self::ImageUnsupported
             | Self::RegistryConfiguration
+            | Self::LeaseReleased
             | Self::DeviceMismatch => Code::FailedPrecondition,
-            Self::Released => Code::Aborted,
+            Self::Released | Self::RequestOver => Code::Aborted,
+            Self::RevisionCompacted => Code::OutOfRange,
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
-            Self::ContainerdUnavailable | Self::RegistryUnavailable | Self::NotReady | Self::Stopping => {
-                Code::Unavailable
-            }
+            Self::ContainerdUnavailable
+            | Self::RegistryUnavailable
+            | Self::NotReady
+            | Self::Draining
+            | Self::Stopping => Code::Unavailable,
             Self::ContainerdTimeout => Code::DeadlineExceeded,
             Self::ImageCorrupt => Code::DataLoss,
             Self::ContainerdError | Self::LedgerError | Self::InternalError => Code::Internal,
@@ -94,6 +110,10 @@ impl Reason {
             Self::PlatformInvalid => "PLATFORM_INVALID",
             Self::LeaseIdInvalid => "LEASE_ID_INVALID",
             Self::PageTokenInvalid => "PAGE_TOKEN_INVALID",
+            Self::TtlInvalid => "TTL_INVALID",
+            Self::RequestIdInvalid => "REQUEST_ID_INVALID",
+            Self::RequestIdReused => "REQUEST_ID_REUSED",
+            Self::DeviceInvalid => "DEVICE_INVALID",
             Self::LeaseNotFound => "LEASE_NOT_FOUND",
             Self::ImageNotFound => "IMAGE_NOT_FOUND",
             Self::PlatformNotFound => "PLATFORM_NOT_FOUND",
@@ -105,7 +125,10 @@ impl Reason {
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
+            Self::LeaseReleased => "LEASE_RELEASED",
             Self::Released => "RELEASED",
+            Self::RequestOver => "REQUEST_OVER",
+            Self::RevisionCompacted => "REVISION_COMPACTED",
             Self::PoolFull => "POOL_FULL",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
             Self::ContainerdFull => "CONTAINERD_FULL",
@@ -113,6 +136,7 @@ impl Reason {
             Self::RegistryUnavailable => "REGISTRY_UNAVAILABLE",
             Self::RegistryConfiguration => "REGISTRY_CONFIGURATION",
             Self::NotReady => "NOT_READY",
+            Self::Draining => "DRAINING",
             Self::Stopping => "STOPPING",
             Self::ContainerdTimeout => "CONTAINERD_TIMEOUT",
             Self::ImageCorrupt => "IMAGE_CORRUPT",

@@ -13,17 +13,21 @@ use std::{
     time::Duration,
 };
 
-use cowshed_leases::{DeviceIdentity, DeviceNumber, Lease};
+use cowshed_leases::{
+    BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Moment, State, Ttl, UnixMicros, Uptime,
+};
 use tonic::Status;
 
 use crate::{
     acquire::{Acquirer, Wish},
     admission::Admission,
+    clock::Clock,
     containerd::{CallError, Mount, Snapshots},
+    drain::Drain,
     error::{Error, Reason, Result},
     flights::Flights,
     image::{Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls},
-    kernel::{Devices, Kernel, KernelError, PoolMode, PoolUsage},
+    kernel::{Devices, Holder, Kernel, KernelError, PoolMode, PoolUsage},
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
@@ -39,6 +43,10 @@ pub(crate) struct World {
     pub(crate) looks: AtomicUsize,
     /// The image has to be pulled.
     pub(crate) absent: AtomicBool,
+    /// Pulls fail.
+    pub(crate) pulls_fail: AtomicBool,
+    /// Which boot it is, and how many seconds it is old.
+    pub(crate) time: Mutex<(u8, u64)>,
     /// Whoever has these keeps pulls and Prepares from being done.
     pub(crate) pulls: tokio::sync::Mutex<()>,
     pub(crate) prepares: tokio::sync::Mutex<()>,
@@ -140,6 +148,11 @@ impl World {
         *self.fault.lock().unwrap() = fault;
         self.effects.store(0, Ordering::SeqCst);
         self.fail_at.store(fail_at, Ordering::SeqCst);
+    }
+
+    pub(crate) fn now(&self) -> Moment {
+        let (boot, up) = *self.time.lock().unwrap();
+        Moment { wall: UnixMicros(0), boot: BootId::from_bits(boot.into()), up: Uptime(up * 1_000_000) }
     }
 
     pub(crate) fn has_struck(&self) -> bool {
@@ -271,6 +284,10 @@ impl Kernel for World {
         Ok(self.look(|s| s.devices.get(name).copied()))
     }
 
+    fn holders(&self, _path: &str) -> Result<Vec<Holder>, KernelError> {
+        Ok(Vec::new())
+    }
+
     fn pool(&self) -> Result<PoolUsage, KernelError> {
         Ok(PoolUsage {
             name: "pool".into(),
@@ -292,6 +309,9 @@ impl ImageCache for World {
 
     async fn ensure(&self, _image: &ImageRef, _platform: &Platform) -> Result<ResolvedImage> {
         drop(self.pulls.lock().await);
+        if self.pulls_fail.load(Ordering::SeqCst) {
+            return Err(Error::new(Reason::RegistryUnavailable, "the registry does not answer"));
+        }
         self.state.lock().unwrap().parents.insert(image().chain_id.to_string());
         Ok(image())
     }
@@ -313,6 +333,10 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
     let ledger = Ledger::open(directory).unwrap();
     let kernel = Devices::new(world.clone());
     let (wake, making) = (Wake::default(), Making::default());
+    let clock = {
+        let world = world.clone();
+        Clock::of(move || world.now())
+    };
     let acquirer = Acquirer {
         ledger: ledger.clone(),
         images: world.clone(),
@@ -323,8 +347,10 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
             metadata_headroom_percent: 5,
             allow_unzeroed: false,
         },
+        drain: Drain::default(),
         wake: wake.clone(),
         making: making.clone(),
+        clock: clock.clone(),
         tasks: Tasks::default(),
         flights: Flights::default(),
     };
@@ -335,6 +361,8 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         running_pulls: world.clone(),
         making,
         wake,
+        clock,
+        grace: Grace { expired: Ttl::from_seconds(10).unwrap(), boot: Ttl::from_seconds(100).unwrap() },
         waiting: Waiting::default(),
         metrics: Metrics::new().unwrap(),
         retry: Duration::from_millis(1),
@@ -352,7 +380,14 @@ pub(crate) fn world() -> Arc<World> {
 }
 
 pub(crate) fn wish(vm: &str) -> Wish {
-    Wish { vm: vm.parse().unwrap(), image: image().name, platform: Platform::host() }
+    Wish {
+        vm: vm.parse().unwrap(),
+        image: image().name,
+        platform: Platform::host(),
+        ttl: None,
+        fresh: false,
+        request: None,
+    }
 }
 
 impl Process_ {
@@ -367,7 +402,9 @@ impl Process_ {
     pub(crate) fn audit(&self, world: &World, what: &str) {
         let granted: BTreeMap<String, String> = self.acquirer.ledger.read(|book| {
             let of = |lease: &Lease| (lease.id.snapshot_key(), lease.grant().unwrap().device.dm_name.clone());
-            book.after(None).map(of).collect()
+            // Of what has failed nothing is left but the reason.
+            let cleared = |lease: &&Lease| !matches!(lease.state, State::Failed { cleared: true, .. });
+            book.after(None).filter(cleared).map(of).collect()
         });
         world.look(|s| {
             assert_eq!(s.snapshots, granted, "{what}: snapshots");

@@ -94,6 +94,11 @@ impl<T: Clone> Flights<T> {
 }
 
 impl<T> Flights<T> {
+    /// How many are under way.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, Flight<T>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

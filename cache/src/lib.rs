@@ -7,6 +7,7 @@ pub mod cli;
 mod clock;
 pub mod config;
 pub mod containerd;
+pub mod drain;
 pub mod error;
 pub mod exit;
 #[cfg(test)]

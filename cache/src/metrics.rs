@@ -206,9 +206,13 @@ impl Metrics {
     pub fn scrape(&self, ledger: &Ledger, pool: Option<&PoolUsage>) -> prometheus::Result<Vec<u8>> {
         let m = &self.0;
         let counts = crate::status::count_leases(ledger);
-        for (state, count) in
-            [("preparing", counts.preparing), ("granted", counts.granted), ("releasing", counts.releasing)]
-        {
+        for (state, count) in [
+            ("preparing", counts.preparing),
+            ("granted", counts.granted),
+            ("suspect", counts.suspect),
+            ("releasing", counts.releasing),
+            ("failed", counts.failed),
+        ] {
             m.leases.with_label_values(&[state]).set(i64::from(count));
         }
         self.read_pool(pool);

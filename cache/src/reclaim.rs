@@ -13,7 +13,7 @@ use std::{
 };
 
 use cowshed_gc::{DeviceUse, Foreign, Inventory, Step, WaitReason};
-use cowshed_leases::{Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
+use cowshed_leases::{Failure, Grace, Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -21,9 +21,9 @@ use tokio::{
 
 use crate::{
     acquire::block_device,
-    clock,
+    clock::Clock,
     containerd::Snapshots,
-    error::Result,
+    error::{Reason, Result},
     image::RunningPulls,
     kernel::{Devices, KernelError},
     ledger::Ledger,
@@ -34,6 +34,8 @@ use crate::{
 /// At most so many disks are removed per garbage collection of containerd's, so that a crowd that leaves together
 /// does not hold containerd's locks for long.
 const BATCH: usize = 50;
+/// How often the time is looked at.
+const TICK: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 /// So long a snapshotter may take for a device whose snapshot containerd has collected; then containerd is asked again.
 const AT_LEISURE: Duration = Duration::from_secs(10);
@@ -69,6 +71,10 @@ pub struct Reclaimer {
     pub making: Making,
     /// Its alarm clock.
     pub wake: Wake,
+    /// What time it is.
+    pub clock: Clock,
+    /// How long what nobody may want any more is kept.
+    pub grace: Grace,
     /// For the replies of the API.
     pub waiting: Waiting,
     /// What it did.
@@ -115,8 +121,10 @@ enum Removal {
 
 impl Reclaimer {
     /// Marks what nobody is making (any more): of a process before, of a task that crashed, or because the ledger could
-    /// not be written when it was given up. To be called before the first request is served.
+    /// not be written when it was given up; and what nobody may want any more. To be called before the first request is
+    /// served.
     pub async fn recover(&self) -> Result<usize> {
+        self.suspect().await?;
         // The ledger before the makers: a lease has one from before its intent until it is decided.
         let preparing: BTreeSet<LeaseId> = self.ledger.read(|book| {
             let preparing = book.after(None).filter(|lease| lease.state == State::Preparing);
@@ -127,11 +135,50 @@ impl Reclaimer {
         if half_made.is_empty() {
             return Ok(0);
         }
-        let count = self.ledger.give_up_all(half_made, clock::now()).await?;
+        let failure = Failure {
+            reason: Reason::Stopping.as_str().to_owned(),
+            message: "the service ended, or failed, while the disk was being made; acquire again".to_owned(),
+        };
+        let count = self.ledger.fail_all(half_made, failure, self.clock.now()).await?;
         if count > 0 {
             tracing::warn!(count, "leases were left half made; their remains are cleared away");
         }
         Ok(count)
+    }
+
+    /// Marks leases whose time is over, or that an earlier boot has left.
+    async fn suspect(&self) -> Result<()> {
+        let count = self.ledger.suspect(self.grace, self.clock.now()).await?;
+        if count > 0 {
+            tracing::warn!(count, "leases have expired, or are of an earlier boot");
+        }
+        Ok(())
+    }
+
+    /// Watches the time, until `stop` changes: marks leases as they expire, and wakes the reclaimer for those whose grace
+    /// is over.
+    pub async fn watch_time(&self, mut stop: watch::Receiver<bool>) {
+        let mut known = BTreeSet::new();
+        loop {
+            if let Err(error) = self.suspect().await {
+                tracing::debug!(%error, "what has expired cannot be written down yet");
+            }
+            let now = self.clock.now();
+            let overdue: BTreeSet<LeaseId> = self.ledger.read(|book| {
+                book.after(None)
+                    .filter(|lease| lease.is_overdue(&now))
+                    .map(|lease| lease.id.clone())
+                    .collect()
+            });
+            if !overdue.is_subset(&known) {
+                self.wake.now();
+            }
+            known = overdue;
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                _ = stop.changed() => return,
+            }
+        }
     }
 
     /// Runs until `stop` changes.
@@ -172,13 +219,14 @@ impl Reclaimer {
             }
         };
         let inventory = self.inventory(scope).await;
-        let mut reclaim = Vec::new();
+        let (mut reclaim, mut given_up) = (Vec::new(), Vec::new());
         let mut waiting = HashMap::new();
         let mut foreign = BTreeSet::new();
         let mut unended = 0;
         for step in cowshed_gc::plan(&inventory) {
             match step {
                 Step::Reclaim(id) => reclaim.push(id),
+                Step::GiveUpOn(id) => given_up.push(id),
                 Step::Wait(id, why) => {
                     waiting.insert(id, why.to_string());
                 }
@@ -191,12 +239,30 @@ impl Reclaimer {
         if scope == Scope::Everything {
             self.report(foreign);
         }
+        let given_up = self.give_up_on(given_up).await;
         for batch in reclaim.chunks(BATCH) {
             waiting.extend(self.reclaim(batch).await);
         }
-        let left = waiting.len() + unended + unmarked;
+        let left = waiting.len() + unended + unmarked + given_up;
         *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = waiting;
         left
+    }
+
+    /// Marks leases whose grace is over; returns how much there is to do for it.
+    async fn give_up_on(&self, ids: Vec<LeaseId>) -> usize {
+        if ids.is_empty() {
+            return 0;
+        }
+        match self.ledger.give_up_on(ids, self.clock.now()).await {
+            Ok(count) => {
+                tracing::warn!(count, "leases that nobody has renewed are released: their grace is over");
+                count
+            }
+            Err(error) => {
+                tracing::warn!(%error, "leases whose grace is over cannot be released yet");
+                1
+            }
+        }
     }
 
     /// containerd before the ledger: what was granted in between is then in the ledger, and no orphan.
@@ -217,19 +283,26 @@ impl Reclaimer {
         let running = self.running_pulls.running();
         inventory.abandoned_pulls = pulls.into_keys().filter(|lease| !running.contains(lease)).collect();
         inventory.running_pulls = running;
-        let (releasing, held): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| match scope {
-            Scope::Everything => book.after(None).cloned().partition(is_releasing),
-            Scope::Released => {
-                (book.after(None).filter(|lease| is_releasing(lease)).cloned().collect(), Vec::new())
-            }
+        let now = self.clock.now();
+        let (looked_at, others): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| {
+            let wanted = |lease: &&Lease| {
+                scope == Scope::Everything || lease.is_to_be_reclaimed() || lease.is_overdue(&now)
+            };
+            let leases = book.after(None).filter(wanted).cloned();
+            leases.partition(|lease| lease.is_to_be_reclaimed() || lease.is_overdue(&now))
         });
-        inventory.held = held.into_iter().map(|lease| lease.id).collect();
+        let held = others.iter().chain(&looked_at).filter(|lease| lease.is_held());
+        inventory.held = held.map(|lease| lease.id.clone()).collect();
         // Again the ledger first: who makes one of these now has begun before it was released.
         let making = self.making.now();
-        for lease in releasing {
+        for lease in looked_at {
             let device =
                 if making.contains(&lease.id) { DeviceUse::BeingMade } else { self.device_use(&lease).await };
-            inventory.releasing.push((lease.id, device));
+            if lease.is_to_be_reclaimed() {
+                inventory.releasing.push((lease.id, device));
+            } else {
+                inventory.overdue.push((lease.id, device));
+            }
         }
         inventory
     }
@@ -440,8 +513,4 @@ impl Reclaimer {
 
 fn our_label(id: &LeaseId) -> HashMap<String, String> {
     HashMap::from([(crate::containerd::LEASE_LABEL.to_owned(), id.to_string())])
-}
-
-fn is_releasing(lease: &Lease) -> bool {
-    matches!(lease.state, State::Releasing { .. })
 }

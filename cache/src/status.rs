@@ -8,6 +8,7 @@ use cowshed_proto::v1;
 use crate::{
     admission::Admission,
     containerd::Containerd,
+    drain::Drain,
     image::Images,
     kernel::{Devices, PoolUsage},
     ledger::Ledger,
@@ -24,6 +25,8 @@ pub struct StatusSource {
     pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
+    /// Whether anything new is taken on.
+    pub drain: Drain,
     /// The images.
     pub images: Images,
     /// Whether containerd has found the snapshotter that this process serves, if it does.
@@ -39,6 +42,9 @@ impl StatusSource {
         let containerd = self.containerd_status(&mut problems).await;
         let pool = self.kernel.pool().await;
         if let Err(error) = self.admission.judge(&pool) {
+            problems.push(error.to_string());
+        }
+        if let Err(error) = self.drain.admit() {
             problems.push(error.to_string());
         }
         v1::GetStatusResponse {
@@ -85,7 +91,9 @@ pub fn count_leases(ledger: &Ledger) -> v1::LeaseCounts {
             match lease.state {
                 State::Preparing => counts.preparing += 1,
                 State::Granted(_) => counts.granted += 1,
+                State::Suspect { .. } => counts.suspect += 1,
                 State::Releasing { .. } => counts.releasing += 1,
+                State::Failed { .. } => counts.failed += 1,
             }
         }
         counts

@@ -13,7 +13,9 @@ use cowshed_leases::LeaseId;
 pub struct Inventory {
     /// Leases in the ledger that are being released, with their devices.
     pub releasing: Vec<(LeaseId, DeviceUse)>,
-    /// Leases in the ledger that are held or being prepared.
+    /// Leases in the ledger that nobody has renewed and whose grace is over, with their devices.
+    pub overdue: Vec<(LeaseId, DeviceUse)>,
+    /// Leases in the ledger that are held or being prepared, the overdue ones among them.
     pub held: BTreeSet<LeaseId>,
     /// Pulls in the ledger that no running task owns: by the name of their containerd lease.
     pub abandoned_pulls: Vec<String>,
@@ -57,6 +59,8 @@ impl DeviceUse {
 pub enum Step {
     /// Remove the lease's snapshot and containerd lease, then its record.
     Reclaim(LeaseId),
+    /// Release the lease: nobody has renewed it, and nobody has its device open.
+    GiveUpOn(LeaseId),
     /// Leave it for the next pass.
     Wait(LeaseId, WaitReason),
     /// Delete the containerd lease of a pull that nobody is doing any more, then its record.
@@ -111,8 +115,12 @@ pub fn plan(inventory: &Inventory) -> Vec<Step> {
         None => Step::Reclaim(id.clone()),
         Some(why) => Step::Wait(id.clone(), why),
     });
+    let overdue = inventory.overdue.iter().map(|(id, device)| match device.hinders() {
+        None => Step::GiveUpOn(id.clone()),
+        Some(why) => Step::Wait(id.clone(), why),
+    });
     let pulls = inventory.abandoned_pulls.iter().cloned().map(Step::EndPull);
-    releasing.chain(pulls).chain(foreign(inventory).into_iter().map(Step::Report)).collect()
+    releasing.chain(overdue).chain(pulls).chain(foreign(inventory).into_iter().map(Step::Report)).collect()
 }
 
 fn foreign(inventory: &Inventory) -> BTreeSet<Foreign> {
@@ -148,6 +156,8 @@ mod tests {
                 (id(4), DeviceUse::Unknown("EIO".into())),
                 (id(5), DeviceUse::BeingMade),
             ],
+            overdue: vec![(id(6), DeviceUse::Closed), (id(7), DeviceUse::Open(1))],
+            held: [id(6), id(7)].into(),
             abandoned_pulls: vec!["cowshed-pull-1".into()],
             ..Inventory::default()
         };
@@ -160,6 +170,8 @@ mod tests {
                 Step::Wait(id(3), WaitReason::Open(2)),
                 Step::Wait(id(4), WaitReason::Unknown("EIO".into())),
                 Step::Wait(id(5), WaitReason::BeingMade),
+                Step::GiveUpOn(id(6)),
+                Step::Wait(id(7), WaitReason::Open(1)),
                 Step::EndPull("cowshed-pull-1".into()),
             ]
         );

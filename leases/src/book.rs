@@ -169,6 +169,13 @@ impl Book {
         revision >= self.horizon && revision <= self.last_revision
     }
 
+    /// The greatest revision of all that is in here: unlike the greatest that was given out, it is not lost if it is read
+    /// from what is durable.
+    pub fn settled(&self) -> Revision {
+        let last = |revision: Option<&Revision>| revision.copied().unwrap_or_default();
+        last(self.changed.keys().next_back()).max(last(self.gone.keys().next_back())).max(self.horizon)
+    }
+
     /// Leases that have changed after `revision` and are there, the earliest change first. Only the last change of each.
     pub fn changed_after(&self, revision: Revision) -> impl Iterator<Item = &Lease> {
         self.changed.range(revision.next()..).filter_map(|(_, id)| self.leases.get(id))

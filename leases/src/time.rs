@@ -102,6 +102,8 @@ pub struct Ttl(u64);
 pub struct TtlError;
 
 impl Ttl {
+    /// A second.
+    pub const SHORTEST: Self = Self(MICROS_PER_SECOND);
     const LONGEST_SECONDS: u64 = 100 * 366 * 24 * 3600;
 
     /// From microseconds.

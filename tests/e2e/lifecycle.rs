@@ -113,7 +113,8 @@ fn another_image_is_a_conflict() -> Outcome {
     let (tiny, app) = (image("tiny:1"), image("app:1"));
     refused("life-1", &app, 4, "SPEC_CONFLICT", &["life-1", &held.lease, "image", &tiny, &app])?;
     let spec = v1::DiskSpec { image: app, platform: None };
-    let request = v1::AcquireRequest { vm_id: "life-1".into(), spec: Some(spec) };
+    let request =
+        v1::AcquireRequest { vm_id: "life-1".into(), spec: Some(spec), ..v1::AcquireRequest::default() };
     let refused = block_on(async { refusal(client().await?.acquire(request).await) })?;
     same!(
         (refused.code, refused.domain.as_str()),

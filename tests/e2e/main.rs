@@ -5,6 +5,7 @@ mod bad_input;
 mod broken_pool;
 mod broken_state;
 mod held;
+mod identity;
 mod images;
 mod lifecycle;
 mod odd_registries;
@@ -14,6 +15,8 @@ mod service;
 mod snapshotter;
 mod stampede;
 mod support;
+mod terms;
+mod watching;
 
 use std::process::ExitCode;
 
@@ -29,10 +32,13 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 12] = [
+    let groups: [(&str, &[Test]); 15] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
+        ("terms", terms::TESTS),
+        ("identity", identity::TESTS),
+        ("watching", watching::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),
         ("snapshotter", own),

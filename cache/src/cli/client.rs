@@ -13,7 +13,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Command, Failure, Reach, print, pull, show};
+use super::{Claim, Command, Failure, Output, Reach, print, pull, show};
 use crate::exit;
 
 /// The API's largest page is far below this, in bytes.
@@ -24,7 +24,15 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Asks the service.
 pub(super) async fn run(command: Command) -> Result<(), Failure> {
-    if matches!(command, Command::Acquire { .. } | Command::Pull { .. }) {
+    let at_leisure = matches!(
+        command,
+        Command::Acquire { .. }
+            | Command::Pull { .. }
+            | Command::Watch { .. }
+            | Command::Drain { .. }
+            | Command::Release { wait: Some(_), .. }
+    );
+    if at_leisure {
         return ask(command).await;
     }
     tokio::time::timeout(LIMIT, ask(command)).await.unwrap_or_else(|_| {
@@ -36,12 +44,38 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
 
 async fn ask(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Acquire { vm, image, platform, reach } => acquire(vm, image, platform, &reach).await,
-        Command::Release { vm, lease, reach } => {
-            let request = v1::ReleaseRequest { vm_id: vm.clone(), lease_id: lease.clone() };
-            let reply = connect(&reach.socket).await?.release(request).await.map_err(|s| refused(&s))?;
-            print(&show::released(&vm, lease.as_deref(), &reply.into_inner(), reach.output))
+        Command::Acquire { vm, image, platform, ttl, fresh, request_id, reach } => {
+            let spec = Some(v1::DiskSpec { image, platform });
+            let request = v1::AcquireRequest { vm_id: vm, spec, request_id, ttl: ttl.map(seconds), fresh };
+            let reply = connect(&reach.socket).await?.acquire(request).await.map_err(|s| refused(&s))?;
+            print(&show::acquired(&reply.into_inner(), reach.output))
         }
+        Command::Release { vm, lease, generation, request_id, wait, reach } => {
+            let request = v1::ReleaseRequest {
+                vm_id: vm,
+                lease_id: lease,
+                generation,
+                request_id,
+                wait: wait.is_some(),
+            };
+            release(request, wait.map(Duration::from_secs), &reach).await
+        }
+        Command::Renew { lease, ttl, reach } => {
+            let request = v1::RenewRequest { lease_id: lease, ttl: ttl.map(seconds) };
+            let reply = connect(&reach.socket).await?.renew(request).await.map_err(|s| refused(&s))?;
+            print(&show::lease(&reply.into_inner().lease.unwrap_or_default(), reach.output))
+        }
+        Command::Verify { claim, reach } => {
+            let reply = verify(claim, &reach.socket).await?;
+            print(&show::verified(&reply, reach.output))?;
+            expect_verified(&reply)
+        }
+        Command::ExecVerified { claim, socket, command } => {
+            expect_verified(&verify(claim, &socket).await?)?;
+            Err(become_command(&command))
+        }
+        Command::Watch { after, reach } => watch(after, &reach).await,
+        Command::Drain { leases, undo, reach } => drain(v1::DrainRequest { undo, leases }, &reach).await,
         Command::Leases { vm: Some(vm), reach } => {
             let request = v1::GetLeaseRequest { by: Some(v1::get_lease_request::By::VmId(vm)) };
             let reply = connect(&reach.socket).await?.get_lease(request).await.map_err(|s| refused(&s))?;
@@ -64,10 +98,83 @@ async fn ask(command: Command) -> Result<(), Failure> {
     }
 }
 
-async fn acquire(vm: String, image: String, platform: Option<String>, reach: &Reach) -> Result<(), Failure> {
-    let request = v1::AcquireRequest { vm_id: vm, spec: Some(v1::DiskSpec { image, platform }) };
-    let reply = connect(&reach.socket).await?.acquire(request).await.map_err(|s| refused(&s))?;
-    print(&show::acquired(&reply.into_inner(), reach.output))
+fn seconds(seconds: u64) -> prost_types::Duration {
+    prost_types::Duration { seconds: i64::try_from(seconds).unwrap_or(i64::MAX), nanos: 0 }
+}
+
+async fn release(request: v1::ReleaseRequest, wait: Option<Duration>, reach: &Reach) -> Result<(), Failure> {
+    let (vm, lease) = (request.vm_id.clone(), request.lease_id.clone());
+    let mut client = connect(&reach.socket).await?;
+    let released = client.release(request);
+    let reply = match wait {
+        None => released.await,
+        Some(limit) => tokio::time::timeout(limit, released).await.unwrap_or_else(|_| {
+            let why = format!(
+                "the disk of VM {vm} is released, and was still there after {} s: `cowshed leases {vm}` says why",
+                limit.as_secs()
+            );
+            Err(Status::deadline_exceeded(why))
+        }),
+    };
+    let reply = reply.map_err(|s| refused(&s))?.into_inner();
+    match (wait, &reply.lease, reach.output) {
+        (Some(_), None, Output::Text) => print(&format!("VM {vm} has no disk any more\n")),
+        _ => print(&show::released(&vm, lease.as_deref(), &reply, reach.output)),
+    }
+}
+
+async fn verify(claim: Claim, socket: &Path) -> Result<v1::VerifyDeviceResponse, Failure> {
+    let request = v1::VerifyDeviceRequest {
+        lease_id: claim.lease,
+        path: claim.path,
+        major: claim.number.map(|(major, _)| major),
+        minor: claim.number.map(|(_, minor)| minor),
+        dm_uuid: claim.dm_uuid,
+        thin_id: claim.thin_id,
+        generation: claim.generation,
+        image_digest: claim.image_digest,
+    };
+    let reply = connect(socket).await?.verify_device(request).await.map_err(|s| refused(&s))?;
+    Ok(reply.into_inner())
+}
+
+fn expect_verified(reply: &v1::VerifyDeviceResponse) -> Result<(), Failure> {
+    if reply.verified {
+        return Ok(());
+    }
+    let message = format!("the device is not what the lease says: {}", show::differences(reply));
+    Err(Failure { message, status: exit::for_code(tonic::Code::FailedPrecondition) })
+}
+
+/// Returns only if it cannot.
+fn become_command(command: &[std::ffi::OsString]) -> Failure {
+    use std::os::unix::process::CommandExt as _;
+    let Some((program, arguments)) = command.split_first() else {
+        return Failure { message: "there is no command to become".to_owned(), status: exit::USAGE };
+    };
+    let error = std::process::Command::new(program).args(arguments).exec();
+    // As shells have it.
+    let status = if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 };
+    Failure { message: format!("{} cannot be started: {error}", program.display()), status }
+}
+
+async fn drain(request: v1::DrainRequest, reach: &Reach) -> Result<(), Failure> {
+    let mut stream =
+        connect(&reach.socket).await?.drain(request).await.map_err(|s| refused(&s))?.into_inner();
+    while let Some(rest) = stream.message().await.map_err(|s| refused(&s))? {
+        print(&show::rest(&rest, reach.output))?;
+    }
+    Ok(())
+}
+
+async fn watch(after: Option<u64>, reach: &Reach) -> Result<(), Failure> {
+    let request = v1::WatchRequest { after_revision: after };
+    let mut stream =
+        connect(&reach.socket).await?.watch(request).await.map_err(|s| refused(&s))?.into_inner();
+    while let Some(event) = stream.message().await.map_err(|s| refused(&s))? {
+        print(&show::event(&event, reach.output))?;
+    }
+    Ok(())
 }
 
 /// Exits with 8 (unavailable) if the service runs but cannot serve.

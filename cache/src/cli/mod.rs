@@ -56,6 +56,37 @@ enum Output {
     Json,
 }
 
+/// What is said of a device; whatever is given is compared.
+#[derive(Clone, Debug, Args)]
+struct Claim {
+    /// The lease's id.
+    lease: String,
+    /// Path of its node.
+    #[arg(long)]
+    path: Option<String>,
+    /// Its number.
+    #[arg(long, value_name = "MAJOR:MINOR", value_parser = number)]
+    number: Option<(u32, u32)>,
+    /// Its device-mapper uuid.
+    #[arg(long)]
+    dm_uuid: Option<String>,
+    /// Its id in the thin pool.
+    #[arg(long)]
+    thin_id: Option<u32>,
+    /// The lease's generation.
+    #[arg(long)]
+    generation: Option<u64>,
+    /// The image's digest.
+    #[arg(long)]
+    image_digest: Option<String>,
+}
+
+fn number(text: &str) -> Result<(u32, u32), String> {
+    let parts =
+        text.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    parts.ok_or_else(|| format!("{text:?} is no MAJOR:MINOR"))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the service.
@@ -82,6 +113,15 @@ enum Command {
         /// os/architecture[/variant]; the host's if absent.
         #[arg(long)]
         platform: Option<String>,
+        /// How long the lease holds unless it is renewed, in seconds; without limit if absent.
+        #[arg(long, value_name = "SECONDS")]
+        ttl: Option<u64>,
+        /// Instead of the disk of a suspect lease (expired, or of an earlier boot), get a new one.
+        #[arg(long)]
+        fresh: bool,
+        /// A name for this request, so that it is not made twice.
+        #[arg(long, value_name = "ID")]
+        request_id: Option<String>,
         #[command(flatten)]
         reach: Reach,
     },
@@ -92,6 +132,51 @@ enum Command {
         /// Only if the VM holds this very lease.
         #[arg(long)]
         lease: Option<String>,
+        /// Only if the VM's lease is of this generation.
+        #[arg(long)]
+        generation: Option<u64>,
+        /// A name for this request, so that it is not made twice.
+        #[arg(long, value_name = "ID")]
+        request_id: Option<String>,
+        /// Return when the disk is gone, or fail (with status 9) after so many seconds; it is released all the same.
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "86400")]
+        wait: Option<u64>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Let a lease hold for its time from now on.
+    Renew {
+        /// The lease's id.
+        lease: String,
+        /// For how long, in seconds; as before if absent.
+        #[arg(long, value_name = "SECONDS")]
+        ttl: Option<u64>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Say whether a device is, now, the one that a lease was granted. Fails with status 6 if it is not.
+    Verify {
+        #[command(flatten)]
+        claim: Claim,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Verify a device, and become the command if it is the one that the lease was granted.
+    ExecVerified {
+        #[command(flatten)]
+        claim: Claim,
+        /// The service's Unix socket.
+        #[arg(long, env = "COWSHED_SOCKET", default_value = DEFAULT_SOCKET)]
+        socket: PathBuf,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<std::ffi::OsString>,
+    },
+    /// Print every change of a lease and of an image, until interrupted.
+    Watch {
+        /// Begin after this revision instead of with all that there is.
+        #[arg(long, value_name = "REVISION")]
+        after: Option<u64>,
         #[command(flatten)]
         reach: Reach,
     },
@@ -99,6 +184,17 @@ enum Command {
     Leases {
         /// The VM's id.
         vm: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Take on nothing new, and wait for what is under way.
+    Drain {
+        /// Wait until no lease is held any more, too.
+        #[arg(long)]
+        leases: bool,
+        /// Take on new things again.
+        #[arg(long, conflicts_with = "leases")]
+        undo: bool,
         #[command(flatten)]
         reach: Reach,
     },

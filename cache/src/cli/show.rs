@@ -69,7 +69,7 @@ pub(super) fn leases(leases: &[v1::Lease], output: Output) -> String {
             lease.generation.to_string(),
             lease.device.as_ref().map(|d| d.path.clone()).unwrap_or_else(|| "-".to_owned()),
             lease.spec.as_ref().map(|s| s.image.clone()).unwrap_or_default(),
-            lease.waiting_for.clone().unwrap_or_default(),
+            note(lease),
         ]
     }));
     table(&rows)
@@ -136,8 +136,8 @@ pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
     let leases = status.leases.unwrap_or_default();
     let _ = writeln!(
         text,
-        "leases      {} granted, {} preparing, {} releasing",
-        leases.granted, leases.preparing, leases.releasing
+        "leases      {} granted, {} preparing, {} suspect, {} releasing, {} failed",
+        leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
     );
     let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
     text
@@ -166,7 +166,9 @@ fn status_json(status: &v1::GetStatusResponse) -> Value {
         "leases": {
             "granted": leases.granted,
             "preparing": leases.preparing,
+            "suspect": leases.suspect,
             "releasing": leases.releasing,
+            "failed": leases.failed,
         },
         "pulls_in_flight": status.pulls_in_flight,
         "started_at": status.started_at.map(|at| at.to_string()),
@@ -204,7 +206,56 @@ fn lease_json(lease: &v1::Lease) -> Value {
         "granted_at": lease.granted_at.map(|at| at.to_string()),
         "released_at": lease.released_at.map(|at| at.to_string()),
         "waiting_for": lease.waiting_for,
+        "ttl": lease.ttl.map(|time| time.to_string()),
+        "expires_in": lease.expires_in.map(|time| time.to_string()),
+        "suspicion": lease.suspicion.as_ref().map(|s| json!({
+            "reason": suspicion_name(s.reason()),
+            "since": s.since.map(|at| at.to_string()),
+            "reclaimed_in": s.reclaimed_in.map(|time| time.to_string()),
+        })),
+        "failure": lease.failure.as_ref().map(failure_json),
+        "revision": lease.revision,
+        "holders": lease.holders.iter().map(|h| json!({ "pid": h.pid, "what": h.what })).collect::<Vec<_>>(),
     })
+}
+
+pub(super) fn failure_json(failure: &v1::Failure) -> Value {
+    json!({
+        "reason": failure.reason,
+        "message": failure.message,
+        "at": failure.at.map(|at| at.to_string()),
+    })
+}
+
+fn suspicion_name(reason: v1::SuspicionReason) -> &'static str {
+    match reason {
+        v1::SuspicionReason::Unspecified => "unknown",
+        v1::SuspicionReason::Expired => "expired",
+        v1::SuspicionReason::EarlierBoot => "earlier_boot",
+    }
+}
+
+/// What there is to say of a lease besides its state.
+fn note(lease: &v1::Lease) -> String {
+    let mut notes = Vec::new();
+    if let Some(time) = &lease.expires_in {
+        notes.push(format!("expires in {} s", time.seconds));
+    }
+    if let Some(suspicion) = &lease.suspicion {
+        let why = match suspicion.reason() {
+            v1::SuspicionReason::EarlierBoot => "of an earlier boot",
+            _ => "expired",
+        };
+        let left = suspicion.reclaimed_in.map(|time| format!(", kept for {} s", time.seconds));
+        notes.push(format!("{why}{}", left.unwrap_or_default()));
+    }
+    notes.extend(lease.failure.as_ref().map(|failure| format!("[{}] {}", failure.reason, failure.message)));
+    notes.extend(lease.waiting_for.clone());
+    notes.extend(lease.holders.iter().map(|holder| match holder.pid {
+        Some(pid) => format!("held by {} (pid {pid})", holder.what),
+        None => format!("held: {}", holder.what),
+    }));
+    notes.join("; ")
 }
 
 fn lease_text(lease: &v1::Lease) -> String {
@@ -237,10 +288,89 @@ fn lease_text(lease: &v1::Lease) -> String {
         let directory = if p.working_dir.is_empty() { "/" } else { &p.working_dir };
         let _ = writeln!(text, "process   {command:?} as {user} in {directory}, {} variables", p.env.len());
     }
-    if let Some(waiting) = &lease.waiting_for {
-        let _ = writeln!(text, "waiting   {waiting}");
+    let note = note(lease);
+    if !note.is_empty() {
+        let _ = writeln!(text, "note      {note}");
     }
     text
+}
+
+pub(super) fn verified(reply: &v1::VerifyDeviceResponse, output: Output) -> String {
+    if output == Output::Json {
+        let differences = reply.differences.iter();
+        let differences = differences
+            .map(|d| json!({ "field": d.field, "expected": d.expected, "found": d.found }))
+            .collect::<Vec<_>>();
+        return line(&json!({
+            "verified": reply.verified,
+            "differences": differences,
+            "lease": reply.lease.as_ref().map(lease_json),
+        }));
+    }
+    let lease = reply.lease.clone().unwrap_or_default();
+    let device = lease.device.map(|device| device.path).unwrap_or_default();
+    if reply.verified {
+        format!("{device} is the disk of VM {}, lease {}\n", lease.vm_id, lease.lease_id)
+    } else {
+        String::new()
+    }
+}
+
+/// All that differs, in words.
+pub(super) fn differences(reply: &v1::VerifyDeviceResponse) -> String {
+    let differ = reply.differences.iter();
+    let words: Vec<String> =
+        differ.map(|d| format!("{} should be {:?} and is {:?}", d.field, d.expected, d.found)).collect();
+    words.join(", ")
+}
+
+/// What a drain still waits for, or has left.
+pub(super) fn rest(rest: &v1::DrainResponse, output: Output) -> String {
+    let v1::DrainResponse { acquires, pulls, leases, done } = rest;
+    if output == Output::Json {
+        return line(&json!({ "acquires": acquires, "pulls": pulls, "leases": leases, "done": done }));
+    }
+    format!(
+        "{acquires} acquires and {pulls} pulls under way, {leases} leases held{}\n",
+        if *done { ": done" } else { "" }
+    )
+}
+
+/// An event as a line.
+pub(super) fn event(response: &v1::WatchResponse, output: Output) -> String {
+    use v1::watch_response::Event;
+    let revision = response.revision;
+    if output == Output::Json {
+        let event = match &response.event {
+            Some(Event::Lease(lease)) => json!({ "lease": lease_json(lease) }),
+            Some(Event::LeaseGone(gone)) => json!({ "lease_gone": {
+                "lease_id": gone.lease_id, "vm_id": gone.vm_id, "generation": gone.generation } }),
+            Some(Event::Image(image)) => json!({ "image": image_json(image) }),
+            Some(Event::ImageGone(name)) => json!({ "image_gone": name }),
+            Some(Event::Synced(synced)) => {
+                json!({ "synced": { "leases": synced.leases, "images": synced.images } })
+            }
+            None => json!({}),
+        };
+        return line(&json!({ "event": event, "revision": revision }));
+    }
+    let what = match &response.event {
+        Some(Event::Lease(lease)) => {
+            let note = note(lease);
+            let note = if note.is_empty() { note } else { format!(" ({note})") };
+            format!("VM {} lease {} {}{note}", lease.vm_id, lease.lease_id, state_name(lease.state()))
+        }
+        Some(Event::LeaseGone(gone)) => format!("VM {} lease {} gone", gone.vm_id, gone.lease_id),
+        Some(Event::Image(image)) => {
+            format!("image {} {}", image.name, if image.unpacked { "unpacked" } else { "not unpacked" })
+        }
+        Some(Event::ImageGone(name)) => format!("image {name} gone"),
+        Some(Event::Synced(synced)) => {
+            format!("that was all {}", if synced.leases { "leases" } else { "images" })
+        }
+        None => "an event of a later version".to_owned(),
+    };
+    format!("{revision:>8}  {what}\n")
 }
 
 fn state_name(state: v1::LeaseState) -> &'static str {
@@ -248,7 +378,9 @@ fn state_name(state: v1::LeaseState) -> &'static str {
         v1::LeaseState::Unspecified => "unknown",
         v1::LeaseState::Preparing => "preparing",
         v1::LeaseState::Granted => "granted",
+        v1::LeaseState::Suspect => "suspect",
         v1::LeaseState::Releasing => "releasing",
+        v1::LeaseState::Failed => "failed",
     }
 }
 

@@ -4,6 +4,7 @@
 mod call;
 mod content;
 mod diff;
+mod events;
 mod images;
 mod leases;
 mod snapshots;
@@ -18,6 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use call::CallError;
 pub use content::ContentWriter;
+pub use events::ImageEvents;
 pub use images::ImageRecord;
 pub use leases::ContainerdLease;
 pub use snapshots::{LEASE_LABEL, Mount, Snapshots};

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use cowshed_leases::DeviceIdentity;
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 
-use super::{Kernel, KernelError, PoolUsage};
+use super::{Holder, Kernel, KernelError, PoolUsage};
 
 /// dm-thin tells of a pool when it gets the pool's metadata lock, which the deletion of a large disk can hold for long.
 const POOL_LIMIT: Duration = Duration::from_secs(2);
@@ -46,6 +46,15 @@ impl Devices {
     pub async fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
         let (what, name) = (format!("looking at {name}"), name.to_owned());
         self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.open_count(&name)).await
+    }
+
+    /// See [`Kernel::holders`].
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {
+        let (what, path) = (format!("looking who has {path} open"), path.to_owned());
+        self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.holders(&path)).await
     }
 
     /// See [`Kernel::pool`].
@@ -107,6 +116,10 @@ mod tests {
 
         fn open_count(&self, _name: &str) -> Result<Option<u32>, KernelError> {
             Ok(Some(3))
+        }
+
+        fn holders(&self, _path: &str) -> Result<Vec<Holder>, KernelError> {
+            Ok(Vec::new())
         }
 
         fn pool(&self) -> Result<PoolUsage, KernelError> {

@@ -1,6 +1,7 @@
 //! What the kernel says of thin devices and their pool. Asked, never cached: it is the authority.
 
 mod devices;
+mod holders;
 
 use std::{
     fs, io,
@@ -18,6 +19,7 @@ use thiserror::Error as ThisError;
 
 pub use cowshed_pool::device::{PoolMode, PoolUsage};
 pub use devices::Devices;
+pub use holders::Holder;
 
 /// The seam to device-mapper; tests put a fake here. Calls block: for microseconds, or while device-mapper is busy. From
 /// async code they are made through [`Devices`].
@@ -26,6 +28,8 @@ pub trait Kernel: Send + Sync {
     fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError>;
     /// How often the device-mapper device `name` is open, mounted or held. `None` if there is no such device.
     fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError>;
+    /// Who has the device behind `path` open, as far as that can be told.
+    fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError>;
     /// The thin pool that the configuration means.
     fn pool(&self) -> Result<PoolUsage, KernelError>;
 }
@@ -174,6 +178,10 @@ impl Kernel for DeviceMapper {
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(refused(name, &error)),
         }
+    }
+
+    fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {
+        Ok(holders::of(block_device(path)?))
     }
 
     fn pool(&self) -> Result<PoolUsage, KernelError> {

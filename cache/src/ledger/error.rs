@@ -55,6 +55,29 @@ impl From<BookError> for Error {
             BookError::NotReleasing(id) | BookError::Reused(id) => {
                 Self::new(Reason::LedgerError, message).with("lease_id", id)
             }
+            BookError::Gone(id) => {
+                Self::new(Reason::LeaseNotFound, format!("{message} (any more); acquire again")).with("lease_id", id)
+            }
+            BookError::Released(id) => Self::new(
+                Reason::LeaseReleased,
+                format!("{message}, so it cannot be renewed; acquire again if a disk is wanted still"),
+            )
+            .with("lease_id", id),
+            BookError::StillPreparing(id) => {
+                Self::new(Reason::NotReady, format!("{message}; try again")).with("lease_id", id)
+            }
+            BookError::RequestOver { request, lease } => Self::new(
+                Reason::RequestOver,
+                format!("{message}; acquire with a new request_id if a disk is wanted again"),
+            )
+            .with("request_id", request)
+            .with("lease_id", lease),
+            BookError::RequestReused { request, .. } => Self::new(
+                Reason::RequestIdReused,
+                format!("{message}; a request_id names one request only"),
+            )
+            .with("field", "request_id")
+            .with("request_id", request),
         }
     }
 }

@@ -7,24 +7,18 @@ mod schema;
 
 use std::{collections::BTreeMap, path::Path};
 
-use cowshed_leases::{Acquisition, Book, Grant, Lease, LeaseId, Spec, State, UnixMicros, VmId};
+use cowshed_leases::{
+    Acquisition, Ask, Book, BookError, DeviceIdentity, Failure, Grace, Grant, Lease, LeaseId, Moment,
+    Release, Releasing, Ttl, VmId,
+};
 use cowshed_pool::store::{Batch, Store, file::OpenError};
+use tokio::sync::watch;
 
 pub use crate::flights::GivenUp;
+pub(crate) use schema::state_name;
 
 use crate::error::{Error, Reason, Result};
 use schema::{Change, FORMAT, Records};
-
-/// What a release comes to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Release {
-    /// There was nothing to release.
-    Nothing,
-    /// It had been released before.
-    Again(Lease),
-    /// It is released.
-    Now(Lease),
-}
 
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
@@ -57,90 +51,150 @@ impl Ledger {
         self.0.read(|records| records.pulls.clone())
     }
 
+    /// Told each time that what [`Self::read`] sees has changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.0.changes()
+    }
+
     /// Writes the intent of a new lease, or finds the one that the VM holds. Refused if it was given up by then.
     pub async fn acquire(
         &self,
-        vm: VmId,
-        spec: Spec,
+        ask: Ask,
         fresh: LeaseId,
-        now: UnixMicros,
+        now: Moment,
         given_up: GivenUp,
     ) -> Result<Acquisition> {
         self.write(move |batch| {
             if given_up.is_set() {
-                return Err(released(&vm));
+                return Err(released(&ask.vm));
             }
-            let acquisition = book(batch).acquire(&vm, &spec, fresh, now).map_err(Error::from)?;
-            if let Acquisition::New(lease) = &acquisition {
-                batch.change(Change::Lease(cowshed_leases::Change::Put(lease.clone())));
+            let acquisition = book(batch).acquire(&ask, fresh, &now).map_err(Error::from)?;
+            if let Acquisition::New { changes, .. } = &acquisition {
+                apply(batch, changes.clone());
             }
             Ok(acquisition)
         })
         .await
     }
 
-    /// Confirms that the lease's device is there.
-    pub async fn grant(&self, id: LeaseId, grant: Grant) -> Result<Lease> {
+    /// Confirms that the VM has the lease that it was found to hold; see [`Book::keep`].
+    pub async fn keep(&self, ask: Ask, id: LeaseId, seen: DeviceIdentity, now: Moment) -> Result<Lease> {
+        let decide = move |book: &Book| book.keep(&ask, &id, Some(&seen), &now).map_err(Error::from);
+        let (lease, changes) = self.read(&decide)?;
+        if changes.is_empty() {
+            return Ok(lease);
+        }
         self.write(move |batch| {
-            let change = book(batch).grant(&id, grant).map_err(Error::from)?;
-            batch.change(Change::Lease(change));
-            lease_in(batch, &id)
+            let (lease, changes) = decide(book(batch))?;
+            apply(batch, changes);
+            Ok(lease)
         })
         .await
     }
 
-    /// Marks the lease for reclaiming. `None` if it is gone; unchanged if it is marked.
-    pub async fn release(&self, id: LeaseId, now: UnixMicros) -> Result<Option<Lease>> {
-        self.write(move |batch| {
-            if let Some(change) = book(batch).release(&id, now) {
-                batch.change(Change::Lease(change));
-            }
-            Ok(book(batch).get(&id).cloned())
-        })
-        .await
+    /// Lets a lease hold for its time from now on; see [`Book::renew`].
+    pub async fn renew(
+        &self,
+        id: LeaseId,
+        ttl: Option<Ttl>,
+        seen: Option<DeviceIdentity>,
+        now: Moment,
+    ) -> Result<Lease> {
+        let mut renewed = self.renew_all(vec![(id.clone(), ttl, seen)], now).await?;
+        renewed.pop().unwrap_or(Err(BookError::Gone(id))).map_err(Error::from)
     }
 
-    /// Marks the lease that the VM has, or only this one of it, for reclaiming. The writer looks it up, in turn, so that
-    /// it also finds one that was asked for just before.
-    pub async fn release_of(&self, vm: VmId, only: Option<LeaseId>, now: UnixMicros) -> Result<Release> {
+    /// The same for many, with one write.
+    pub async fn renew_all(
+        &self,
+        leases: Vec<(LeaseId, Option<Ttl>, Option<DeviceIdentity>)>,
+        now: Moment,
+    ) -> Result<Vec<Result<Lease, BookError>>> {
         self.write(move |batch| {
-            let found = match &only {
-                Some(id) => book(batch).get(id).filter(|lease| lease.vm == vm),
-                None => book(batch).of_vm(&vm),
+            let mut renew = |(id, ttl, seen): &(LeaseId, Option<Ttl>, Option<DeviceIdentity>)| {
+                let (lease, changes) = book(batch).renew(id, *ttl, seen.as_ref(), &now)?;
+                apply(batch, changes);
+                Ok(lease)
             };
-            let Some(lease) = found.cloned() else { return Ok(Release::Nothing) };
-            let Some(change) = book(batch).release(&lease.id, now) else { return Ok(Release::Again(lease)) };
-            batch.change(Change::Lease(change));
-            lease_in(batch, &lease.id).map(Release::Now)
+            Ok(leases.iter().map(&mut renew).collect())
         })
         .await
     }
 
-    /// Marks those of `ids` that are still being prepared; says how many.
-    pub async fn give_up_all(&self, ids: Vec<LeaseId>, now: UnixMicros) -> Result<usize> {
+    /// Confirms that the lease's device is there.
+    pub async fn grant(&self, id: LeaseId, grant: Grant, now: Moment) -> Result<Lease> {
         self.write(move |batch| {
-            let mut count = 0;
-            for id in &ids {
-                let preparing = book(batch).get(id).is_some_and(|lease| lease.state == State::Preparing);
-                if let Some(change) = book(batch).release(id, now).filter(|_| preparing) {
-                    batch.change(Change::Lease(change));
-                    count += 1;
-                }
-            }
+            let (lease, changes) = book(batch).grant(&id, grant, &now).map_err(Error::from)?;
+            apply(batch, changes);
+            Ok(lease)
+        })
+        .await
+    }
+
+    /// Writes down why the lease could not be made. Nothing if it was released meanwhile.
+    pub async fn fail(&self, id: LeaseId, failure: Failure, now: Moment) -> Result<()> {
+        self.fail_all(vec![id], failure, now).await.map(drop)
+    }
+
+    /// The same of those of `ids` that are still being prepared; says how many.
+    pub async fn fail_all(&self, ids: Vec<LeaseId>, failure: Failure, now: Moment) -> Result<usize> {
+        self.change_each(ids, move |book, id| Ok(book.fail(id, failure.clone(), &now))).await
+    }
+
+    /// Forgets why the lease has failed: its caller was told.
+    pub async fn see(&self, id: LeaseId, now: Moment) -> Result<()> {
+        self.change_each(vec![id], move |book, id| Ok(book.see(id, &now))).await.map(drop)
+    }
+
+    /// Marks what is given back for reclaiming. The writer looks it up, in turn, so that it also finds one that was asked
+    /// for just before.
+    pub async fn release(&self, ask: Release, now: Moment) -> Result<Releasing> {
+        self.write(move |batch| {
+            let (outcome, changes) = book(batch).release(&ask, &now).map_err(Error::from)?;
+            apply(batch, changes);
+            Ok(outcome)
+        })
+        .await
+    }
+
+    /// Marks leases whose time is over, or that an earlier boot has left; says how many.
+    pub async fn suspect(&self, grace: Grace, now: Moment) -> Result<usize> {
+        if self.read(|book| book.suspect(grace, &now).is_empty()) {
+            return Ok(0);
+        }
+        self.write(move |batch| {
+            let changes = book(batch).suspect(grace, &now);
+            let count = changes.len();
+            apply(batch, changes);
             Ok(count)
         })
         .await
     }
 
-    /// Forgets leases whose disks are gone.
+    /// Marks those of `ids` for reclaiming whose grace is over, and that nobody has renewed; says how many.
+    pub async fn give_up_on(&self, ids: Vec<LeaseId>, now: Moment) -> Result<usize> {
+        self.change_each(ids, move |book, id| Ok(book.give_up_on(id, &now))).await
+    }
+
+    /// Forgets leases whose disks are gone; of failed ones, that there is something to clear away.
     pub async fn remove_all(&self, ids: Vec<LeaseId>) -> Result<()> {
+        self.change_each(ids, |book, id| book.remove(id).map_err(Error::from)).await.map(drop)
+    }
+
+    /// One write with a decision about each; says how many came to something.
+    async fn change_each(
+        &self,
+        ids: Vec<LeaseId>,
+        decide: impl Fn(&Book, &LeaseId) -> Result<Vec<cowshed_leases::Change>> + Send + 'static,
+    ) -> Result<usize> {
         self.write(move |batch| {
+            let mut count = 0;
             for id in &ids {
-                if let Some(change) = book(batch).remove(id).map_err(Error::from)? {
-                    batch.change(Change::Lease(change));
-                }
+                let changes = decide(book(batch), id)?;
+                count += usize::from(!changes.is_empty());
+                apply(batch, changes);
             }
-            Ok(())
+            Ok(count)
         })
         .await
     }
@@ -181,10 +235,8 @@ fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
     &batch.state().book
 }
 
-/// A lease that is there.
-fn lease_in(batch: &Batch<'_, Records>, id: &LeaseId) -> Result<Lease> {
-    let missing = || Error::new(Reason::LedgerError, format!("lease {id} vanished from the book"));
-    book(batch).get(id).cloned().ok_or_else(missing)
+fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
+    changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
 }
 
 fn released(vm: &VmId) -> Error {

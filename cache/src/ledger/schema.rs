@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use cowshed_leases::{Book, Lease, State};
+use cowshed_leases::{
+    Book, Generation, Lease, LeaseId, Request, RequestId, Revision, State, Tombstone, VmId,
+};
 use cowshed_pool::store::{
     Stored,
     file::{Format, OpenError},
@@ -18,18 +20,28 @@ CREATE TABLE leases (
     id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits
     vm         TEXT NOT NULL,
     generation INTEGER NOT NULL,
-    state      TEXT NOT NULL,      -- preparing, granted, releasing: for people; the body decides
+    state      TEXT NOT NULL,      -- preparing, granted, …: for people; the body decides
     body       TEXT NOT NULL       -- the lease, JSON
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE pulls (
     lease TEXT PRIMARY KEY,        -- containerd lease of a pull under way
     image TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE gone (
+    revision   INTEGER PRIMARY KEY, -- in which the lease went
+    id         TEXT NOT NULL,
+    vm         TEXT NOT NULL,
+    generation INTEGER NOT NULL
+) STRICT;
+CREATE TABLE requests (
+    id   TEXT PRIMARY KEY,         -- as the client named it
+    body TEXT NOT NULL             -- what was answered, JSON
+) STRICT, WITHOUT ROWID;
 CREATE TABLE counters (
-    name  TEXT PRIMARY KEY,        -- last_generation
+    name  TEXT PRIMARY KEY,        -- last_generation, last_revision, horizon (nothing is forgotten after it)
     value INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-INSERT INTO counters VALUES ('last_generation', 0);
+INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
 ",
     advice: "it is all that says which VM holds which disk: put back a backup, or, only if no VM runs on this host, move \
              it away and start with none",
@@ -69,13 +81,11 @@ impl Stored for Records {
     }
 
     fn write(connection: &Connection, change: &Change) -> rusqlite::Result<()> {
-        use cowshed_leases::Change::{Delete, Put};
         let execute = |sql: &str, values: &[&str]| {
             connection.prepare_cached(sql)?.execute(rusqlite::params_from_iter(values)).map(drop)
         };
         match change {
-            Change::Lease(Put(lease)) => put(connection, lease),
-            Change::Lease(Delete(id)) => execute("DELETE FROM leases WHERE id = ?", &[id.as_str()]),
+            Change::Lease(change) => write_lease(connection, change),
             Change::Pull(lease, Some(image)) => {
                 execute("INSERT OR REPLACE INTO pulls VALUES (?, ?)", &[lease, image])
             }
@@ -84,53 +94,146 @@ impl Stored for Records {
     }
 }
 
+fn write_lease(connection: &Connection, change: &cowshed_leases::Change) -> rusqlite::Result<()> {
+    use cowshed_leases::Change::{Bury, Delete, Expunge, Put, Request, Undelete, Unmake};
+    let forget = |id: &LeaseId| {
+        connection.prepare_cached("DELETE FROM leases WHERE id = ?")?.execute([id.as_str()]).map(drop)
+    };
+    let unbury = |revision: &Revision| {
+        connection
+            .prepare_cached("DELETE FROM gone WHERE revision = ?")?
+            .execute([integer(revision.0)])
+            .map(drop)
+    };
+    match change {
+        Put(lease) => put(connection, lease),
+        Unmake(id) => forget(id),
+        Delete(tombstone) => forget(&tombstone.id).and_then(|()| bury(connection, tombstone)),
+        Bury(tombstone) => bury(connection, tombstone),
+        Undelete(lease, revision) => unbury(revision).and_then(|()| put(connection, lease)),
+        Expunge(revision) => unbury(revision).and_then(|()| count(connection, "horizon", revision.0)),
+        Request(id, Some(request)) => {
+            connection
+                .prepare_cached("INSERT OR REPLACE INTO requests VALUES (?, ?)")?
+                .execute([id.as_str(), &json(request)?])?;
+            count(connection, "last_revision", request.revision.0)
+        }
+        Request(id, None) => {
+            connection.prepare_cached("DELETE FROM requests WHERE id = ?")?.execute([id.as_str()]).map(drop)
+        }
+    }
+}
+
 fn put(connection: &Connection, lease: &Lease) -> rusqlite::Result<()> {
-    let body = serde_json::to_string(lease).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))?;
-    let generation = i64::try_from(lease.generation.0).unwrap_or(i64::MAX);
     connection.prepare_cached("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)")?.execute(params![
         lease.id.as_str(),
         lease.vm.as_str(),
-        generation,
+        integer(lease.generation.0),
         state_name(&lease.state),
-        body
+        json(lease)?
     ])?;
-    connection
-        .prepare_cached("UPDATE counters SET value = max(value, ?) WHERE name = 'last_generation'")?
-        .execute([generation])?;
-    Ok(())
+    count(connection, "last_generation", lease.generation.0)?;
+    count(connection, "last_revision", lease.revision.0)
 }
 
-/// The state's name in the `state` column.
-fn state_name(state: &State) -> &'static str {
+fn bury(connection: &Connection, tombstone: &Tombstone) -> rusqlite::Result<()> {
+    connection.prepare_cached("INSERT OR REPLACE INTO gone VALUES (?, ?, ?, ?)")?.execute(params![
+        integer(tombstone.revision.0),
+        tombstone.id.as_str(),
+        tombstone.vm.as_str(),
+        integer(tombstone.generation.0)
+    ])?;
+    count(connection, "last_revision", tombstone.revision.0)
+}
+
+/// A counter only ever grows.
+fn count(connection: &Connection, name: &str, value: u64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE counters SET value = max(value, ?) WHERE name = ?")?
+        .execute(params![integer(value), name])
+        .map(drop)
+}
+
+fn integer(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn json(value: &impl serde::Serialize) -> rusqlite::Result<String> {
+    serde_json::to_string(value).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))
+}
+
+/// The state's name, in the `state` column and in metrics.
+pub(crate) fn state_name(state: &State) -> &'static str {
     match state {
         State::Preparing => "preparing",
         State::Granted(_) => "granted",
+        State::Suspect { .. } => "suspect",
         State::Releasing { .. } => "releasing",
+        State::Failed { .. } => "failed",
     }
 }
 
 /// Reads everything.
 pub(super) fn load(connection: &Connection, path: &Path) -> Result<Records, OpenError> {
-    let rows = |sql: &str| -> rusqlite::Result<Vec<(String, String)>> {
-        let mut statement = connection.prepare(sql)?;
-        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        rows.collect()
+    let rows = |sql: &str| -> Result<Vec<(String, String)>, OpenError> {
+        let read = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut statement = connection.prepare(sql)?;
+            let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect()
+        };
+        read().map_err(|e| FORMAT.sqlite(path, &e))
     };
-    let sqlite = |e: rusqlite::Error| FORMAT.sqlite(path, &e);
+    let counter = |name: &str| {
+        let sql = "SELECT value FROM counters WHERE name = ?";
+        let value = connection.query_row(sql, [name], |row| row.get::<_, i64>(0));
+        value.map(i64::unsigned_abs).map_err(|e| FORMAT.sqlite(path, &e))
+    };
     let damaged = |what: String| FORMAT.damaged(path, what);
-    let last = connection
-        .query_row("SELECT value FROM counters WHERE name = 'last_generation'", [], |row| {
-            row.get::<_, i64>(0)
-        })
-        .map_err(sqlite)?;
-    let leases = rows("SELECT id, body FROM leases ORDER BY id").map_err(sqlite)?;
-    let leases: Result<Vec<Lease>, String> = leases.iter().map(|(id, body)| parse(id, body)).collect();
-    let book = leases.and_then(|leases| Book::load(leases, last.unsigned_abs())).map_err(damaged)?;
-    let pulls = rows("SELECT lease, image FROM pulls").map_err(sqlite)?.into_iter().collect();
+    let leases = rows("SELECT id, body FROM leases ORDER BY id")?;
+    let leases = leases.iter().map(|(id, body)| parse_lease(id, body));
+    let requests = rows("SELECT id, body FROM requests ORDER BY id")?;
+    let requests = requests.iter().map(|(id, body)| parse_request(id, body));
+    let stored = cowshed_leases::Stored {
+        leases: leases.collect::<Result<_, _>>().map_err(damaged)?,
+        gone: tombstones(connection, path)?,
+        requests: requests.collect::<Result<_, _>>().map_err(damaged)?,
+        horizon: Revision(counter("horizon")?),
+        last_generation: counter("last_generation")?,
+        last_revision: Revision(counter("last_revision")?),
+    };
+    let book = Book::load(stored).map_err(damaged)?;
+    let pulls = rows("SELECT lease, image FROM pulls")?.into_iter().collect();
     Ok(Records { book, pulls })
 }
 
-fn parse(id: &str, body: &str) -> Result<Lease, String> {
+fn tombstones(connection: &Connection, path: &Path) -> Result<Vec<Tombstone>, OpenError> {
+    type Row = (i64, String, String, i64);
+    let read = || -> rusqlite::Result<Vec<Row>> {
+        let mut statement =
+            connection.prepare("SELECT revision, id, vm, generation FROM gone ORDER BY revision")?;
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?;
+        rows.collect()
+    };
+    let rows = read().map_err(|e| FORMAT.sqlite(path, &e))?;
+    let parse = |(revision, id, vm, generation): Row| {
+        let wrong = |error: String| FORMAT.damaged(path, format!("the lease {id} that has gone: {error}"));
+        Ok(Tombstone {
+            id: id.parse().map_err(|e: cowshed_leases::LeaseIdError| wrong(e.to_string()))?,
+            vm: vm.parse::<VmId>().map_err(|e| wrong(e.to_string()))?,
+            generation: Generation(generation.unsigned_abs()),
+            revision: Revision(revision.unsigned_abs()),
+        })
+    };
+    rows.into_iter().map(parse).collect()
+}
+
+fn parse_lease(id: &str, body: &str) -> Result<Lease, String> {
     let lease: Lease = serde_json::from_str(body).map_err(|error| format!("lease {id}: {error}"))?;
     if lease.id.as_str() == id { Ok(lease) } else { Err(format!("lease {id} says that it is {}", lease.id)) }
+}
+
+fn parse_request(id: &str, body: &str) -> Result<(RequestId, Request), String> {
+    let request = serde_json::from_str(body).map_err(|error| format!("request {id}: {error}"))?;
+    let id = id.parse().map_err(|error| format!("request {id}: {error}"))?;
+    Ok((id, request))
 }

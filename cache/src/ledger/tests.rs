@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use cowshed_leases::{BootId, Spec, State, UnixMicros, Uptime};
+
 use super::*;
 
 fn vm(n: u32) -> VmId {
@@ -10,6 +12,18 @@ fn vm(n: u32) -> VmId {
 
 fn spec() -> Spec {
     Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() }
+}
+
+fn now() -> Moment {
+    Moment { wall: UnixMicros(0), boot: BootId::from_bits(1), up: Uptime(0) }
+}
+
+fn ask(n: u32) -> Ask {
+    Ask { vm: vm(n), spec: spec(), ttl: None, fresh: false, request: None }
+}
+
+fn back(n: u32) -> Release {
+    Release { vm: vm(n), lease: None, generation: None, request: None }
 }
 
 fn id(n: u32) -> LeaseId {
@@ -22,16 +36,16 @@ async fn what_was_answered_is_there_after_a_restart() {
     let ledger = Ledger::open(directory.path()).unwrap();
     let writes = (0..200).map(|n| {
         let ledger = ledger.clone();
-        tokio::spawn(async move {
-            ledger.acquire(vm(n % 100), spec(), id(n), UnixMicros(0), GivenUp::default()).await.unwrap()
-        })
+        tokio::spawn(
+            async move { ledger.acquire(ask(n % 100), id(n), now(), GivenUp::default()).await.unwrap() },
+        )
     });
     for write in writes.collect::<Vec<_>>() {
         write.await.unwrap();
     }
     ledger.begin_pull("cowshed-pull-1".into(), "a".into()).await.unwrap();
     let some = ledger.read(|book| book.of_vm(&vm(7)).unwrap().clone());
-    ledger.release(some.id.clone(), UnixMicros(5)).await.unwrap();
+    ledger.release(back(7), now()).await.unwrap();
     let before = ledger.read(Clone::clone);
     assert_eq!(before.after(None).count(), 100, "two acquires of one VM are one lease");
     drop(ledger);
@@ -47,8 +61,8 @@ async fn what_was_answered_is_there_after_a_restart() {
     let ledger = Ledger::open(directory.path()).unwrap();
     assert_eq!(ledger.read(|b| b.after(None).count()), 99);
     assert!(ledger.pulls().is_empty());
-    let again = ledger.acquire(vm(7), spec(), id(999), UnixMicros(9), GivenUp::default()).await.unwrap();
-    let Acquisition::New(again) = again else { unreachable!("{again:?}") };
+    let again = ledger.acquire(ask(7), id(999), now(), GivenUp::default()).await.unwrap();
+    let Acquisition::New { lease: again, .. } = again else { unreachable!("{again:?}") };
     assert!(again.generation > some.generation, "a generation is never given out twice");
 }
 
@@ -59,9 +73,7 @@ async fn closing_leaves_one_file_with_all_that_was_queued() {
     let writes: Vec<_> = (0..50)
         .map(|n| {
             let ledger = ledger.clone();
-            tokio::spawn(async move {
-                ledger.acquire(vm(n), spec(), id(n), UnixMicros(0), GivenUp::default()).await
-            })
+            tokio::spawn(async move { ledger.acquire(ask(n), id(n), now(), GivenUp::default()).await })
         })
         .collect();
     for write in writes {
@@ -70,8 +82,7 @@ async fn closing_leaves_one_file_with_all_that_was_queued() {
     ledger.close().await;
     let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["ledger.db"]);
-    let refused =
-        ledger.acquire(vm(51), spec(), id(51), UnixMicros(0), GivenUp::default()).await.unwrap_err();
+    let refused = ledger.acquire(ask(51), id(51), now(), GivenUp::default()).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::Stopping);
     ledger.close().await;
     assert_eq!(Ledger::open(directory.path()).unwrap().read(|b| b.after(None).count()), 50);
@@ -82,7 +93,7 @@ async fn a_damaged_ledger_is_reported_and_left_as_it_is() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ledger.db");
     let ledger = Ledger::open(directory.path()).unwrap();
-    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), GivenUp::default()).await.unwrap();
+    ledger.acquire(ask(1), id(1), now(), GivenUp::default()).await.unwrap();
     drop(ledger);
     wait_for_close(&path);
     let good = fs::read(&path).unwrap();
@@ -138,9 +149,10 @@ async fn a_half_made_ledger_is_made_anew() {
 async fn conflicts_name_what_differs() {
     let directory = tempfile::tempdir().unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();
-    ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), GivenUp::default()).await.unwrap();
+    ledger.acquire(ask(1), id(1), now(), GivenUp::default()).await.unwrap();
     let other = Spec { image: "registry.example/other:2".into(), ..spec() };
-    let error = ledger.acquire(vm(1), other, id(2), UnixMicros(0), GivenUp::default()).await.unwrap_err();
+    let error =
+        ledger.acquire(Ask { spec: other, ..ask(1) }, id(2), now(), GivenUp::default()).await.unwrap_err();
     assert_eq!(error.reason(), Reason::SpecConflict);
     for part in ["vm-1", id(1).as_str(), "image", "registry.example/app:1", "registry.example/other:2"] {
         assert!(error.to_string().contains(part), "{part}: {error}");
@@ -153,19 +165,18 @@ async fn a_release_finds_what_was_asked_for_just_before_and_what_was_given_up_is
     let ledger = Ledger::open(directory.path()).unwrap();
     let given_up = GivenUp::default();
     // Both queue up before either is published.
-    let (asked, released) = tokio::join!(
-        ledger.acquire(vm(1), spec(), id(1), UnixMicros(0), given_up.clone()),
-        ledger.release_of(vm(1), None, UnixMicros(1)),
-    );
-    assert!(matches!(asked.unwrap(), Acquisition::New(_)));
-    let Release::Now(lease) = released.unwrap() else { unreachable!("not found") };
+    let (asked, released) =
+        tokio::join!(ledger.acquire(ask(1), id(1), now(), given_up.clone()), ledger.release(back(1), now()),);
+    assert!(matches!(asked.unwrap(), Acquisition::New { .. }));
+    let Releasing::Now(lease) = released.unwrap() else { unreachable!("not found") };
     assert!(matches!(lease.state, State::Releasing { .. }));
-    let again = ledger.release_of(vm(1), Some(id(1)), UnixMicros(2)).await.unwrap();
-    assert_eq!(again, Release::Again(lease));
-    assert_eq!(ledger.release_of(vm(2), Some(id(1)), UnixMicros(2)).await.unwrap(), Release::Nothing);
+    let again = ledger.release(Release { lease: Some(id(1)), ..back(1) }, now()).await.unwrap();
+    assert_eq!(again, Releasing::Again(lease));
+    let other = Release { lease: Some(id(1)), ..back(2) };
+    assert_eq!(ledger.release(other, now()).await.unwrap(), Releasing::Nothing);
 
     given_up.set();
-    let refused = ledger.acquire(vm(1), spec(), id(2), UnixMicros(0), given_up).await.unwrap_err();
+    let refused = ledger.acquire(ask(1), id(2), now(), given_up).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::Released);
     assert!(ledger.read(|book| book.get(&id(2)).is_none()));
 }

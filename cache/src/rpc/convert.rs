@@ -2,20 +2,24 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use cowshed_leases::{DeviceIdentity, Grant, Lease, Process, State, UnixMicros};
+use cowshed_leases::{
+    DeviceIdentity, Grant, Lease, Moment, Process, State, Suspicion, Ttl, UnixMicros, Uptime,
+};
 use cowshed_proto::v1;
 use prost_types::Timestamp;
 
 use crate::{
     image::{Cache, ImageInfo},
+    kernel::Holder,
     stages::Stage,
 };
 
-pub(super) fn lease(lease: &Lease, waiting: Option<String>) -> v1::Lease {
+/// Of the holders the caller knows more.
+pub(super) fn lease(lease: &Lease, waiting: Option<String>, now: &Moment) -> v1::Lease {
     let grant = lease.grant();
     let released = match lease.state {
         State::Releasing { since, .. } => Some(since),
-        State::Preparing | State::Granted(_) => None,
+        _ => None,
     };
     v1::Lease {
         lease_id: lease.id.to_string(),
@@ -33,7 +37,58 @@ pub(super) fn lease(lease: &Lease, waiting: Option<String>) -> v1::Lease {
         granted_at: grant.map(|grant| timestamp(grant.at)),
         released_at: released.map(timestamp),
         waiting_for: waiting,
+        ttl: lease.term.ttl.map(|ttl| duration(Ttl::micros(ttl))),
+        expires_in: expires_in(lease, now),
+        suspicion: suspicion(lease, now),
+        failure: match &lease.state {
+            State::Failed { failure, since, .. } => {
+                Some(self::failure(&failure.reason, &failure.message, Some(*since)))
+            }
+            _ => None,
+        },
+        revision: lease.revision.0,
+        holders: Vec::new(),
     }
+}
+
+/// How long it holds.
+pub(super) fn expires_in(lease: &Lease, now: &Moment) -> Option<prost_types::Duration> {
+    let until = lease
+        .term
+        .until
+        .filter(|_| matches!(lease.state, State::Granted(_)) && lease.term.boot == now.boot)?;
+    Some(remaining(until, now))
+}
+
+fn suspicion(lease: &Lease, now: &Moment) -> Option<v1::Suspicion> {
+    let State::Suspect { why, since, boot, until, .. } = &lease.state else { return None };
+    let reason = match why {
+        Suspicion::Expired => v1::SuspicionReason::Expired,
+        Suspicion::EarlierBoot => v1::SuspicionReason::EarlierBoot,
+    };
+    let reclaimed_in = Some(*until).filter(|_| *boot == now.boot).map(|until| remaining(until, now));
+    Some(v1::Suspicion { reason: reason.into(), since: Some(timestamp(*since)), reclaimed_in })
+}
+
+pub(super) fn failure(reason: &str, message: &str, at: Option<UnixMicros>) -> v1::Failure {
+    v1::Failure { reason: reason.to_owned(), message: message.to_owned(), at: at.map(timestamp) }
+}
+
+pub(super) fn holder(holder: Holder) -> v1::Holder {
+    match holder {
+        Holder::Process { pid, command } => v1::Holder { pid: Some(pid), what: command },
+        Holder::Mount(_) | Holder::Device(_) => v1::Holder { pid: None, what: holder.to_string() },
+    }
+}
+
+fn remaining(until: Uptime, now: &Moment) -> prost_types::Duration {
+    duration(until.0.saturating_sub(now.up.0))
+}
+
+fn duration(micros: u64) -> prost_types::Duration {
+    let seconds = i64::try_from(micros / 1_000_000).unwrap_or(i64::MAX);
+    let nanos = i32::try_from(micros % 1_000_000).unwrap_or_default() * 1000;
+    prost_types::Duration { seconds, nanos }
 }
 
 fn device(device: &DeviceIdentity, grant: &Grant) -> v1::Device {
@@ -64,7 +119,9 @@ pub(super) fn state(state: &State) -> v1::LeaseState {
     match state {
         State::Preparing => v1::LeaseState::Preparing,
         State::Granted(_) => v1::LeaseState::Granted,
+        State::Suspect { .. } => v1::LeaseState::Suspect,
         State::Releasing { .. } => v1::LeaseState::Releasing,
+        State::Failed { .. } => v1::LeaseState::Failed,
     }
 }
 

@@ -1,23 +1,30 @@
 //! The gRPC service: parses requests, calls what does the work, and turns the outcome into replies.
 
 mod convert;
+mod drain;
+mod keep_alive;
 mod page;
+mod parse;
 mod pull;
+mod verify;
+mod watch;
 
 use std::{
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
-use cowshed_leases::{Lease, LeaseId, VmId};
+use cowshed_leases::{Generation, Lease, LeaseId, Release, Releasing, Revision};
 use cowshed_proto::v1::{self, cowshed_server::Cowshed};
-use tonic::{Code, Request, Response, Status};
+use tokio::sync;
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
-    acquire::{Acquired, Acquirer, Wish},
+    acquire::{Acquired, Acquirer},
     admission::Admission,
+    containerd::Containerd,
     error::{Error, Reason, Result},
-    image::{ImageRef, Images, Platform},
+    image::Images,
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
@@ -37,6 +44,10 @@ pub struct Api {
     pub admission: Admission,
     /// The pool.
     pub kernel: Devices,
+    /// Where images change.
+    pub containerd: Containerd,
+    /// Whether streams are to end.
+    pub stopped: sync::watch::Receiver<bool>,
     /// Status.
     pub status: Arc<StatusSource>,
     /// Why released disks are still there.
@@ -52,7 +63,7 @@ impl Cowshed for Api {
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
         self.metered("Acquire", async |begun: Instant| {
-            let outcome = match wish(request.into_inner()) {
+            let outcome = match parse::wish(request.into_inner()) {
                 Ok(wish) => self.acquirer.acquire(wish).await,
                 Err(error) => Err(error),
             };
@@ -70,7 +81,76 @@ impl Cowshed for Api {
         self.metered("Release", async |_| {
             let outcome = self.release_now(request.into_inner()).await;
             self.metrics.released(outcome.as_ref().err());
-            Ok(v1::ReleaseResponse { lease: outcome?.map(|lease| self.lease(&lease)) })
+            let Some(lease) = outcome? else { return Ok(v1::ReleaseResponse { lease: None }) };
+            Ok(v1::ReleaseResponse { lease: Some(self.with_holders(&lease).await) })
+        })
+        .await
+    }
+
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
+        self.metered("Renew", async |_| {
+            let request = request.into_inner();
+            let id = parse::lease_id(&request.lease_id)?;
+            let ttl = request.ttl.as_ref().map(parse::ttl).transpose()?;
+            let lease = self.acquirer.renew(id, ttl).await?;
+            Ok(v1::RenewResponse { lease: Some(self.lease(&lease)) })
+        })
+        .await
+    }
+
+    type KeepAliveStream = keep_alive::Stream;
+
+    async fn keep_alive(
+        &self,
+        request: Request<Streaming<v1::KeepAliveRequest>>,
+    ) -> Result<Response<Self::KeepAliveStream>, Status> {
+        self.metered("KeepAlive", async |_| {
+            Ok(keep_alive::stream(self.acquirer.clone(), request.into_inner(), self.stopped.clone()))
+        })
+        .await
+    }
+
+    async fn verify_device(
+        &self,
+        request: Request<v1::VerifyDeviceRequest>,
+    ) -> Result<Response<v1::VerifyDeviceResponse>, Status> {
+        self.metered("VerifyDevice", async |_| {
+            let (differences, lease) = verify::verify(&self.acquirer, &request.into_inner()).await?;
+            let verified = differences.is_empty();
+            Ok(v1::VerifyDeviceResponse { verified, differences, lease: Some(self.lease(&lease)) })
+        })
+        .await
+    }
+
+    type DrainStream = drain::Stream;
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
+        self.metered("Drain", async |_| {
+            let v1::DrainRequest { undo, leases } = request.into_inner();
+            self.acquirer.drain.set(!undo);
+            let rest = drain::Rest {
+                acquirer: self.acquirer.clone(),
+                images: self.images.clone(),
+                leases,
+                once: undo,
+            };
+            Ok(drain::stream(rest, self.stopped.clone()))
+        })
+        .await
+    }
+
+    type WatchStream = watch::Stream;
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.metered("Watch", async |_| {
+            let source = watch::Source {
+                ledger: self.ledger.clone(),
+                images: self.images.clone(),
+                containerd: self.containerd.clone(),
+                clock: self.acquirer.clock.clone(),
+                stopped: self.stopped.clone(),
+            };
+            Ok(watch::stream(source, request.into_inner().after_revision.map(Revision)))
         })
         .await
     }
@@ -80,7 +160,8 @@ impl Cowshed for Api {
         request: Request<v1::GetLeaseRequest>,
     ) -> Result<Response<v1::GetLeaseResponse>, Status> {
         self.metered("GetLease", async |_| {
-            Ok(v1::GetLeaseResponse { lease: Some(self.find_lease(request.into_inner())?) })
+            let lease = self.find_lease(request.into_inner())?;
+            Ok(v1::GetLeaseResponse { lease: Some(self.with_holders(&lease).await) })
         })
         .await
     }
@@ -101,7 +182,8 @@ impl Cowshed for Api {
         let begun = Instant::now();
         let v1::PullImageRequest { image, platform } = request.into_inner();
         let begin = async {
-            let (image, platform) = (image_reference(&image)?, self::platform(platform.as_deref())?);
+            let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
+            self.acquirer.drain.admit()?;
             self.admission.admit(&self.kernel).await?;
             Ok::<_, Error>(self.images.pull(&image, &platform))
         };
@@ -119,7 +201,7 @@ impl Cowshed for Api {
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         self.metered("ListImages", async |_| {
-            let platform = platform(request.into_inner().platform.as_deref())?;
+            let platform = parse::platform(request.into_inner().platform.as_deref())?;
             let images = self.images.list(&platform).await?;
             Ok(v1::ListImagesResponse { images: images.into_iter().map(convert::image).collect() })
         })
@@ -157,31 +239,56 @@ impl Api {
         }
     }
 
-    /// A lease of this very name is released; one that the VM got since is not.
+    /// A lease of this very name is released; one that the VM got since is not. `None`: nothing is left of it.
     async fn release_now(&self, request: v1::ReleaseRequest) -> Result<Option<Lease>> {
-        let vm = vm_id(&request.vm_id)?;
-        let only = request.lease_id.as_deref().map(lease_id).transpose()?;
-        self.acquirer.release(&vm, only).await
+        let ask = Release {
+            vm: parse::vm_id(&request.vm_id)?,
+            lease: request.lease_id.as_deref().map(parse::lease_id).transpose()?,
+            generation: request.generation.map(Generation),
+            request: request.request_id.as_deref().map(parse::request_id).transpose()?,
+        };
+        let lease = match self.acquirer.release(ask).await? {
+            Releasing::Nothing => return Ok(None),
+            Releasing::Again(lease) | Releasing::Now(lease) => *lease,
+        };
+        if !request.wait {
+            return Ok(Some(lease));
+        }
+        self.wait_gone(&lease.id).await.map(|()| None)
     }
 
-    fn find_lease(&self, request: v1::GetLeaseRequest) -> Result<v1::Lease> {
+    /// Until the lease is forgotten, which comes after its disk is gone. The caller's deadline bounds it.
+    async fn wait_gone(&self, id: &LeaseId) -> Result<()> {
+        let (mut changes, mut stopped) = (self.ledger.changes(), self.stopped.clone());
+        loop {
+            changes.borrow_and_update();
+            if self.ledger.read(|book| book.get(id).is_none()) {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = changes.changed() => changed.map_err(|_| stopping())?,
+                () = until_stopped(&mut stopped) => return Err(stopping()),
+            }
+        }
+    }
+
+    fn find_lease(&self, request: v1::GetLeaseRequest) -> Result<Lease> {
         use v1::get_lease_request::By;
         let missing = |what: String| Error::new(Reason::LeaseNotFound, format!("there is no lease {what}"));
-        let found = match request.by {
+        match request.by {
             Some(By::VmId(vm)) => {
-                let vm = vm_id(&vm)?;
+                let vm = parse::vm_id(&vm)?;
                 self.ledger
                     .read(|book| book.of_vm(&vm).cloned())
                     .ok_or_else(|| missing(format!("of VM {vm}")))
             }
             Some(By::LeaseId(id)) => {
-                let id = lease_id(&id)?;
+                let id = parse::lease_id(&id)?;
                 self.ledger.read(|book| book.get(&id).cloned()).ok_or_else(|| missing(id.to_string()))
             }
             None => Err(Error::new(Reason::LeaseIdInvalid, "by is missing: give vm_id or lease_id")
                 .with("field", "by")),
-        };
-        Ok(self.lease(&found?))
+        }
     }
 
     fn page(&self, request: &v1::ListLeasesRequest) -> Result<v1::ListLeasesResponse> {
@@ -196,8 +303,10 @@ impl Api {
         let wanted = |lease: &&Lease| {
             request.states.is_empty() || request.states.contains(&i32::from(convert::state(&lease.state)))
         };
-        let mut page =
-            self.ledger.read(|book| page::of(book.after(after.as_ref()).filter(wanted), request.page_size));
+        let now = self.acquirer.clock.now();
+        let mut page = self
+            .ledger
+            .read(|book| page::of(book.after(after.as_ref()).filter(wanted), request.page_size, &now));
         // After the ledger was let go of, so that nobody holds the one while waiting for the other.
         let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner);
         for (id, lease) in page.ids.iter().zip(&mut page.reply.leases) {
@@ -208,39 +317,27 @@ impl Api {
 
     fn lease(&self, lease: &Lease) -> v1::Lease {
         let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner).get(&lease.id).cloned();
-        convert::lease(lease, waiting)
+        convert::lease(lease, waiting, &self.acquirer.clock.now())
+    }
+
+    /// The same, with who has its device open.
+    async fn with_holders(&self, lease: &Lease) -> v1::Lease {
+        let mut shown = self.lease(lease);
+        let Some(grant) = lease.grant() else { return shown };
+        if let Ok(Some(1..)) = self.kernel.open_count(&grant.device.dm_name).await
+            && let Ok(holders) = self.kernel.holders(&grant.device.path).await
+        {
+            shown.holders = holders.into_iter().map(convert::holder).collect();
+        }
+        shown
     }
 }
 
-fn wish(request: v1::AcquireRequest) -> Result<Wish> {
-    let vm = vm_id(&request.vm_id)?;
-    let spec = request.spec.unwrap_or_default();
-    Ok(Wish { vm, image: image_reference(&spec.image)?, platform: platform(spec.platform.as_deref())? })
+/// The sender lives as long as the service: its end is a stop as well.
+async fn until_stopped(stopped: &mut sync::watch::Receiver<bool>) {
+    let _stopped = stopped.wait_for(|stopped| *stopped).await;
 }
 
-fn vm_id(text: &str) -> Result<VmId> {
-    text.parse().map_err(|error| {
-        let shown: String = text.chars().take(140).collect();
-        Error::new(Reason::VmIdInvalid, format!("vm_id {shown:?} is no VM id: {error}"))
-            .with("field", "vm_id")
-    })
-}
-
-fn lease_id(text: &str) -> Result<LeaseId> {
-    text.parse().map_err(|error| {
-        let shown: String = text.chars().take(140).collect();
-        Error::new(Reason::LeaseIdInvalid, format!("lease_id {shown:?} is no lease id: {error}"))
-            .with("field", "lease_id")
-    })
-}
-
-fn image_reference(text: &str) -> Result<ImageRef> {
-    ImageRef::parse(text).map_err(|error| error.with("field", "image"))
-}
-
-fn platform(text: Option<&str>) -> Result<Platform> {
-    match text {
-        None | Some("") => Ok(Platform::host()),
-        Some(text) => Platform::parse(text).map_err(|error| error.with("field", "platform")),
-    }
+fn stopping() -> Error {
+    Error::new(Reason::Stopping, "the service is stopping; call again when it is up")
 }

@@ -1,6 +1,6 @@
 //! One page of `ListLeases`: bounded by count and by bytes, for a reply has to fit a message.
 
-use cowshed_leases::{Lease, LeaseId};
+use cowshed_leases::{Lease, LeaseId, Moment};
 use cowshed_proto::v1;
 use prost::Message as _;
 
@@ -19,7 +19,7 @@ pub(super) struct Page {
 }
 
 /// The first of `leases`, `count` of them at the most (0: as many as a page may have), and a token if there are more.
-pub(super) fn of<'a>(leases: impl Iterator<Item = &'a Lease>, count: u32) -> Page {
+pub(super) fn of<'a>(leases: impl Iterator<Item = &'a Lease>, count: u32, now: &Moment) -> Page {
     let count = match count as usize {
         0 => MAX_COUNT,
         count => count.min(MAX_COUNT),
@@ -27,7 +27,7 @@ pub(super) fn of<'a>(leases: impl Iterator<Item = &'a Lease>, count: u32) -> Pag
     let mut page = Page { ids: Vec::new(), reply: v1::ListLeasesResponse::default() };
     let mut bytes = 0;
     for lease in leases {
-        let message = convert::lease(lease, None);
+        let message = convert::lease(lease, None, now);
         bytes += message.encoded_len();
         if let Some(last) = page.ids.last()
             && (page.ids.len() == count || bytes > MAX_BYTES)
@@ -44,7 +44,7 @@ pub(super) fn of<'a>(leases: impl Iterator<Item = &'a Lease>, count: u32) -> Pag
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use cowshed_leases::{Generation, Spec, State, UnixMicros};
+    use cowshed_leases::{BootId, Generation, Revision, Spec, State, Term, UnixMicros, Uptime};
 
     use super::*;
 
@@ -56,6 +56,8 @@ mod tests {
             generation: Generation(1),
             spec: Spec { image: "x".repeat(bytes), platform: String::new() },
             created_at: UnixMicros(0),
+            term: Term { ttl: None, boot: BootId::from_bits(0), until: None },
+            revision: Revision(0),
             state: State::Preparing,
         }
     }
@@ -77,7 +79,8 @@ mod tests {
             let all: Vec<Lease> = (1..=leases as u128).map(|n| lease(n, bytes)).collect();
             let mut left = all.as_slice();
             for (at, expected) in pages.iter().enumerate() {
-                let page = of(left.iter(), count);
+                let now = Moment { wall: UnixMicros(0), boot: BootId::from_bits(0), up: Uptime(0) };
+                let page = of(left.iter(), count, &now);
                 let ids: Vec<&LeaseId> = left[..*expected].iter().map(|lease| &lease.id).collect();
                 assert_eq!(page.ids.iter().collect::<Vec<_>>(), ids, "{leases} of {bytes}, page {at}");
                 assert_eq!(page.reply.leases.len(), *expected);

@@ -26,8 +26,10 @@ use tonic::transport::Server;
 use crate::{
     acquire::Acquirer,
     admission::Admission,
+    clock::Clock,
     config::{Config, ConfigError},
     containerd::{Containerd, Snapshots},
+    drain::Drain,
     exit,
     flights::Flights,
     image::{Images, PullLimits},
@@ -135,13 +137,19 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         None => None,
     };
     let connected = plugin.as_ref().map(snapshotter::Served::connected);
-    let parts = assemble(&config, ledger, metrics, connected.clone());
+    let clock =
+        Clock::host().map_err(|e| ServeError::Broke(format!("the host does not tell its boot: {e}")))?;
+    let (stop, stopped) = watch::channel(false);
+    let parts = assemble(&config, ledger, metrics, connected.clone(), clock, stopped.clone());
     parts.reclaimer.recover().await.map_err(|e| ServeError::Broke(e.to_string()))?;
 
-    let (stop, stopped) = watch::channel(false);
     let reclaiming = tokio::spawn({
         let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
         async move { reclaimer.run(stopped).await }
+    });
+    tokio::spawn({
+        let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
+        async move { reclaimer.watch_time(stopped).await }
     });
     if let Some(http) = http {
         let (metrics, ledger, kernel) = (parts.metrics.clone(), parts.ledger.clone(), parts.kernel.clone());
@@ -200,7 +208,14 @@ fn containerd(config: &Config) -> Arc<Containerd> {
     ))
 }
 
-fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option<Connected>) -> Parts {
+fn assemble(
+    config: &Config,
+    ledger: Ledger,
+    metrics: Metrics,
+    connected: Option<Connected>,
+    clock: Clock,
+    stopped: watch::Receiver<bool>,
+) -> Parts {
     let containerd = containerd(config);
     let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
     let admission = Admission {
@@ -210,7 +225,7 @@ fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option
     };
     let images = images(config, &containerd, &ledger, &metrics);
     let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
-    let making = Making::default();
+    let (making, drain) = (Making::default(), Drain::default());
     let snapshots: Arc<dyn Snapshots> = containerd.clone();
     let reclaimer = Reclaimer {
         ledger: ledger.clone(),
@@ -219,6 +234,8 @@ fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option
         running_pulls: Arc::new(images.clone()),
         making: making.clone(),
         wake: wake.clone(),
+        clock: clock.clone(),
+        grace: config.grace(),
         waiting: waiting.clone(),
         metrics: metrics.clone(),
         retry: Duration::from_secs(config.reclaim.retry_seconds),
@@ -232,8 +249,10 @@ fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option
         snapshots,
         kernel: kernel.clone(),
         admission,
+        drain: drain.clone(),
         wake,
         making,
+        clock,
         tasks: tasks.clone(),
         flights: Flights::default(),
     };
@@ -242,6 +261,7 @@ fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option
         containerd: containerd.clone(),
         kernel: kernel.clone(),
         admission,
+        drain,
         images: images.clone(),
         connected,
         started_at: SystemTime::now(),
@@ -252,6 +272,8 @@ fn assemble(config: &Config, ledger: Ledger, metrics: Metrics, connected: Option
         images,
         admission,
         kernel: kernel.clone(),
+        containerd: Containerd::clone(&containerd),
+        stopped,
         status,
         waiting,
         metrics: metrics.clone(),

@@ -18,7 +18,7 @@ use std::{
 
 use rusqlite::Connection;
 use thiserror::Error as ThisError;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 pub(crate) use snapshots::{open, open_for_reading};
 pub use writer::{Batch, DISK_FAILED};
@@ -94,6 +94,11 @@ impl<S: Stored> Store<S> {
     /// Looks at what is durable, and at what was written behind.
     pub fn read<T>(&self, look: impl FnOnce(&S) -> T) -> T {
         look(&self.handle.0.published.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Told each time that what [`Self::read`] sees has changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.handle.0.shown.subscribe()
     }
 
     /// Changes what is no part of the file, such as things learnt of the world.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use rusqlite::{Connection, ErrorCode};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{QUEUE, Stored, WriteError};
 
@@ -75,6 +75,8 @@ pub(super) struct Shared<S: Stored> {
     book: Mutex<Book<S>>,
     /// What is durable, and what shows at once.
     pub(super) published: RwLock<S>,
+    /// That has changed.
+    pub(super) shown: watch::Sender<()>,
     /// Something is queued, or no more will be.
     news: Condvar,
 }
@@ -122,6 +124,7 @@ impl<S: Stored> Shared<S> {
         let decided = Decided { changes, undo, shows, finish };
         if shows == Shows::AtOnce {
             show(&mut *self.published.write().unwrap_or_else(PoisonError::into_inner), &decided);
+            self.shown.send_replace(());
         }
         book.queued.push(decided);
         self.news.notify_one();
@@ -170,6 +173,7 @@ impl<S: Stored> Shared<S> {
         let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
         let above = book.queued.iter().filter(|decided| decided.shows == Shows::AtOnce);
         durable.iter().chain(above).for_each(|decided| show(&mut *published, decided));
+        self.shown.send_replace(());
     }
 
     /// Takes back `failed` and all that was decided after it; returns that in order.
@@ -182,6 +186,7 @@ impl<S: Stored> Shared<S> {
             }
         }
         *self.published.write().unwrap_or_else(PoisonError::into_inner) = book.state.clone();
+        self.shown.send_replace(());
         failed
     }
 }
@@ -197,7 +202,8 @@ pub(super) fn start<S: Stored>(connection: Connection, state: S, path: PathBuf) 
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let published = RwLock::new(state.clone());
     let book = Mutex::new(Book { state, queued: Vec::new(), closing: None, closed: false });
-    let shared = Arc::new(Shared { book, published, news: Condvar::new() });
+    let shown = watch::Sender::new(());
+    let shared = Arc::new(Shared { book, published, shown, news: Condvar::new() });
     let writer = Writer { connection, shared: shared.clone(), path };
     thread::Builder::new().name(name).spawn(move || writer.run())?;
     Ok(Handle(shared))

@@ -1,0 +1,60 @@
+//! containerd's events: that something about images has changed.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_client::services::v1::{SubscribeRequest, events_client::EventsClient};
+use tokio::{sync::Notify, task::JoinHandle};
+
+use super::Containerd;
+
+/// A subscription that broke off is made again after this pause.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Tells that an image may have changed, until it is dropped.
+pub struct ImageEvents {
+    news: Arc<Notify>,
+    task: JoinHandle<()>,
+}
+
+impl ImageEvents {
+    /// Returns when an image was made, changed or removed, or may have been: a subscription that broke off has missed what
+    /// happened meanwhile. One that happens just when this begins can be missed as well, for containerd does not say when it
+    /// has begun to tell.
+    pub async fn next(&self) {
+        self.news.notified().await;
+    }
+}
+
+impl Drop for ImageEvents {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Containerd {
+    /// Subscribes to what happens to images of our namespace, again and again.
+    pub fn image_events(&self) -> ImageEvents {
+        let news = Arc::new(Notify::new());
+        let (containerd, told) = (self.clone(), news.clone());
+        let task = tokio::spawn(async move {
+            loop {
+                containerd.follow(&told).await;
+                tokio::time::sleep(RETRY).await;
+                told.notify_one();
+            }
+        });
+        ImageEvents { news, task }
+    }
+
+    /// Until the subscription breaks off. No deadline: containerd answers with its first event, and that may be never.
+    async fn follow(&self, told: &Notify) {
+        let filter = format!("namespace=={},topic~=\"^/images/\"", self.namespace);
+        let mut client = EventsClient::new(self.channel.clone());
+        let subscribed = client.subscribe(SubscribeRequest { filters: vec![filter] }).await;
+        let Ok(events) = subscribed else { return };
+        let mut events = events.into_inner();
+        while let Ok(Some(_)) = events.message().await {
+            told.notify_one();
+        }
+    }
+}

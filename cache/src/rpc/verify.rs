@@ -1,0 +1,71 @@
+//! `VerifyDevice`: whether a device is, now, the one that a lease was granted.
+
+use cowshed_leases::{DeviceIdentity, Grant, Lease, State};
+use cowshed_proto::v1;
+
+use super::parse;
+use crate::{
+    acquire::Acquirer,
+    error::{Error, Reason, Result},
+};
+
+/// All that differs, and the lease.
+pub(super) async fn verify(
+    acquirer: &Acquirer,
+    request: &v1::VerifyDeviceRequest,
+) -> Result<(Vec<v1::Difference>, Lease)> {
+    let id = parse::lease_id(&request.lease_id)?;
+    if request.major.is_some() != request.minor.is_some() {
+        return Err(Error::new(Reason::DeviceInvalid, "major and minor go together: give both or none")
+            .with("field", "minor"));
+    }
+    let missing =
+        || Error::new(Reason::LeaseNotFound, format!("there is no lease {id}")).with("lease_id", &id);
+    let lease = acquirer.ledger.read(|book| book.get(&id).cloned()).ok_or_else(missing)?;
+    let mut differences = Vec::new();
+    let mut expect = |field: &str, expected: String, found: String| {
+        if expected != found {
+            differences.push(v1::Difference { field: field.to_owned(), expected, found });
+        }
+    };
+    let stands = match (&lease.state, lease.suspicion(&acquirer.clock.now())) {
+        (State::Granted(_), Some(_)) => "suspect",
+        (state, _) => crate::ledger::state_name(state),
+    };
+    expect("state", "granted".to_owned(), stands.to_owned());
+    if let Some(generation) = request.generation {
+        expect("generation", generation.to_string(), lease.generation.0.to_string());
+    }
+    if let Some(grant) = lease.grant() {
+        // Also of a lease that is released: its disk may be there still.
+        match acquirer.identify(&lease, &grant.device).await? {
+            Ok(now) => compare(request, grant, &now, &mut expect),
+            Err(what) => expect("device", format!("{} as it was granted", grant.device.path), what),
+        }
+    }
+    Ok((differences, lease))
+}
+
+/// What the caller has in hand with what is there.
+fn compare(
+    request: &v1::VerifyDeviceRequest,
+    grant: &Grant,
+    now: &DeviceIdentity,
+    expect: &mut impl FnMut(&str, String, String),
+) {
+    if let Some(path) = &request.path {
+        expect("path", path.clone(), now.path.clone());
+    }
+    if let (Some(major), Some(minor)) = (request.major, request.minor) {
+        expect("major:minor", format!("{major}:{minor}"), now.number.to_string());
+    }
+    if let Some(uuid) = &request.dm_uuid {
+        expect("dm_uuid", uuid.clone(), now.dm_uuid.clone().unwrap_or_default());
+    }
+    if let Some(thin) = request.thin_id {
+        expect("thin_id", thin.to_string(), now.thin_id.to_string());
+    }
+    if let Some(digest) = &request.image_digest {
+        expect("image_digest", digest.clone(), grant.image_digest.clone());
+    }
+}

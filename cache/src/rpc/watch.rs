@@ -1,0 +1,186 @@
+//! `Watch`: every change of a lease and of an image, so that others can mirror them.
+//!
+//! Leases are told by their last change: who reads slowly, or comes back after a while, skips what was in between. What
+//! is told is durable, so a revision that somebody was told is never given to another change.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use cowshed_leases::{Book, Revision};
+use cowshed_proto::v1::{self, watch_response::Event};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::convert;
+use crate::{
+    clock::Clock,
+    containerd::Containerd,
+    error::{Error, Reason},
+    image::{ImageInfo, Images, Platform},
+    ledger::Ledger,
+};
+
+pub(super) type Stream = ReceiverStream<Result<v1::WatchResponse, Status>>;
+type Sender = mpsc::Sender<Result<v1::WatchResponse, Status>>;
+
+/// Messages that a slow reader may leave lying.
+const BUFFER: usize = 64;
+/// Changes that are taken from the book at a time.
+const AT_ONCE: usize = 256;
+/// containerd is asked for its images again after this pause if it did not answer,
+const RETRY: Duration = Duration::from_secs(2);
+/// and after this one if it has told of no change: it may have told nobody.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// What is watched.
+#[derive(Clone)]
+pub(super) struct Source {
+    pub(super) ledger: Ledger,
+    pub(super) images: Images,
+    pub(super) containerd: Containerd,
+    pub(super) clock: Clock,
+    pub(super) stopped: watch::Receiver<bool>,
+}
+
+/// The stream of what changes after `after`; `None`: all that there is, first.
+pub(super) fn stream(source: Source, after: Option<Revision>) -> Stream {
+    let (sender, receiver) = mpsc::channel(BUFFER);
+    tokio::spawn(async move {
+        let mut stopped = source.stopped.clone();
+        let end = tokio::select! {
+            end = leases(&source, after, &sender) => end,
+            () = images(&source, &sender) => None,
+            () = sender.closed() => None,
+            () = super::until_stopped(&mut stopped) => Some(super::stopping()),
+        };
+        if let Some(error) = end {
+            // It may have gone as well.
+            let _told = sender.send(Err(error.into())).await;
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+/// What has changed after a revision, the earliest first, and whether that is all.
+struct News {
+    events: Vec<(Revision, Event)>,
+    complete: bool,
+}
+
+/// Returns why it ends; `None` if nobody listens any more.
+async fn leases(source: &Source, after: Option<Revision>, sender: &Sender) -> Option<Error> {
+    let mut changes = source.ledger.changes();
+    let (mut told, mut synced, mut mirror) = (after.unwrap_or_default(), false, after.is_some());
+    loop {
+        changes.borrow_and_update();
+        loop {
+            let news = source.ledger.read(|book| news(book, told, mirror, &source.clock));
+            let Some(news) = news else { return Some(compacted(told)) };
+            for (revision, event) in news.events {
+                told = revision;
+                send(sender, event, revision).await?;
+            }
+            if news.complete {
+                break;
+            }
+        }
+        // From now on what goes has been told of.
+        mirror = true;
+        if !synced {
+            synced = true;
+            told = told.max(source.ledger.read(Book::settled));
+            send(sender, Event::Synced(v1::Synced { leases: true, images: false }), told).await?;
+        }
+        if changes.changed().await.is_err() {
+            return Some(super::stopping());
+        }
+    }
+}
+
+/// `None` if what has gone since is not known any more to one who has a mirror.
+fn news(book: &Book, after: Revision, mirror: bool, clock: &Clock) -> Option<News> {
+    if mirror && !book.remembers(after) {
+        return None;
+    }
+    let now = clock.now();
+    let mut events: Vec<(Revision, Event)> = book
+        .changed_after(after)
+        .take(AT_ONCE)
+        .map(|lease| (lease.revision, Event::Lease(convert::lease(lease, None, &now))))
+        .collect();
+    let complete_changes = events.len() < AT_ONCE;
+    if mirror {
+        let gone = book.gone_after(after).take(AT_ONCE).map(|gone| {
+            let event = v1::LeaseGone {
+                lease_id: gone.id.to_string(),
+                vm_id: gone.vm.to_string(),
+                generation: gone.generation.0,
+            };
+            (gone.revision, Event::LeaseGone(event))
+        });
+        events.extend(gone);
+    }
+    events.sort_by_key(|(revision, _)| *revision);
+    let complete = complete_changes && events.len() < AT_ONCE;
+    events.truncate(AT_ONCE);
+    Some(News { events, complete })
+}
+
+/// Tells of images until nobody listens.
+async fn images(source: &Source, sender: &Sender) {
+    let events = source.containerd.image_events();
+    let mut told: BTreeMap<String, ImageInfo> = BTreeMap::new();
+    let mut synced = false;
+    loop {
+        let mut pause = RETRY;
+        if let Ok(now) = source.images.list(&Platform::host()).await {
+            pause = LOOK;
+            if tell(&mut told, now, sender, source).await.is_none() {
+                return;
+            }
+            if !synced {
+                synced = true;
+                let event = Event::Synced(v1::Synced { leases: false, images: true });
+                if send(sender, event, source.ledger.read(Book::settled)).await.is_none() {
+                    return;
+                }
+            }
+        }
+        tokio::select! {
+            () = events.next() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+async fn tell(
+    told: &mut BTreeMap<String, ImageInfo>,
+    now: Vec<ImageInfo>,
+    sender: &Sender,
+    source: &Source,
+) -> Option<()> {
+    let revision = source.ledger.read(Book::settled);
+    let now: BTreeMap<String, ImageInfo> = now.into_iter().map(|image| (image.name.clone(), image)).collect();
+    for name in told.keys().filter(|name| !now.contains_key(*name)) {
+        send(sender, Event::ImageGone(name.clone()), revision).await?;
+    }
+    for (name, image) in now.iter().filter(|(name, image)| told.get(*name) != Some(*image)) {
+        tracing::trace!(name, "an image has changed");
+        send(sender, Event::Image(convert::image(image.clone())), revision).await?;
+    }
+    *told = now;
+    Some(())
+}
+
+async fn send(sender: &Sender, event: Event, revision: Revision) -> Option<()> {
+    sender.send(Ok(v1::WatchResponse { event: Some(event), revision: revision.0 })).await.ok()
+}
+
+fn compacted(revision: Revision) -> Error {
+    let message = format!(
+        "what has gone since revision {} is not known any more, or it is none of this ledger's: watch without \
+         after_revision, which begins with all that there is",
+        revision.0
+    );
+    Error::new(Reason::RevisionCompacted, message).with("field", "after_revision")
+}
