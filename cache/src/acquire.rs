@@ -274,7 +274,7 @@ impl Acquirer {
     ) -> Result<Result<DeviceIdentity, String>> {
         let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
             Ok(mounts) => mounts,
-            Err(error) if error.is_not_found() => return Ok(Err("its snapshot is gone".to_owned())),
+            Err(error) if error.is_not_found() => return Ok(Err(self.without_record(granted).await)),
             // Who has a disk keeps it while containerd is away, if the kernel knows it by all its marks.
             Err(error) => match self.kernel.inspect(&granted.path).await {
                 Ok(now) if granted.differs_from(&now).is_none() => return Ok(Ok(now)),
@@ -299,6 +299,18 @@ impl Acquirer {
                 );
                 Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id))
             }
+        }
+    }
+
+    /// What is left of a disk whose snapshot containerd does not know.
+    async fn without_record(&self, granted: &DeviceIdentity) -> String {
+        match self.kernel.inspect(&granted.path).await {
+            Ok(now) if granted.differs_from(&now).is_none() => {
+                "containerd has lost its record of the snapshot (was its store replaced?), but the device is there; put \
+                 containerd's store back, or copy what you need"
+                    .to_owned()
+            }
+            _ => "its snapshot is gone".to_owned(),
         }
     }
 

@@ -63,7 +63,7 @@ async fn a_device_that_is_not_what_was_granted_is_not_handed_out_again() {
     type Harm = fn(&mut State_);
     let table: [(&str, Harm, Reason, &str); 5] = [
         ("not activated yet", |s| s.devices.clear(), Reason::NotReady, "try again"),
-        ("no snapshot", |s| s.snapshots.clear(), Reason::DeviceMismatch, "its snapshot is gone"),
+        ("no snapshot", |s| s.snapshots.clear(), Reason::DeviceMismatch, "has lost its record"),
         (
             "another device",
             |s| {
@@ -483,4 +483,26 @@ async fn who_joins_another_s_acquire_gets_what_it_asks_for_besides() {
             process.acquirer.acquire(Wish { request: request(name), ..wish("vm-1") }).await.unwrap_err();
         assert_eq!(late.reason(), Reason::RequestOver, "{name}");
     }
+}
+
+/// containerd's store was replaced: it knows no snapshot, and cleans up the snapshotter only if it is made to.
+#[tokio::test]
+async fn a_released_disk_that_containerd_has_forgotten_is_swept_up() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    {
+        let mut state = world.state.lock().unwrap();
+        state.snapshots.clear();
+        state.at_leisure = true;
+    }
+    let kept = process.acquirer.acquire(wish("vm-1")).await.unwrap_err();
+    assert!(kept.to_string().contains("the device is there"), "{kept}");
+    process.acquirer.release(back("vm-1")).await.unwrap();
+    tokio::time::pause();
+    while state(&process, &lease.id).is_some() {
+        process.reclaimer.pass_over_everything().await;
+        tokio::time::advance(Duration::from_secs(4)).await;
+    }
+    assert!(world.look(|s| s.sweeps) > 0);
 }

@@ -94,6 +94,8 @@ pub(crate) struct State_ {
     pub(crate) at_leisure: bool,
     /// How often somebody had containerd collect.
     pub(crate) collections: usize,
+    /// How often somebody had containerd look for what it does not know.
+    pub(crate) sweeps: usize,
     /// The device that somebody opens when a snapshot is removed.
     pub(crate) opened_by_removal: Option<String>,
     pub(crate) parents: BTreeSet<String>,
@@ -242,6 +244,14 @@ impl Snapshots for World {
 
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError> {
         Ok(self.look(|s| s.snapshots.keys().filter(|key| key.starts_with(prefix)).cloned().collect()))
+    }
+
+    async fn sweep(&self) -> Result<(), CallError> {
+        let mut state = self.state.lock().unwrap();
+        state.sweeps += 1;
+        let kept: BTreeSet<String> = state.snapshots.values().cloned().collect();
+        state.devices.retain(|device, open| kept.contains(device) || *open > 0);
+        Ok(())
     }
 
     fn explain(&self, error: CallError) -> Error {

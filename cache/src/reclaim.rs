@@ -356,6 +356,11 @@ impl Reclaimer {
             Ok(()) => self.note_collected(&due),
             Err(error) => tracing::warn!(%error, "containerd did not collect released disks; trying again"),
         }
+        if !overdue.is_empty()
+            && let Err(error) = self.snapshots.sweep().await
+        {
+            tracing::warn!(%error, "containerd did not look for snapshots that it has forgotten");
+        }
         let mut at_leisure = HashMap::new();
         for (id, remains) in self.what_remains(&removed).await {
             match remains {

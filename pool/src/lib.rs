@@ -28,7 +28,7 @@ mod tree;
 
 pub use error::{Code, Error, Result};
 pub use metrics::Metrics;
-pub use service::{Api, SnapshotsServer};
+pub use service::{Api, IsHeld, SnapshotsServer};
 pub use size::Bytes;
 pub use snapshotter::{Health, Settings, Snapshotter};
 pub use tree::{Kind, Snapshot, SnapshotId, ThinId};

@@ -1,6 +1,6 @@
 //! containerd's Snapshots API (`containerd.services.snapshots.v1`), as a proxy plugin serves it.
 
-use std::{collections::BTreeMap, iter, pin::Pin};
+use std::{collections::BTreeMap, iter, pin::Pin, sync::Arc};
 
 use containerd_client::{services::v1::snapshots as api, types::Mount as ApiMount};
 use futures_util::Stream;
@@ -9,6 +9,7 @@ use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    error::{Code, Error},
     filter::Filters,
     snapshotter::{Mount, Snapshotter, timed},
     tree::{Kind, Snapshot, UnixNanos},
@@ -27,14 +28,23 @@ const PAGE: usize = 100;
 /// and of so many bytes, or one snapshot: labels can be an image's annotations, and containerd takes 16 MiB.
 const PAGE_BYTES: usize = 1 << 20;
 
+/// Says of a snapshot, by the key that containerd has given it, whether somebody holds it still.
+pub type IsHeld = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
 /// The API of a snapshotter.
 #[derive(Clone)]
-pub struct Api(Snapshotter);
+pub struct Api(Snapshotter, IsHeld);
 
 impl Api {
     /// Serves `snapshotter`.
     pub fn new(snapshotter: Snapshotter) -> Self {
-        Self(snapshotter)
+        Self::guarded(snapshotter, Arc::new(|_| false))
+    }
+
+    /// Serves `snapshotter`, and does not let containerd remove what is held: a containerd whose own store was lost takes
+    /// all that it does not know for garbage.
+    pub fn guarded(snapshotter: Snapshotter, is_held: IsHeld) -> Self {
+        Self(snapshotter, is_held)
     }
 
     async fn make(
@@ -89,7 +99,15 @@ impl Snapshots for Api {
 
     async fn remove(&self, request: Request<api::RemoveSnapshotRequest>) -> Reply<()> {
         let key = request.into_inner().key;
-        timed(&self.0.0.metrics, "remove", async { self.0.remove(&key) }).await?;
+        let removing = async {
+            if (self.1)(&key) {
+                tracing::warn!(key, "containerd was not let remove a snapshot that is held");
+                let message = format!("snapshot {key:?} is held by a lease: release that first");
+                return Err(Error::new(Code::FailedPrecondition, message));
+            }
+            self.0.remove(&key)
+        };
+        timed(&self.0.0.metrics, "remove", removing).await?;
         Ok(Response::new(()))
     }
 

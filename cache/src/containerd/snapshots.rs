@@ -31,6 +31,8 @@ pub trait Snapshots: Send + Sync {
     async fn remove(&self, key: &str) -> Result<(), CallError>;
     /// Keys of the active snapshots that begin with `prefix`.
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError>;
+    /// Has containerd compare its snapshots with the snapshotter's, and remove what it does not know.
+    async fn sweep(&self) -> Result<(), CallError>;
     /// What a failed call means to a caller of Cowshed.
     fn explain(&self, error: CallError) -> crate::error::Error;
 }
@@ -164,6 +166,10 @@ impl Snapshots for Containerd {
                 None => return Ok(keys),
             }
         }
+    }
+
+    async fn sweep(&self) -> Result<(), CallError> {
+        Self::sweep(self).await
     }
 
     fn explain(&self, error: CallError) -> crate::error::Error {

@@ -133,7 +133,10 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let metrics = Metrics::new().map_err(|e| ServeError::Broke(e.to_string()))?;
     // containerd asks it when we ask containerd: it is the first to start, and the last to stop.
     let plugin = match plugin {
-        Some(listener) => Some(snapshotter::start(&config, metrics.registry(), listener).await?),
+        Some(listener) => {
+            let is_held = snapshotter::held_in(ledger.clone());
+            Some(snapshotter::start(&config, metrics.registry(), listener, is_held).await?)
+        }
         None => None,
     };
     let connected = plugin.as_ref().map(snapshotter::Served::connected);
@@ -386,7 +389,8 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
     let listener = listen::own(&config.snapshotter.socket)?;
     let http = bind(config.metrics_address()?).await?;
     let registry = prometheus::Registry::new();
-    let plugin = snapshotter::start(&config, &registry, listener).await?;
+    // It has no leases of its own.
+    let plugin = snapshotter::start(&config, &registry, listener, Arc::new(|_| false)).await?;
     let (stop, stopped) = watch::channel(false);
     if let Some(http) = http {
         let look = plugin.looker();

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use cowshed_pool::{Api, Health, Metrics, SnapshotsServer, Snapshotter};
+use cowshed_leases::{Lease, LeaseId};
+use cowshed_pool::{Api, Health, IsHeld, Metrics, SnapshotsServer, Snapshotter};
 use futures_util::TryStreamExt as _;
 use prometheus::Registry;
 use tokio::{net::UnixListener, sync::watch, task::JoinHandle, time::Instant};
@@ -10,7 +11,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use super::{GOODBYE, ServeError};
-use crate::config::Config;
+use crate::{config::Config, ledger::Ledger};
 
 /// How long the service waits for the snapshotter before it starts without.
 const SETTLE: Duration = Duration::from_secs(20);
@@ -64,6 +65,7 @@ pub(super) async fn start(
     config: &Config,
     registry: &Registry,
     listener: UnixListener,
+    is_held: IsHeld,
 ) -> Result<Served, ServeError> {
     let metrics = Metrics::register(registry).map_err(|e| ServeError::Broke(e.to_string()))?;
     let snapshotter = Snapshotter::start(config.snapshotter_settings(), metrics)?;
@@ -75,7 +77,7 @@ pub(super) async fn start(
     let connections = UnixListenerStream::new(listener).inspect_ok(move |_| {
         connects.send_replace(true);
     });
-    let router = Server::builder().add_service(SnapshotsServer::new(Api::new(snapshotter.clone())));
+    let router = Server::builder().add_service(SnapshotsServer::new(Api::guarded(snapshotter.clone(), is_held)));
     let server = tokio::spawn(router.serve_with_incoming_shutdown(connections, until));
     if let Health::Waiting(why) = snapshotter.settled(SETTLE).await {
         tracing::warn!(why, "the snapshotter is not ready");
@@ -83,6 +85,16 @@ pub(super) async fn start(
     let until = Instant::now() + CONNECT;
     let connected = Connected { socket: config.snapshotter.socket.clone(), seen, until };
     Ok(Served { snapshotter, stop, server, connected })
+}
+
+/// Whether the ledger says that a VM holds the disk: containerd's keys are namespace/number/key.
+pub(super) fn held_in(ledger: Ledger) -> IsHeld {
+    Arc::new(move |key| {
+        let id = key.rsplit('/').next().and_then(LeaseId::from_snapshot_key);
+        // One that is still being made is taken back by containerd if that fails.
+        let held = |lease: &Lease| lease.is_held() && lease.grant().is_some();
+        id.is_some_and(|id| ledger.read(|book| book.get(&id).is_some_and(held)))
+    })
 }
 
 impl Served {
