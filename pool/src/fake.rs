@@ -48,6 +48,19 @@ struct State {
     creations: u32,
     events: u32,
     suspensions: usize,
+    uuid: String,
+    mode: PoolMode,
+    refuses_activations: bool,
+    activations_refused: usize,
+    /// Thin devices deactivated and deleted, in order.
+    reclaimed: Vec<Reclaimed>,
+}
+
+/// What the reclaimer does to a thin device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reclaimed {
+    Deactivated,
+    Deleted,
 }
 
 /// Pool and filesystem tools. Clones share it.
@@ -64,6 +77,11 @@ impl FakePool {
             creations: 0,
             events: 0,
             suspensions: 0,
+            uuid: "LVM-fake".to_owned(),
+            mode: PoolMode::ReadWrite,
+            refuses_activations: false,
+            activations_refused: 0,
+            reclaimed: Vec::new(),
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -149,7 +167,29 @@ impl FakePool {
         self.state().events += 1;
     }
 
-    /// Calls that change something wait while this is held.
+    /// As another pool has that got its name.
+    pub(crate) fn set_uuid(&self, uuid: &str) {
+        uuid.clone_into(&mut self.state().uuid);
+    }
+
+    pub(crate) fn set_mode(&self, mode: PoolMode) {
+        self.state().mode = mode;
+    }
+
+    /// As the kernel does while it has no memory for another device.
+    pub(crate) fn refuse_activations(&self, refuses: bool) {
+        self.state().refuses_activations = refuses;
+    }
+
+    pub(crate) fn activations_refused(&self) -> usize {
+        self.state().activations_refused
+    }
+
+    pub(crate) fn reclaimed(&self) -> Vec<Reclaimed> {
+        self.state().reclaimed.clone()
+    }
+
+    /// All calls wait while this is held.
     pub(crate) fn hold(&self) -> impl Drop {
         self.state()
     }
@@ -197,20 +237,22 @@ fn refused(what: &str) -> DeviceError {
 
 impl Pool for FakePool {
     fn facts(&self) -> Result<PoolFacts, DeviceError> {
+        let state = self.state();
         let usage = PoolUsage {
             name: "fake".to_owned(),
             data_used: 0,
             data_total: 1 << 40,
             metadata_used: 0,
             metadata_total: 1 << 30,
-            mode: PoolMode::ReadWrite,
+            mode: state.mode,
             zeroing: true,
         };
-        Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned() })
+        Ok(PoolFacts { usage, uuid: state.uuid.clone() })
     }
 
     fn events(&self) -> Result<PoolEvents, DeviceError> {
-        Ok(PoolEvents { count: self.state().events, mode: PoolMode::ReadWrite })
+        let state = self.state();
+        Ok(PoolEvents { count: state.events, mode: state.mode })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -242,12 +284,17 @@ impl Pool for FakePool {
         self.effect(|state| {
             assert!(!state.devices.values().any(|d| d.thin == thin), "{thin:?} was deleted while active");
             state.thins.remove(&thin);
+            state.reclaimed.push(Reclaimed::Deleted);
             Ok(())
         })
     }
 
     fn activate(&self, activation: &Activation) -> Result<(), DeviceError> {
         let name = activation.name.as_str();
+        if self.state().refuses_activations {
+            self.state().activations_refused += 1;
+            return Err(refused("told to refuse"));
+        }
         let device = Device {
             thin: activation.thin,
             access: activation.access,
@@ -290,6 +337,7 @@ impl Pool for FakePool {
             None => Ok(Deactivated::Gone),
             Some(0) => self.effect(|state| {
                 state.devices.remove(name.as_str());
+                state.reclaimed.push(Reclaimed::Deactivated);
                 Ok(Deactivated::Gone)
             }),
             Some(_) => Ok(Deactivated::InUse),
@@ -333,6 +381,10 @@ impl Pool for FakePool {
 
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
         Ok(self.state().thins.keys().copied().collect())
+    }
+
+    fn damage(&self) -> Result<Option<String>, DeviceError> {
+        Ok(None)
     }
 
     fn creations(&self) -> Result<u32, DeviceError> {

@@ -233,6 +233,8 @@ pub trait Pool: Send + Sync {
     fn names(&self) -> Result<BTreeSet<String>, DeviceError>;
     /// All thin ids of the pool. Starts a process: for start-up and audits.
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError>;
+    /// What thin_check has against the pool's metadata; `None` if nothing. Starts a process.
+    fn damage(&self) -> Result<Option<String>, DeviceError>;
     /// How many snapshots were ever made in the pool, as its superblock counts them.
     fn creations(&self) -> Result<u32, DeviceError>;
 }
