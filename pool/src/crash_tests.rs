@@ -312,7 +312,7 @@ fn an_effect_that_fails_leaves_nothing_behind() {
     panic!("the scenario has no end");
 }
 
-fn with_pool<T>(test: impl AsyncFnOnce(Snapshotter, FakePool) -> T) -> T {
+pub(crate) fn with_pool<T>(test: impl AsyncFnOnce(Snapshotter, FakePool) -> T) -> T {
     let directory = tempfile::tempdir().unwrap();
     runtime().block_on(async {
         let pool = FakePool::new();

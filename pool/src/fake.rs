@@ -38,6 +38,9 @@ struct Device {
     linked: bool,
 }
 
+/// Bytes of the pool's data.
+const DATA: u64 = 1 << 40;
+
 #[derive(Debug)]
 struct State {
     thins: BTreeMap<ThinId, String>,
@@ -50,6 +53,7 @@ struct State {
     suspensions: usize,
     uuid: String,
     mode: PoolMode,
+    data_used: u64,
     refuses_activations: bool,
     activations_refused: usize,
     /// Thin devices deactivated and deleted, in order.
@@ -79,6 +83,7 @@ impl FakePool {
             suspensions: 0,
             uuid: "LVM-fake".to_owned(),
             mode: PoolMode::ReadWrite,
+            data_used: 0,
             refuses_activations: false,
             activations_refused: 0,
             reclaimed: Vec::new(),
@@ -176,6 +181,10 @@ impl FakePool {
         self.state().mode = mode;
     }
 
+    pub(crate) fn set_data_used_percent(&self, percent: u64) {
+        self.state().data_used = DATA / 100 * percent;
+    }
+
     /// As the kernel does while it has no memory for another device.
     pub(crate) fn refuse_activations(&self, refuses: bool) {
         self.state().refuses_activations = refuses;
@@ -240,8 +249,8 @@ impl Pool for FakePool {
         let state = self.state();
         let usage = PoolUsage {
             name: "fake".to_owned(),
-            data_used: 0,
-            data_total: 1 << 40,
+            data_used: state.data_used,
+            data_total: DATA,
             metadata_used: 0,
             metadata_total: 1 << 30,
             mode: state.mode,
