@@ -28,7 +28,8 @@ use crate::{
 const SIZE: &str = "containerd.io/snapshot/cowshed.size";
 const LAYER: &str = "containerd.io/snapshot.ref";
 
-async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
+/// Not started yet.
+pub(crate) fn inner(directory: &Path, pool: &FakePool) -> Inner {
     let path = directory.join("snapshots.db");
     let (connection, tree, store_id) = store::open(&path).unwrap();
     let settings = Settings {
@@ -40,7 +41,11 @@ async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
     let store = Store::start(connection, tree, path).unwrap();
     let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
     inner.filesystem = Arc::new(pool.clone());
-    let inner = Arc::new(inner);
+    inner
+}
+
+pub(crate) async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
+    let inner = Arc::new(inner(directory, pool));
     let found = Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0 };
     tokio::spawn(reclaim::run(inner.clone()));
     reconcile(&inner, Arc::new(pool.clone()), found).await.unwrap();
@@ -51,7 +56,7 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
 }
 
-async fn make(
+pub(crate) async fn make(
     s: &Snapshotter,
     key: &str,
     parent: &str,
@@ -94,7 +99,7 @@ async fn scenario(s: &Snapshotter, pool: &FakePool, told: &UnboundedSender<&'sta
 }
 
 /// Waits until nothing is to be reclaimed or put to rest.
-async fn quiet(s: &Snapshotter) {
+pub(crate) async fn quiet(s: &Snapshotter) {
     for _ in 0..2000 {
         let removing = s.0.store.read(|tree| tree.all().any(|s| s.state == State::Removing));
         if !removing && s.0.active_origins().is_empty() {
@@ -166,7 +171,7 @@ async fn audit(s: &Snapshotter, pool: &FakePool, promised: &Promised, what: &str
     });
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
@@ -307,7 +312,7 @@ fn an_effect_that_fails_leaves_nothing_behind() {
     panic!("the scenario has no end");
 }
 
-fn with_pool<T>(test: impl AsyncFnOnce(Snapshotter, FakePool) -> T) -> T {
+pub(crate) fn with_pool<T>(test: impl AsyncFnOnce(Snapshotter, FakePool) -> T) -> T {
     let directory = tempfile::tempdir().unwrap();
     runtime().block_on(async {
         let pool = FakePool::new();

@@ -38,6 +38,9 @@ struct Device {
     linked: bool,
 }
 
+/// Bytes of the pool's data.
+const DATA: u64 = 1 << 40;
+
 #[derive(Debug)]
 struct State {
     thins: BTreeMap<ThinId, String>,
@@ -48,6 +51,20 @@ struct State {
     creations: u32,
     events: u32,
     suspensions: usize,
+    uuid: String,
+    mode: PoolMode,
+    data_used: u64,
+    refuses_activations: bool,
+    activations_refused: usize,
+    /// Thin devices deactivated and deleted, in order.
+    reclaimed: Vec<Reclaimed>,
+}
+
+/// What the reclaimer does to a thin device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reclaimed {
+    Deactivated,
+    Deleted,
 }
 
 /// Pool and filesystem tools. Clones share it.
@@ -64,6 +81,12 @@ impl FakePool {
             creations: 0,
             events: 0,
             suspensions: 0,
+            uuid: "LVM-fake".to_owned(),
+            mode: PoolMode::ReadWrite,
+            data_used: 0,
+            refuses_activations: false,
+            activations_refused: 0,
+            reclaimed: Vec::new(),
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -149,7 +172,33 @@ impl FakePool {
         self.state().events += 1;
     }
 
-    /// Calls that change something wait while this is held.
+    /// As another pool has that got its name.
+    pub(crate) fn set_uuid(&self, uuid: &str) {
+        uuid.clone_into(&mut self.state().uuid);
+    }
+
+    pub(crate) fn set_mode(&self, mode: PoolMode) {
+        self.state().mode = mode;
+    }
+
+    pub(crate) fn set_data_used_percent(&self, percent: u64) {
+        self.state().data_used = DATA / 100 * percent;
+    }
+
+    /// As the kernel does while it has no memory for another device.
+    pub(crate) fn refuse_activations(&self, refuses: bool) {
+        self.state().refuses_activations = refuses;
+    }
+
+    pub(crate) fn activations_refused(&self) -> usize {
+        self.state().activations_refused
+    }
+
+    pub(crate) fn reclaimed(&self) -> Vec<Reclaimed> {
+        self.state().reclaimed.clone()
+    }
+
+    /// All calls wait while this is held.
     pub(crate) fn hold(&self) -> impl Drop {
         self.state()
     }
@@ -197,20 +246,22 @@ fn refused(what: &str) -> DeviceError {
 
 impl Pool for FakePool {
     fn facts(&self) -> Result<PoolFacts, DeviceError> {
+        let state = self.state();
         let usage = PoolUsage {
             name: "fake".to_owned(),
-            data_used: 0,
-            data_total: 1 << 40,
+            data_used: state.data_used,
+            data_total: DATA,
             metadata_used: 0,
             metadata_total: 1 << 30,
-            mode: PoolMode::ReadWrite,
+            mode: state.mode,
             zeroing: true,
         };
-        Ok(PoolFacts { usage, uuid: "LVM-fake".to_owned() })
+        Ok(PoolFacts { usage, uuid: state.uuid.clone() })
     }
 
     fn events(&self) -> Result<PoolEvents, DeviceError> {
-        Ok(PoolEvents { count: self.state().events, mode: PoolMode::ReadWrite })
+        let state = self.state();
+        Ok(PoolEvents { count: state.events, mode: state.mode })
     }
 
     fn create_thin(&self, thin: ThinId) -> Result<(), DeviceError> {
@@ -242,12 +293,17 @@ impl Pool for FakePool {
         self.effect(|state| {
             assert!(!state.devices.values().any(|d| d.thin == thin), "{thin:?} was deleted while active");
             state.thins.remove(&thin);
+            state.reclaimed.push(Reclaimed::Deleted);
             Ok(())
         })
     }
 
     fn activate(&self, activation: &Activation) -> Result<(), DeviceError> {
         let name = activation.name.as_str();
+        if self.state().refuses_activations {
+            self.state().activations_refused += 1;
+            return Err(refused("told to refuse"));
+        }
         let device = Device {
             thin: activation.thin,
             access: activation.access,
@@ -290,6 +346,7 @@ impl Pool for FakePool {
             None => Ok(Deactivated::Gone),
             Some(0) => self.effect(|state| {
                 state.devices.remove(name.as_str());
+                state.reclaimed.push(Reclaimed::Deactivated);
                 Ok(Deactivated::Gone)
             }),
             Some(_) => Ok(Deactivated::InUse),
@@ -333,6 +390,10 @@ impl Pool for FakePool {
 
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
         Ok(self.state().thins.keys().copied().collect())
+    }
+
+    fn damage(&self) -> Result<Option<String>, DeviceError> {
+        Ok(None)
     }
 
     fn creations(&self) -> Result<u32, DeviceError> {

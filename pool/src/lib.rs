@@ -22,6 +22,8 @@ mod service;
 mod size;
 mod snapshotter;
 mod start;
+#[cfg(test)]
+mod start_tests;
 pub mod store;
 mod traffic;
 mod tree;

@@ -10,7 +10,7 @@ use std::{
 use futures_util::future::join_all;
 
 use crate::{
-    device::{Deactivated, PoolFacts},
+    device::{Deactivated, PoolUsage},
     error::{Code, Error},
     snapshotter::{Health, Inner},
     tree::{Change, Snapshot, SnapshotId},
@@ -46,9 +46,9 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         let lively = inner.traffic.is_lively();
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
         let backlog = inner.store.read(|tree| tree.removing().count());
-        let crowd = u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1);
-        let crowd = if backlog > 0 && serving && is_short(&inner).await { NO_MANNERS } else { crowd };
-        let count = if lively { BATCH_BESIDE.saturating_mul(crowd as usize).min(BATCH) } else { BATCH };
+        let is_short = backlog > 0 && serving && pool_is_short(&inner).await;
+        let haste = haste(backlog, is_short);
+        let count = batch_size(lively, haste);
         let batch = if serving { due(&inner, &mut held, count) } else { Vec::new() };
         if batch.is_empty() {
             let next = held.values().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
@@ -59,8 +59,8 @@ pub(crate) async fn run(inner: Arc<Inner>) {
                 () = tokio::time::sleep(pause) => {}
             }
         } else {
-            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / crowd).await;
-            rest(&inner, worked * REST / crowd).await;
+            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / haste).await;
+            rest(&inner, worked * REST / haste).await;
         }
         if serving && counted.elapsed() > RECOUNT {
             counted = Instant::now();
@@ -69,13 +69,24 @@ pub(crate) async fn run(inner: Arc<Inner>) {
     }
 }
 
+/// How many times less it gives way and rests, and how many times more it does at once beside makings.
+fn haste(backlog: usize, is_short: bool) -> u32 {
+    if is_short { NO_MANNERS } else { u32::try_from(backlog / CROWD).unwrap_or(u32::MAX).max(1) }
+}
+
+fn batch_size(lively: bool, haste: u32) -> usize {
+    if lively { BATCH_BESIDE.saturating_mul(haste as usize).min(BATCH) } else { BATCH }
+}
+
 /// Whether the pool has next to no room left, for data or for metadata.
-async fn is_short(inner: &Inner) -> bool {
-    let facts = inner.on_pool(|pool| pool.facts()).await;
+fn is_short(usage: &PoolUsage) -> bool {
     let short = |used: u64, total: u64| total.saturating_sub(used) < total / 100 * SHORT;
-    facts.is_ok_and(|PoolFacts { usage, .. }| {
-        short(usage.data_used, usage.data_total) || short(usage.metadata_used, usage.metadata_total)
-    })
+    short(usage.data_used, usage.data_total) || short(usage.metadata_used, usage.metadata_total)
+}
+
+async fn pool_is_short(inner: &Inner) -> bool {
+    let facts = inner.on_pool(|pool| pool.facts()).await;
+    facts.is_ok_and(|facts| is_short(&facts.usage))
 }
 
 /// Marks as removed what was given up while the store could not be written; says whether nothing of it is left.
@@ -231,8 +242,92 @@ async fn wait_while(limit: Duration, condition: impl Fn() -> bool) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::tree::{Kind, tests::snapshot};
+    use crate::{
+        crash_tests::{make, with_pool},
+        device::PoolMode,
+        fake::Reclaimed,
+        tree::{Kind, tests::snapshot},
+    };
+
+    #[test]
+    fn a_pool_is_short_with_less_than_a_tenth_of_its_data_or_metadata_left() {
+        let cases = [
+            ("empty", 0, 0, false),
+            ("a tenth of both", 900, 9000, false),
+            ("less of data", 901, 0, true),
+            ("less of metadata", 0, 9001, true),
+            ("full", 1000, 10000, true),
+        ];
+        for (what, data_used, metadata_used, short) in cases {
+            let usage = PoolUsage {
+                name: String::new(),
+                data_used,
+                data_total: 1000,
+                metadata_used,
+                metadata_total: 10000,
+                mode: PoolMode::ReadWrite,
+                zeroing: true,
+            };
+            assert_eq!(is_short(&usage), short, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_more_waits_and_the_less_room_is_left_the_less_it_gives_way() {
+        let one_look = Duration::from_millis(1);
+        let cases = [
+            (1, BATCH_BESIDE, GIVE_WAY),
+            (2 * CROWD - 1, BATCH_BESIDE, GIVE_WAY),
+            (2 * CROWD, 2 * BATCH_BESIDE, GIVE_WAY / 2),
+            (100 * CROWD, BATCH, GIVE_WAY / 100),
+        ];
+        for (backlog, count, patience) in cases {
+            let haste = haste(backlog, false);
+            assert_eq!((batch_size(true, haste), GIVE_WAY / haste), (count, patience), "{backlog} wait");
+            assert_eq!(batch_size(false, haste), BATCH, "{backlog} wait, and nobody is there");
+        }
+        // Whatever waits: not even as long as one look takes, and as good as no rest.
+        for backlog in [1, 100 * CROWD] {
+            let haste = haste(backlog, true);
+            assert_eq!(batch_size(true, haste), BATCH);
+            assert!(GIVE_WAY / haste < one_look && one_look * REST / haste < one_look / 100);
+        }
+    }
+
+    /// How many it takes at once while somebody makes a snapshot.
+    fn batch_beside_a_making(data_used_percent: u64) -> usize {
+        with_pool(async |s, pool| {
+            pool.set_data_used_percent(data_used_percent);
+            for n in 0..BATCH {
+                make(&s, &n.to_string(), "", Kind::Active, &[]).await.unwrap();
+            }
+            let before = pool.reclaimed().len();
+            let _making = s.0.traffic.making();
+            // It looks at the pool before it takes a batch: by then all wait.
+            let held = pool.hold();
+            (0..BATCH).for_each(|n| s.remove(&n.to_string()).unwrap());
+            while !s.0.busy.counts().is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            drop(held);
+            // A batch is deactivated before the first of it is deleted.
+            loop {
+                let done = pool.reclaimed().split_off(before);
+                if let Some(batch) = done.iter().position(|one| *one == Reclaimed::Deleted) {
+                    return batch;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+    }
+
+    #[test]
+    fn with_next_to_no_room_left_a_backlog_goes_at_full_speed_beside_makings() {
+        assert_eq!(batch_beside_a_making(89), BATCH_BESIDE);
+        assert_eq!(batch_beside_a_making(91), BATCH);
+    }
 
     #[test]
     fn what_somebody_keeps_open_keeps_no_other_waiting() {

@@ -72,7 +72,7 @@ impl Snapshotter {
         let inner = Arc::new(inner);
         match damaged {
             Some(why) => set(&inner, Health::Refusing(why)),
-            None => drop(tokio::spawn(bring_up(inner.clone()))),
+            None => drop(tokio::spawn(bring_up(inner.clone(), DeviceMapper::new))),
         }
         tokio::spawn(reclaim::run(inner.clone()));
         Ok(Self(inner))
@@ -103,10 +103,14 @@ fn set(inner: &Inner, health: Health) {
     *inner.health.write().unwrap_or_else(PoisonError::into_inner) = health;
 }
 
-async fn bring_up(inner: Arc<Inner>) {
+/// `find` finds the pool of a name.
+pub(crate) async fn bring_up<P: Pool + 'static>(
+    inner: Arc<Inner>,
+    find: impl Fn(&str) -> Result<P, DeviceError> + Clone + Send + 'static,
+) {
     let mut said = String::new();
     loop {
-        match attempt(&inner).await {
+        match attempt(&inner, find.clone()).await {
             Ok(()) => return,
             Err(Hindrance::Lasting(why)) => {
                 tracing::error!(why, "the snapshotter changes nothing; it answers reads");
@@ -125,10 +129,18 @@ async fn bring_up(inner: Arc<Inner>) {
     }
 }
 
-async fn attempt(inner: &Arc<Inner>) -> Result<(), Hindrance> {
+async fn attempt<P: Pool + 'static>(
+    inner: &Arc<Inner>,
+    find: impl FnOnce(&str) -> Result<P, DeviceError> + Send + 'static,
+) -> Result<(), Hindrance> {
     let settings = inner.settings.clone();
     let known = inner.store.read(|tree| tree.pool().to_owned());
-    let looked = tokio::task::spawn_blocking(move || look_at_pool(&settings, &known)).await;
+    let looked = tokio::task::spawn_blocking(move || {
+        let pool = find(&settings.pool).map_err(passing)?;
+        let found = look_at_pool(&pool, &settings, &known)?;
+        Ok((pool, found))
+    })
+    .await;
     let (pool, found) = looked.map_err(|e| Hindrance::Passing(e.to_string()))??;
     reconcile(inner, Arc::new(pool), found).await.map_err(Hindrance::Passing)
 }
@@ -142,8 +154,7 @@ pub(crate) struct Found {
     pub(crate) creations: u32,
 }
 
-fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found), Hindrance> {
-    let pool = DeviceMapper::new(&settings.pool).map_err(passing)?;
+fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Found, Hindrance> {
     let facts = pool.facts().map_err(passing)?;
     let name = &facts.usage.name;
     match facts.usage.mode {
@@ -202,7 +213,7 @@ fn look_at_pool(settings: &Settings, known: &str) -> Result<(DeviceMapper, Found
     };
     let creations = pool.creations().map_err(passing)?;
     let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
-    Ok((pool, Found { new_uuid, thin_ids, creations }))
+    Ok(Found { new_uuid, thin_ids, creations })
 }
 
 fn passing(error: DeviceError) -> Hindrance {

@@ -1,5 +1,7 @@
 //! Cowshed's snapshotter as containerd's other clients use it. Only where that is the host's snapshotter.
 
+mod pool;
+
 use std::{
     fs::{self, File},
     path::Path,
@@ -33,6 +35,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("pool_that_does_not_write", pool_that_does_not_write),
     ("pool_with_io_errors", pool_with_io_errors),
     ("damaged_pool_metadata", damaged_pool_metadata),
+    ("extended_while_used", pool::extended_while_used),
+    ("a_pool_of_another_uuid", pool::a_pool_of_another_uuid),
+    ("leaked_blocks_do_not_keep_a_pool_down", pool::leaked_blocks_do_not_keep_a_pool_down),
     ("what_is_told_is_so", what_is_told_is_so),
     ("alone", alone),
     ("state_full_and_free_again", state_full_and_free_again),

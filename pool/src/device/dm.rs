@@ -331,21 +331,17 @@ impl Pool for DeviceMapper {
         self.with_metadata_snap(|| audit::thin_ls(metadata))?
     }
 
+    fn damage(&self) -> Result<Option<String>, DeviceError> {
+        let metadata = self.metadata()?;
+        self.with_metadata_snap(|| audit::thin_check(metadata))?
+    }
+
     fn creations(&self) -> Result<u32, DeviceError> {
         audit::superblock_time(self.metadata()?)
     }
 }
 
 impl DeviceMapper {
-    /// What thin_check has against the pool's metadata; `None` if nothing. Starts a process.
-    ///
-    /// # Errors
-    /// If it cannot be run, or the pool does not give it a snapshot of its metadata.
-    pub fn damage(&self) -> Result<Option<String>, DeviceError> {
-        let metadata = self.metadata()?;
-        self.with_metadata_snap(|| audit::thin_check(metadata))?
-    }
-
     /// Programs read the metadata of a pool that is in use from a snapshot of it.
     fn with_metadata_snap<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
         // One that was killed may have left its own.

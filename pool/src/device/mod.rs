@@ -233,6 +233,46 @@ pub trait Pool: Send + Sync {
     fn names(&self) -> Result<BTreeSet<String>, DeviceError>;
     /// All thin ids of the pool. Starts a process: for start-up and audits.
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError>;
+    /// What thin_check has against the pool's metadata; `None` if nothing. Starts a process.
+    fn damage(&self) -> Result<Option<String>, DeviceError>;
     /// How many snapshots were ever made in the pool, as its superblock counts them.
     fn creations(&self) -> Result<u32, DeviceError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PoolEvents, PoolMode};
+
+    #[test]
+    fn a_pool_that_stopped_and_went_on_has_told_two_events() {
+        let writing = |count| PoolEvents { count, mode: PoolMode::ReadWrite };
+        let cases = [
+            ("nothing was told", writing(7), writing(7), true),
+            ("low space", writing(7), writing(8), true),
+            ("it stopped and went on", writing(7), writing(9), false),
+            ("low space, across the counter's end", writing(u32::MAX), writing(0), true),
+            ("it stopped and went on, across the counter's end", writing(u32::MAX), writing(1), false),
+            // The pool is another one, or was activated anew: nobody knows what happened before.
+            ("a count that has gone back", writing(7), writing(6), false),
+            ("one event since it was activated", PoolEvents::NONE, writing(1), true),
+            ("two events since it was activated", PoolEvents::NONE, writing(2), false),
+        ];
+        for (what, begun, now, writes) in cases {
+            assert_eq!(now.has_written_since(begun), writes, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_pool_that_does_not_write_then_or_now_has_not_written_all_the_time() {
+        let others = [PoolMode::ReadOnly, PoolMode::OutOfDataSpace, PoolMode::NeedsCheck, PoolMode::Failed];
+        for mode in others {
+            for told in [0, 1] {
+                let writing = |count| PoolEvents { count, mode: PoolMode::ReadWrite };
+                let not = |count| PoolEvents { count, mode };
+                assert!(!not(7 + told).has_written_since(writing(7)), "{mode} now, {told} told");
+                assert!(!writing(7 + told).has_written_since(not(7)), "{mode} then, {told} told");
+                assert!(!not(7 + told).has_written_since(not(7)), "{mode} all the time, {told} told");
+            }
+        }
+    }
 }

@@ -10,6 +10,7 @@ pub(crate) mod registry_log;
 pub(crate) mod second;
 #[path = "../../support/snapshots.rs"]
 pub(crate) mod snapshots;
+pub(crate) mod thin_metadata;
 
 use std::time::{Duration, Instant};
 
