@@ -113,6 +113,7 @@ fn by_hand() -> Outcome {
     same!(ran.trim(), "a tiny image", "what a container says");
     let top = lines(&format!("{ctr} ls | awk '$NF == \"Committed\" {{ print $1 }}'"))?;
     let parent = top.first().ok_or("the pull has left no committed snapshot")?;
+    // ctr marks what it prepares and commits as wanted, but not its views: containerd may have collected that one.
     let script = format!(
         "mkdir -p /tmp/e2e-mnt
          {ctr} prepare e2e-a {parent} > /dev/null
@@ -123,7 +124,7 @@ fn by_hand() -> Outcome {
          mount -o ro $({ctr} mounts /tmp/e2e-mnt e2e-v | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt
          cat /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
          {ctr} usage e2e-c | tail -1 | awk '{{ print ($2 > 0) ? \"used\" : $0 }}'
-         {ctr} rm e2e-v; {ctr} rm e2e-c"
+         {ctr} rm e2e-v 2> /dev/null || true; {ctr} rm e2e-c"
     );
     let printed = sh(&script)?;
     check!(printed.starts_with("moo\n"), "{printed}");
