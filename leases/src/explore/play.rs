@@ -90,6 +90,9 @@ impl World {
                 return Err("a request that came again gets another lease".into());
             }
             Answer::Existing(lease) => Call::Found(wish, lease),
+            Answer::Refused if known.is_none() && !desk.view(self.book).holds(wish.vm) => {
+                return Err("a VM that has nothing is refused a disk".into());
+            }
             Answer::Done | Answer::Refused => return Ok(()),
         };
         if let Some(client) = self.calls.iter_mut().find(|call| **call == Call::None) {

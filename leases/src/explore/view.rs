@@ -58,6 +58,10 @@ impl View {
     pub(super) fn get(&self, lease: u8) -> Option<&LeaseView> {
         self.leases.iter().find(|view| view.lease == lease)
     }
+
+    pub(super) fn holds(&self, vm: u8) -> bool {
+        self.leases.iter().any(|lease| lease.vm == vm && lease.is_held())
+    }
 }
 
 impl LeaseView {
