@@ -317,4 +317,4 @@ impl Book {
 
 #[cfg(test)]
 #[path = "book_tests.rs"]
-mod tests;
+pub(crate) mod tests;

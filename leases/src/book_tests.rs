@@ -12,31 +12,31 @@ use crate::{
 
 const SECOND: u64 = 1_000_000;
 
-pub(super) fn vm(n: u8) -> VmId {
+pub(crate) fn vm(n: u8) -> VmId {
     format!("vm{n}").parse().unwrap()
 }
 
-pub(super) fn spec(n: u8) -> Spec {
+pub(crate) fn spec(n: u8) -> Spec {
     Spec { image: format!("registry.example/app:{n}"), platform: "linux/amd64".into() }
 }
 
-pub(super) fn id(n: u64) -> LeaseId {
+pub(crate) fn id(n: u64) -> LeaseId {
     LeaseId::from_random(u128::from(n))
 }
 
-pub(super) fn at(boot: u8, up: u64) -> Moment {
+pub(crate) fn at(boot: u8, up: u64) -> Moment {
     Moment { wall: UnixMicros(0), boot: BootId::from_bits(boot.into()), up: Uptime(up * SECOND) }
 }
 
-pub(super) fn ttl(seconds: u64) -> Ttl {
+pub(crate) fn ttl(seconds: u64) -> Ttl {
     Ttl::from_seconds(seconds).unwrap()
 }
 
-pub(super) fn grace() -> Grace {
+pub(crate) fn grace() -> Grace {
     Grace { expired: ttl(10), boot: ttl(100) }
 }
 
-pub(super) fn ask(n: u8, s: u8) -> Ask {
+pub(crate) fn ask(n: u8, s: u8) -> Ask {
     Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None }
 }
 
@@ -44,7 +44,7 @@ fn request(n: u8) -> RequestId {
     format!("request-{n}").parse().unwrap()
 }
 
-pub(super) fn back(n: u8) -> Release {
+pub(crate) fn back(n: u8) -> Release {
     Release { vm: vm(n), lease: None, generation: None, request: None }
 }
 
@@ -52,7 +52,7 @@ fn failure() -> Failure {
     Failure { reason: "POOL_FULL".into(), message: "the pool is full".into() }
 }
 
-pub(super) fn grant(n: u32) -> Grant {
+pub(crate) fn grant(n: u32) -> Grant {
     let number = DeviceNumber { major: 253, minor: n };
     let device = DeviceIdentity {
         path: format!("/dev/mapper/snap-{n}"),
@@ -67,13 +67,13 @@ pub(super) fn grant(n: u32) -> Grant {
     Grant { device, filesystem: "ext4".into(), image_digest: "sha256:0".into(), process, at: UnixMicros(1) }
 }
 
-pub(super) fn apply(book: &mut Book, changes: Vec<Change>) {
+pub(crate) fn apply(book: &mut Book, changes: Vec<Change>) {
     for change in changes {
         book.apply(change);
     }
 }
 
-pub(super) fn acquired(book: &mut Book, ask: &Ask, fresh: LeaseId, now: &Moment) -> Lease {
+pub(crate) fn acquired(book: &mut Book, ask: &Ask, fresh: LeaseId, now: &Moment) -> Lease {
     match book.acquire(ask, fresh, now).unwrap() {
         Acquisition::New { lease, changes } => {
             apply(book, changes);
@@ -352,7 +352,7 @@ fn what_does_not_fit_together_is_refused() {
 }
 
 /// What would be written down of the book.
-pub(super) fn stored(book: &Book) -> Stored {
+pub(crate) fn stored(book: &Book) -> Stored {
     Stored {
         leases: book.leases.values().cloned().collect(),
         gone: book.gone.values().cloned().collect(),

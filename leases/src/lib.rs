@@ -4,6 +4,8 @@
 
 mod book;
 mod device;
+#[cfg(test)]
+mod explore;
 mod id;
 mod lease;
 mod moves;

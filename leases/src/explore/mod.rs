@@ -1,0 +1,93 @@
+//! The book as its own model: the real one, with the service, containerd, the kernel and launchers played around it, taken
+//! through every order in which two clients, two VMs, the reclaimer, time, crashes and power cuts can come.
+//!
+//! ```text
+//! search ──► world, play: who can do what, and what it does ──► desk: asks the book ──► Book
+//!    └─────► invariants: what holds in every state, and what becomes of it when it is left alone
+//! ```
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
+
+mod desk;
+mod invariants;
+mod play;
+mod search;
+mod view;
+mod world;
+
+use std::time::Instant;
+
+use desk::BookFlaw;
+use search::{Seen, explore};
+use world::{Bounds, Flaw};
+
+/// Deeper than any world goes.
+const TO_THE_END: usize = 1_000;
+
+const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false };
+
+/// How deep a world is explored that is too wide for its end: COWSHED_DEPTH says it otherwise.
+fn as_deep_as(steps: usize) -> usize {
+    std::env::var("COWSHED_DEPTH").map_or(steps, |text| text.parse().unwrap())
+}
+
+fn explored(bounds: Bounds, depth: usize) -> Seen {
+    let began = Instant::now();
+    match explore(bounds, depth, None) {
+        Ok(seen) => {
+            eprintln!("{bounds:?}: {seen}, {:.1} s", began.elapsed().as_secs_f64());
+            seen
+        }
+        Err(violation) => panic!("{bounds:?}: {violation}"),
+    }
+}
+
+#[test]
+fn every_promise_is_kept_over_time_crashes_and_a_power_cut() {
+    let seen = explored(Bounds { boots: 2, up: 3, ..NARROW }, TO_THE_END);
+    assert!(seen.all && seen.states > 800_000, "{seen}");
+}
+
+#[test]
+fn a_request_that_comes_again_is_made_once() {
+    let seen = explored(Bounds { names: true, ..NARROW }, TO_THE_END);
+    assert!(seen.all && seen.states > 300_000, "{seen}");
+}
+
+#[test]
+fn a_vm_that_comes_back_while_others_come_and_go_keeps_what_it_has() {
+    let seen = explored(Bounds { leases: 3, ..NARROW }, as_deep_as(11));
+    assert!(seen.all || seen.states > 100_000, "{seen}");
+}
+
+#[test]
+fn everything_together_keeps_every_promise() {
+    let seen = explored(Bounds { leases: 4, boots: 3, up: 4, names: true }, as_deep_as(7));
+    assert!(seen.states > 50_000, "{seen}");
+}
+
+#[test]
+fn a_flaw_is_found() {
+    let timed = Bounds { up: 3, ..NARROW };
+    let named = Bounds { names: true, ..NARROW };
+    for (flaw, bounds, what) in [
+        (Flaw::Book(BookFlaw::GrantsWhatWasReleased), NARROW, "lease 0 is held again"),
+        (Flaw::Book(BookFlaw::ForgetsRequests), named, "a release that came again changes something"),
+        (Flaw::Book(BookFlaw::ForgetsGenerations), NARROW, "generation 1 was given out before"),
+        (Flaw::RemovesOpenDevices, NARROW, "the device that VM 0 has open is removed"),
+        (Flaw::RemovesWhatIsBeingMade, NARROW, "the snapshot of lease 0 is without a lease in containerd"),
+        (Flaw::StrikesOffFirst, NARROW, "the snapshot of lease 0 is on no record"),
+        (Flaw::GivesUpOnOpenDevices, timed, "a lease is given up whose device is open"),
+        (Flaw::GivesUpEarly, timed, "a lease is given up before its grace is over"),
+        (Flaw::PreparesUnleased, NARROW, "the snapshot of lease 0 is without a lease in containerd"),
+        (Flaw::AnswersWhatItFound, NARROW, "VM 0 does not have lease 0, as it was told"),
+        (Flaw::AnswersBeforeItWrites, NARROW, "VM 0 does not have lease 0, as it was told"),
+        (Flaw::LeavesHalfMade, NARROW, "lease 0 is being made for ever"),
+        (Flaw::UsesNamesAgain, NARROW, "VM 0 was given the disk of lease 1"),
+    ] {
+        match explore(bounds, TO_THE_END, Some(flaw)) {
+            Ok(seen) => panic!("{flaw:?} is not found: {seen}"),
+            Err(found) => assert!(found.what.ends_with(what), "{flaw:?}: {found}"),
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! What every step does, and what it must not do to what somebody was promised.
+
+use super::{
+    desk::{
+        Answer, BOOT_GRACE_STEPS, Clock, Desk, EXPIRED_GRACE_STEPS, Op, Return, TTL_STEPS, Which, Wish,
+        moment,
+    },
+    view::Stand,
+    world::{CLIENTS, Call, Disk, Flaw, Promise, Reclaimer, Step, World},
+};
+
+impl World {
+    /// The world after the step. Fails if somebody was promised otherwise.
+    pub(super) fn after(mut self, desk: &mut Desk, step: Step, flaw: Option<Flaw>) -> Result<Self, String> {
+        match step {
+            Step::Acquire(wish) => self.acquire(desk, wish)?,
+            Step::Proceed(client) => self.calls[client] = self.proceed(desk, self.calls[client], flaw)?,
+            Step::Fail(client) => {
+                if let Call::Intended(_, lease) | Call::Leased(_, lease) | Call::Prepared(_, lease) =
+                    std::mem::replace(&mut self.calls[client], Call::None)
+                {
+                    self.fail(desk, lease)?;
+                }
+            }
+            Step::Release(back) => self.release(desk, back)?,
+            Step::Renew(lease) => self.renew(desk, lease)?,
+            Step::Open(vm, device) => self.open(vm, device),
+            Step::Close(vm) => self.launchers[vm].open = None,
+            Step::TimePasses => self.clock.up += 1,
+            Step::Crash => self.crash(desk, flaw)?,
+            Step::PowerCut => {
+                self.clock = Clock { boot: self.clock.boot + 1, up: 0 };
+                self.launchers.iter_mut().for_each(|launcher| launcher.open = None);
+                self.crash(desk, flaw)?;
+            }
+            Step::Suspect => drop(self.ask(desk, Op::Suspect)?),
+            Step::Look(lease) => self.look(desk, lease, flaw)?,
+            Step::Reclaim => self.reclaimer = self.reclaim(desk, flaw)?,
+        }
+        // It does not matter which client is which.
+        self.calls.sort_unstable();
+        Ok(self)
+    }
+
+    fn ask(&mut self, desk: &mut Desk, op: Op) -> Result<Answer, String> {
+        let (book, answer) = desk.ask(self.book, op, self.clock)?;
+        self.book = book;
+        Ok(answer)
+    }
+
+    /// And starts again: what was half made is given up before anything is served.
+    fn crash(&mut self, desk: &mut Desk, flaw: Option<Flaw>) -> Result<(), String> {
+        self.calls = [Call::None; CLIENTS];
+        self.reclaimer = Reclaimer::Idle;
+        self.ask(desk, Op::Load)?;
+        let leases = desk.view(self.book).leases.iter();
+        let half_made = leases.filter(|lease| lease.stand == Stand::Preparing).map(|lease| lease.lease);
+        let half_made: Vec<u8> = half_made.filter(|_| flaw != Some(Flaw::LeavesHalfMade)).collect();
+        half_made.into_iter().try_for_each(|lease| self.fail(desk, lease))
+    }
+
+    fn open(&mut self, vm: usize, device: u8) {
+        let Some(disk) = &mut self.disks[usize::from(device)] else { return };
+        self.launchers[vm].open = Some(device);
+        disk.marks |= 1 << vm;
+        if let Some(promise) = self.promises[vm].as_mut().filter(|promise| promise.lease == disk.lease) {
+            promise.written = true;
+        }
+    }
+
+    fn acquire(&mut self, desk: &mut Desk, wish: Wish) -> Result<(), String> {
+        let vm = usize::from(wish.vm);
+        let known = self.acquired[vm].filter(|_| wish.named);
+        let promise = self.promises[vm];
+        let doubtful = promise.is_some_and(|promise| promise.is_doubtful(self.clock));
+        let replaces = wish.fresh && known.is_none() && doubtful;
+        let call = match self.ask(desk, Op::Acquire(wish, self.made))? {
+            Answer::New(_) if known.is_some() => return Err("a request that came again makes a lease".into()),
+            Answer::New(_) if promise.is_some() && !replaces => return Err("a VM gets a second lease".into()),
+            Answer::New(lease) => {
+                self.made += 1;
+                self.promises[vm] = None;
+                if wish.named {
+                    self.acquired[vm] = Some(lease);
+                }
+                Call::Intended(wish, lease)
+            }
+            Answer::Existing(_) if replaces => return Err("a fresh disk is asked for, and not made".into()),
+            Answer::Existing(lease) if known.is_some_and(|known| known != lease) => {
+                return Err("a request that came again gets another lease".into());
+            }
+            Answer::Existing(lease) => Call::Found(wish, lease),
+            Answer::Refused if known.is_none() && !desk.view(self.book).holds(wish.vm) => {
+                return Err("a VM that has nothing is refused a disk".into());
+            }
+            Answer::Done | Answer::Refused => return Ok(()),
+        };
+        if let Some(client) = self.calls.iter_mut().find(|call| **call == Call::None) {
+            *client = call;
+        }
+        Ok(())
+    }
+
+    fn proceed(&mut self, desk: &mut Desk, call: Call, flaw: Option<Flaw>) -> Result<Call, String> {
+        let unleased = flaw == Some(Flaw::PreparesUnleased);
+        match call {
+            Call::None => {}
+            Call::Intended(wish, lease) => {
+                if unleased {
+                    self.prepare(wish, lease, flaw);
+                } else {
+                    self.containerd_leases |= 1 << lease;
+                }
+                return Ok(Call::Leased(wish, lease));
+            }
+            Call::Leased(wish, lease) => {
+                if unleased {
+                    self.containerd_leases |= 1 << lease;
+                } else {
+                    self.prepare(wish, lease, flaw);
+                }
+                return Ok(Call::Prepared(wish, lease));
+            }
+            Call::Prepared(wish, lease) if flaw == Some(Flaw::AnswersBeforeItWrites) => {
+                self.promise(wish.vm, lease)?;
+            }
+            Call::Prepared(wish, lease) => self.confirm(desk, wish, lease)?,
+            Call::Found(wish, lease) if flaw == Some(Flaw::AnswersWhatItFound) => {
+                self.promise(wish.vm, lease)?;
+            }
+            Call::Found(wish, lease) => self.keep(desk, wish, lease)?,
+        }
+        Ok(Call::None)
+    }
+
+    fn prepare(&mut self, wish: Wish, lease: u8, flaw: Option<Flaw>) {
+        let free = self.disks.iter().position(Option::is_none);
+        let name = if flaw == Some(Flaw::UsesNamesAgain) { free } else { Some(usize::from(lease)) };
+        let disk = Disk { lease, image: wish.image(), marks: 0 };
+        name.into_iter().for_each(|name| self.disks[name] = Some(disk));
+    }
+
+    fn confirm(&mut self, desk: &mut Desk, wish: Wish, lease: u8) -> Result<(), String> {
+        let device = self.device_of(lease);
+        let Some((device, disk)) = device.and_then(|n| Some((n, self.disks[usize::from(n)]?))) else {
+            return Err("what is being made is removed".into());
+        };
+        if self.ask(desk, Op::Grant { lease, device, image: disk.image })? == Answer::Done {
+            self.launchers[usize::from(wish.vm)].given |= 1 << device;
+            return self.promise(wish.vm, lease);
+        }
+        // It was released meanwhile, or the device is another's.
+        self.fail(desk, lease)
+    }
+
+    fn keep(&mut self, desk: &mut Desk, wish: Wish, lease: u8) -> Result<(), String> {
+        if self.ask(desk, Op::Keep(wish, lease))? == Answer::Done {
+            if wish.named {
+                self.acquired[usize::from(wish.vm)].get_or_insert(lease);
+            }
+            self.promise(wish.vm, lease)?;
+        }
+        Ok(())
+    }
+
+    /// From now on, its VM has it.
+    fn promise(&mut self, vm: u8, lease: u8) -> Result<(), String> {
+        let before = self.promises[usize::from(vm)];
+        if before.is_some_and(|before| before.lease != lease) {
+            return Err("a VM has two leases".into());
+        }
+        self.promises[usize::from(vm)] = Some(Promise {
+            lease,
+            boot: self.clock.boot,
+            until: (vm == 0).then_some(self.clock.up + TTL_STEPS),
+            written: before.is_some_and(|before| before.written),
+        });
+        Ok(())
+    }
+
+    fn fail(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
+        self.ask(desk, Op::Fail(lease))?;
+        let failed = desk.view(self.book).get(lease).is_some_and(|l| matches!(l.stand, Stand::Failed { .. }));
+        for acquired in self.acquired.iter_mut().filter(|acquired| failed && **acquired == Some(lease)) {
+            // It may be made again.
+            *acquired = None;
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, desk: &mut Desk, back: Return) -> Result<(), String> {
+        let (vm, book) = (usize::from(back.vm), self.book);
+        self.ask(desk, Op::Release(back))?;
+        if back.named && std::mem::replace(&mut self.given_back[vm], true) {
+            let same = self.book == book;
+            return if same { Ok(()) } else { Err("a release that came again changes something".into()) };
+        }
+        let meant = |vm, lease| match back.which {
+            Which::Any => vm == back.vm,
+            Which::Lease(only) | Which::Generation(only) => vm == back.vm && lease == only,
+        };
+        for before in desk.view(book).leases.iter().filter(|lease| lease.is_held()) {
+            let held = desk.view(self.book).get(before.lease).is_some_and(|lease| lease.is_held());
+            match (meant(before.vm, before.lease), held) {
+                (true, true) => return Err(format!("lease {} was released and is held", before.lease)),
+                (false, false) => return Err(format!("lease {} goes with another's release", before.lease)),
+                _ => {}
+            }
+        }
+        self.promises[vm].take_if(|promise| meant(back.vm, promise.lease));
+        Ok(())
+    }
+
+    fn renew(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
+        let whose = self.promises.iter().position(|promise| promise.is_some_and(|p| p.lease == lease));
+        match (self.ask(desk, Op::Renew(lease))?, whose) {
+            (Answer::Done, Some(vm)) => self.promise(vm as u8, lease),
+            (Answer::Done, None) => Err("a lease is renewed that is nobody's any more".into()),
+            (_, Some(_)) => Err("a lease that was promised cannot be renewed".into()),
+            (_, None) => Ok(()),
+        }
+    }
+
+    fn look(&mut self, desk: &Desk, lease: u8, flaw: Option<Flaw>) -> Result<(), String> {
+        let Some(found) = desk.lease(self.book, lease) else { return Ok(()) };
+        let open = self.is_open(lease);
+        let ahead = EXPIRED_GRACE_STEPS.max(BOOT_GRACE_STEPS) * u8::from(flaw == Some(Flaw::GivesUpEarly));
+        let now = moment(Clock { up: self.clock.up + ahead, ..self.clock });
+        if found.is_overdue(&now) && (!open || flaw == Some(Flaw::GivesUpOnOpenDevices)) {
+            if open {
+                return Err("a lease is given up whose device is open".into());
+            }
+            self.reclaimer = Reclaimer::Overdue(lease);
+        }
+        let at_work = self.is_being_made(lease) && flaw != Some(Flaw::RemovesWhatIsBeingMade);
+        if found.is_to_be_reclaimed() && !at_work && !open {
+            self.reclaimer = Reclaimer::ToReclaim(lease);
+        }
+        Ok(())
+    }
+
+    fn reclaim(&mut self, desk: &mut Desk, flaw: Option<Flaw>) -> Result<Reclaimer, String> {
+        Ok(match self.reclaimer {
+            Reclaimer::Idle => Reclaimer::Idle,
+            Reclaimer::Overdue(lease) => {
+                self.give_up_on(desk, lease, flaw)?;
+                Reclaimer::Idle
+            }
+            Reclaimer::ToReclaim(lease) if flaw == Some(Flaw::StrikesOffFirst) => {
+                self.ask(desk, Op::Remove(lease))?;
+                Reclaimer::Idle
+            }
+            // Who removes the device sees whether it is open, and nobody opens it meanwhile.
+            Reclaimer::ToReclaim(lease) if self.is_open(lease) && flaw != Some(Flaw::RemovesOpenDevices) => {
+                Reclaimer::Idle
+            }
+            Reclaimer::ToReclaim(lease) => {
+                self.device_of(lease).into_iter().for_each(|device| self.disks[usize::from(device)] = None);
+                Reclaimer::Unsnapshotted(lease)
+            }
+            Reclaimer::Unsnapshotted(lease) => {
+                self.containerd_leases &= !(1 << lease);
+                Reclaimer::Unleased(lease)
+            }
+            Reclaimer::Unleased(lease) => {
+                self.ask(desk, Op::Remove(lease))?;
+                Reclaimer::Idle
+            }
+        })
+    }
+
+    fn give_up_on(&mut self, desk: &mut Desk, lease: u8, flaw: Option<Flaw>) -> Result<(), String> {
+        let now = self.clock;
+        if flaw == Some(Flaw::GivesUpEarly) {
+            self.clock.up += EXPIRED_GRACE_STEPS.max(BOOT_GRACE_STEPS);
+        }
+        self.ask(desk, Op::GiveUpOn(lease))?;
+        self.clock = now;
+        let held = desk.view(self.book).get(lease).is_some_and(|lease| lease.is_held());
+        let promised =
+            |promise: &&mut Option<Promise>| !held && promise.is_some_and(|promise| promise.lease == lease);
+        for promise in self.promises.iter_mut().filter(promised) {
+            if promise.is_some_and(|promise| !promise.is_over(now)) {
+                return Err("a lease is given up before its grace is over".into());
+            }
+            *promise = None;
+        }
+        Ok(())
+    }
+}
+
+impl Promise {
+    /// Whether its VM may ask for another disk instead.
+    fn is_doubtful(&self, now: Clock) -> bool {
+        self.boot != now.boot || self.until.is_some_and(|until| until <= now.up)
+    }
+
+    /// Whether it has to be kept no longer, if the device is closed.
+    fn is_over(&self, now: Clock) -> bool {
+        if self.boot == now.boot {
+            self.until.is_some_and(|until| until + EXPIRED_GRACE_STEPS <= now.up)
+        } else {
+            BOOT_GRACE_STEPS <= now.up
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! All of a book that anything is decided by, small enough to compare.
+
+use super::desk::number_of;
+use crate::{
+    Book, BootId, Grant, Kind, Lease, Request, RequestId, Spec, State, Stored, Suspicion, Term, Ttl, Uptime,
+    book::tests::stored,
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct View {
+    /// By lease.
+    pub(super) leases: Vec<LeaseView>,
+    requests: Vec<(RequestId, bool, String, Option<u8>)>,
+    last_generation: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct LeaseView {
+    pub(super) lease: u8,
+    pub(super) vm: u8,
+    pub(super) image: u8,
+    generation: u64,
+    ttl: Option<Ttl>,
+    boot: BootId,
+    until: Option<Uptime>,
+    pub(super) stand: Stand,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Stand {
+    Preparing,
+    Granted(Granted),
+    Suspect { granted: Granted, expired: bool, boot: BootId, until: Uptime },
+    Releasing(Option<Granted>),
+    Failed { cleared: bool },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Granted {
+    pub(super) device: u8,
+    pub(super) image: u8,
+}
+
+impl View {
+    /// Each field is named, so that a new one is thought of here.
+    pub(super) fn of(book: &Book) -> Self {
+        // What has gone, and the revisions, are for those who watch: see `Desk::number`.
+        let Stored { leases, gone: _, requests, horizon: _, last_generation, last_revision: _ } =
+            stored(book);
+        let request = |(id, request): (RequestId, Request)| {
+            let Request { kind, vm, lease, revision: _ } = request;
+            (id, kind == Kind::Acquire, vm.into(), lease.as_ref().map(number_of))
+        };
+        let requests = requests.into_iter().map(request).collect();
+        Self { leases: leases.iter().map(LeaseView::of).collect(), requests, last_generation }
+    }
+
+    pub(super) fn get(&self, lease: u8) -> Option<&LeaseView> {
+        self.leases.iter().find(|view| view.lease == lease)
+    }
+
+    pub(super) fn holds(&self, vm: u8) -> bool {
+        self.leases.iter().any(|lease| lease.vm == vm && lease.is_held())
+    }
+}
+
+impl LeaseView {
+    fn of(lease: &Lease) -> Self {
+        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, state } = lease;
+        let (Term { ttl, boot, until }, Spec { image, platform: _ }) = (*term, spec);
+        let stand = match state {
+            State::Preparing => Stand::Preparing,
+            State::Granted(grant) => Stand::Granted(Granted::of(grant)),
+            State::Suspect { grant, why, since: _, boot, until } => Stand::Suspect {
+                granted: Granted::of(grant),
+                expired: *why == Suspicion::Expired,
+                boot: *boot,
+                until: *until,
+            },
+            State::Releasing { grant, since: _ } => Stand::Releasing(grant.as_deref().map(Granted::of)),
+            State::Failed { failure: _, since: _, cleared } => Stand::Failed { cleared: *cleared },
+        };
+        let vm = last_digit(vm.as_str());
+        let lease = number_of(id);
+        Self { lease, vm, image: last_digit(image), generation: generation.0, ttl, boot, until, stand }
+    }
+
+    /// What its VM has, or had.
+    pub(super) fn granted(&self) -> Option<&Granted> {
+        match &self.stand {
+            Stand::Granted(granted) | Stand::Suspect { granted, .. } => Some(granted),
+            Stand::Releasing(granted) => granted.as_ref(),
+            Stand::Preparing | Stand::Failed { .. } => None,
+        }
+    }
+
+    pub(super) fn is_granted(&self) -> bool {
+        matches!(self.stand, Stand::Granted(_) | Stand::Suspect { .. })
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.is_granted() || self.stand == Stand::Preparing
+    }
+}
+
+impl Granted {
+    fn of(grant: &Grant) -> Self {
+        Self { device: grant.device.thin_id as u8, image: last_digit(&grant.image_digest) }
+    }
+}
+
+fn last_digit(text: &str) -> u8 {
+    text.bytes().last().map_or(0, |digit| digit - b'0')
+}
