@@ -124,8 +124,7 @@ fn keep_alive_renews_many() -> Outcome {
     let unknown = "0".repeat(32);
     let ids = vec![a.lease.clone(), unknown.clone(), b.lease.clone()];
     let answers: Vec<v1::KeepAliveResponse> = block_on(async {
-        let mut client =
-            v1::cowshed_client::CowshedClient::new(channel(second.socket()).await?);
+        let mut client = v1::cowshed_client::CowshedClient::new(channel(second.socket()).await?);
         let requests = vec![v1::KeepAliveRequest { lease_ids: ids.clone() }; 2];
         let mut stream = client.keep_alive(tokio_stream::iter(requests)).await?.into_inner();
         let mut answers = Vec::new();

@@ -2,8 +2,11 @@
 //! the lights go out; afterwards what was promised and what was committed is looked at.
 
 mod acks;
+#[path = "../support/cowshed.rs"]
+mod cowshed;
 #[path = "../support/snapshots.rs"]
 mod snapshots;
+mod tenants;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -19,6 +22,7 @@ use acks::{Acks, GONE};
 use clap::Parser;
 use containerd_client::services::v1::snapshots::{Info, Kind};
 use snapshots::{CONTAINERD, Snapshots};
+use tenants::Tenant;
 use tonic::{Code, Status};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -48,6 +52,7 @@ struct Arguments {
 
 const NAMESPACE: &str = "churn";
 const WORKERS: u64 = 6;
+const TENANTS: u64 = 8;
 /// Snapshots that a worker keeps before it only removes.
 const ENOUGH: usize = 12;
 /// Where on the disk the mark is, and how long: beyond what mkfs writes, several blocks of the pool.
@@ -90,7 +95,6 @@ struct Worker {
     acks: Acks,
     prefix: String,
     dice: Dice,
-    tolerant: bool,
     /// Part of the names: no other run, of this boot or of one before, has it.
     run: u64,
     count: u64,
@@ -98,22 +102,35 @@ struct Worker {
     marked: HashSet<String>,
 }
 
-impl Worker {
-    async fn run(mut self, until: Option<Instant>) -> Outcome<u64> {
-        let mut done = 0;
-        while until.is_none_or(|until| Instant::now() < until) {
-            match self.step().await {
-                Ok(()) => done += 1,
-                Err(error) => {
-                    let broken = error.downcast_ref::<Status>().is_some_and(is_broken);
-                    if !(self.tolerant && broken) {
-                        return Err(format!("{}: {error}", self.prefix).into());
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+/// Somebody who does one thing after the other.
+trait Busy: Send {
+    /// Who it is.
+    fn name(&self) -> String;
+    /// The next thing.
+    fn step(&mut self) -> impl Future<Output = Outcome> + Send;
+}
+
+/// Goes on until the time is over, or something fails that is not to; says how much was done.
+async fn keep_on(mut busy: impl Busy, until: Option<Instant>, tolerant: bool) -> Outcome<u64> {
+    let mut done = 0;
+    while until.is_none_or(|until| Instant::now() < until) {
+        match busy.step().await {
+            Ok(()) => done += 1,
+            Err(error) => {
+                let broken = error.downcast_ref::<Status>().is_some_and(is_broken);
+                if !(tolerant && broken) {
+                    return Err(format!("{}: {error}", busy.name()).into());
                 }
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
-        Ok(done)
+    }
+    Ok(done)
+}
+
+impl Busy for Worker {
+    fn name(&self) -> String {
+        self.prefix.clone()
     }
 
     /// What there is is asked each time: after a broken call nobody knows whether it was made.
@@ -167,7 +184,9 @@ impl Worker {
         }
         Ok(())
     }
+}
 
+impl Worker {
     async fn remove(&self, key: &str) -> Outcome {
         self.acks.begin(&[key])?;
         self.side.remove(key).await?;
@@ -249,7 +268,7 @@ async fn run(arguments: Arguments) -> Outcome<String> {
         Snapshots::new(containerd_client::connect(CONTAINERD).await?, &arguments.snapshotter, NAMESPACE);
     if arguments.audit {
         let lines = arguments.acks.map(std::fs::read_to_string).transpose()?.unwrap_or_default();
-        let kept = compare_with_promises(&side.list().await?, &lines)?;
+        let kept = compare_with_promises(&side.list().await?, &lines)? + tenants::audit(&lines).await?;
         let looked = audit(&side).await?;
         let open = acks::uncertain(&lines);
         return Ok(format!(
@@ -267,14 +286,17 @@ async fn run(arguments: Arguments) -> Outcome<String> {
             acks: acks.clone(),
             prefix: format!("w{n}-"),
             dice: Dice((arguments.seed + 1) * 0x9e37_79b9 + n),
-            tolerant: arguments.tolerant,
             run: arguments.seed,
             count: 0,
             marked: HashSet::new(),
         };
-        tokio::spawn(worker.run(until))
+        tokio::spawn(keep_on(worker, until, arguments.tolerant))
     });
-    let workers: Vec<_> = workers.collect();
+    let mut workers: Vec<_> = workers.collect();
+    for n in 0..TENANTS {
+        let tenant = Tenant::new(n, arguments.seed, acks.clone()).await?;
+        workers.push(tokio::spawn(keep_on(tenant, until, arguments.tolerant)));
+    }
     let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", until));
     let mut done = 0;
     for worker in workers {

@@ -77,7 +77,8 @@ pub(super) async fn start(
     let connections = UnixListenerStream::new(listener).inspect_ok(move |_| {
         connects.send_replace(true);
     });
-    let router = Server::builder().add_service(SnapshotsServer::new(Api::guarded(snapshotter.clone(), is_held)));
+    let router =
+        Server::builder().add_service(SnapshotsServer::new(Api::guarded(snapshotter.clone(), is_held)));
     let server = tokio::spawn(router.serve_with_incoming_shutdown(connections, until));
     if let Health::Waiting(why) = snapshotter.settled(SETTLE).await {
         tracing::warn!(why, "the snapshotter is not ready");

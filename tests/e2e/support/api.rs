@@ -1,21 +1,16 @@
 //! The gRPC API itself, where codes, details or streams matter.
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::OnceLock,
-};
+use std::{collections::HashMap, path::Path, sync::OnceLock};
 
 use cowshed_proto::v1::{self, cowshed_client::CowshedClient};
-use hyper_util::rt::TokioIo;
-use tokio::{net::UnixStream, runtime::Runtime};
-use tonic::{
-    Code, Status,
-    transport::{Channel, Endpoint},
-};
+use tokio::runtime::Runtime;
+use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
-use super::{Outcome, cow::SOCKET};
+use super::{
+    Outcome,
+    cowshed::{self, SOCKET},
+};
 
 /// Runs the future to its end.
 pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
@@ -26,13 +21,7 @@ pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
 
 /// A connection to the service on a socket.
 pub(crate) async fn channel(socket: &Path) -> Outcome<Channel> {
-    let path: PathBuf = socket.to_owned();
-    let connector = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    // The URI is not used by the connector, but has to be one.
-    Ok(Endpoint::from_static("http://cowshed").connect_with_connector(connector).await?)
+    Ok(cowshed::channel(socket).await?)
 }
 
 /// The host's service.

@@ -10,8 +10,9 @@ use super::{
     same, wait_for,
 };
 
+pub(crate) use super::cowshed::SOCKET;
+
 pub(crate) const REGISTRY: &str = "127.0.0.1:5000";
-pub(crate) const SOCKET: &str = "/run/cowshed/cowshed.sock";
 
 /// The snapshotter that this host's cowshed works with: SNAPSHOTTER, or cowshed's own default.
 pub(crate) fn snapshotter() -> &'static str {

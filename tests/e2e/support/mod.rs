@@ -4,6 +4,8 @@ pub(crate) mod api;
 pub(crate) mod audit;
 pub(crate) mod command;
 pub(crate) mod cow;
+#[path = "../../support/cowshed.rs"]
+pub(crate) mod cowshed;
 pub(crate) mod fake_image;
 pub(crate) mod fake_registry;
 pub(crate) mod registry_log;

@@ -1,0 +1,200 @@
+//! Launchers of VMs: each acquires, writes, renews, verifies and releases disks of its own VMs, and remembers what it was
+//! answered. What was answered is so after any crash, and on a disk is what its VM has written, and nobody else.
+
+use std::{collections::HashMap, fs::File, os::unix::fs::FileExt as _, path::Path};
+
+use cowshed_proto::v1::{self, LeaseState, cowshed_client::CowshedClient, get_lease_request::By};
+use tonic::{Code, Status, transport::Channel};
+
+use crate::{
+    Busy, Dice, MARK_AT, MARK_BYTES, Outcome,
+    acks::{self, Acks, GONE},
+    cowshed, mark,
+};
+
+/// VMs of one launcher.
+const VMS: usize = 2;
+const IMAGE: &str = "127.0.0.1:5000/cowshed/tiny:1";
+/// How their ids begin, in the service and among the promises.
+const PREFIX: &str = "tenant-";
+
+pub(crate) struct Tenant {
+    client: CowshedClient<Channel>,
+    acks: Acks,
+    vms: Vec<String>,
+    dice: Dice,
+    run: u64,
+    count: u64,
+}
+
+pub(crate) async fn client() -> Outcome<CowshedClient<Channel>> {
+    Ok(CowshedClient::new(cowshed::channel(Path::new(cowshed::SOCKET)).await?))
+}
+
+/// The VM's lease, in whatever state.
+async fn lease_of(client: &mut CowshedClient<Channel>, vm: &str) -> Result<Option<v1::Lease>, Status> {
+    match client.get_lease(v1::GetLeaseRequest { by: Some(By::VmId(vm.to_owned())) }).await {
+        Ok(reply) => Ok(reply.into_inner().lease),
+        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) => Err(status),
+    }
+}
+
+fn is_held(lease: &v1::Lease) -> bool {
+    matches!(lease.state(), LeaseState::Granted | LeaseState::Suspect)
+}
+
+/// What a VM writes on its disk.
+fn marks_of(vm: &str, lease: &str) -> Vec<u8> {
+    mark(&format!("{vm}-{lease}"))
+}
+
+fn path_of(lease: &v1::Lease) -> Outcome<&str> {
+    Ok(lease.device.as_ref().ok_or_else(|| format!("lease {} has no device", lease.lease_id))?.path.as_str())
+}
+
+fn read_marks(lease: &v1::Lease) -> Outcome<Vec<u8>> {
+    let mut found = vec![0; MARK_BYTES];
+    File::open(path_of(lease)?)?.read_exact_at(&mut found, MARK_AT)?;
+    Ok(found)
+}
+
+impl Tenant {
+    pub(crate) async fn new(number: u64, seed: u64, acks: Acks) -> Outcome<Self> {
+        let mut tenant = Self {
+            client: client().await?,
+            acks,
+            vms: (0..VMS).map(|n| format!("{PREFIX}{number}-{n}")).collect(),
+            dice: Dice((seed + 1) * 0x5851_f42d + number),
+            run: seed,
+            count: 0,
+        };
+        tenant.say_what_is().await?;
+        Ok(tenant)
+    }
+
+    /// What holds from before this boot is promised again: its lines are in another file.
+    async fn say_what_is(&mut self) -> Outcome {
+        for vm in self.vms.clone() {
+            match lease_of(&mut self.client, &vm).await? {
+                Some(lease) if is_held(&lease) => {
+                    let written = read_marks(&lease)? == marks_of(&vm, &lease.lease_id);
+                    self.promise(&vm, &lease.lease_id, written)?;
+                }
+                _ => self.acks.done(&[(&vm, GONE)])?,
+            }
+        }
+        Ok(())
+    }
+
+    fn promise(&self, vm: &str, lease: &str, written: bool) -> Outcome {
+        let state = format!("{}{lease}", if written { "written:" } else { "granted:" });
+        Ok(self.acks.done(&[(vm, &state)])?)
+    }
+
+    async fn acquire(&mut self, vm: &str, held: Option<&v1::Lease>) -> Outcome {
+        if held.is_none() {
+            self.acks.begin(&[vm])?;
+        }
+        let request = v1::AcquireRequest {
+            vm_id: vm.to_owned(),
+            spec: Some(v1::DiskSpec { image: IMAGE.to_owned(), platform: None }),
+            request_id: Some(format!("{vm}-{}-{}", self.run, self.count)),
+            ..v1::AcquireRequest::default()
+        };
+        let lease =
+            self.client.acquire(request).await?.into_inner().lease.ok_or("a reply without a lease")?;
+        if let Some(held) = held {
+            if lease.lease_id != held.lease_id {
+                return Err(format!("VM {vm} held lease {} and got {}", held.lease_id, lease.lease_id).into());
+            }
+            return Ok(());
+        }
+        self.promise(vm, &lease.lease_id, false)?;
+        let file = File::options().write(true).open(path_of(&lease)?)?;
+        file.write_all_at(&marks_of(vm, &lease.lease_id), MARK_AT)?;
+        file.sync_all()?;
+        self.promise(vm, &lease.lease_id, true)
+    }
+
+    async fn release(&mut self, vm: &str, lease: &v1::Lease) -> Outcome {
+        self.acks.begin(&[vm])?;
+        let request = v1::ReleaseRequest {
+            vm_id: vm.to_owned(),
+            lease_id: Some(lease.lease_id.clone()),
+            ..v1::ReleaseRequest::default()
+        };
+        self.client.release(request).await?;
+        Ok(self.acks.done(&[(vm, GONE)])?)
+    }
+
+    async fn renew(&mut self, lease: &v1::Lease) -> Outcome {
+        self.client.renew(v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None }).await?;
+        Ok(())
+    }
+
+    async fn verify(&mut self, lease: &v1::Lease) -> Outcome {
+        let device = lease.device.clone().unwrap_or_default();
+        // A suspect one may have other numbers than it was granted with.
+        self.renew(lease).await?;
+        let request = v1::VerifyDeviceRequest {
+            lease_id: lease.lease_id.clone(),
+            path: Some(device.path),
+            dm_uuid: device.dm_uuid,
+            thin_id: Some(device.thin_id),
+            generation: Some(lease.generation),
+            image_digest: lease.image_digest.clone(),
+            ..v1::VerifyDeviceRequest::default()
+        };
+        let reply = self.client.verify_device(request).await?.into_inner();
+        if reply.verified { Ok(()) } else { Err(format!("{:?}", reply.differences).into()) }
+    }
+}
+
+impl Busy for Tenant {
+    fn name(&self) -> String {
+        self.vms.join(", ")
+    }
+
+    async fn step(&mut self) -> Outcome {
+        let vm = self.vms[self.dice.below(VMS)].clone();
+        self.count += 1;
+        match lease_of(&mut self.client, &vm).await? {
+            Some(lease) if is_held(&lease) => match self.dice.below(6) {
+                0 | 1 => self.release(&vm, &lease).await,
+                2 => self.renew(&lease).await,
+                3 => self.verify(&lease).await,
+                _ => self.acquire(&vm, Some(&lease)).await,
+            },
+            _ => self.acquire(&vm, None).await,
+        }
+    }
+}
+
+/// Compares what launchers were answered with what is; says how many promises were kept.
+pub(crate) async fn audit(lines: &str) -> Outcome<usize> {
+    let mut client = client().await?;
+    let promised: HashMap<&str, &str> =
+        acks::promised(lines).into_iter().filter(|(key, _)| key.starts_with(PREFIX)).collect();
+    for (vm, state) in &promised {
+        let lease = lease_of(&mut client, vm).await?.filter(is_held);
+        match (state.split_once(':'), lease) {
+            (None, None) => {}
+            (None, Some(lease)) => {
+                return Err(format!("VM {vm} has released, and has lease {}", lease.lease_id).into());
+            }
+            (Some((what, id)), Some(lease)) if lease.lease_id == id => {
+                if what == "written" && read_marks(&lease)? != marks_of(vm, id) {
+                    return Err(
+                        format!("the disk of VM {vm}, lease {id}, has not what it has written").into()
+                    );
+                }
+            }
+            (Some((_, id)), other) => {
+                let now = other.map_or_else(|| "none".to_owned(), |lease| lease.lease_id);
+                return Err(format!("VM {vm} was granted lease {id}, and has {now}").into());
+            }
+        }
+    }
+    Ok(promised.len())
+}
