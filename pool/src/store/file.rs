@@ -350,6 +350,25 @@ mod tests {
         open(&path).unwrap();
     }
 
+    #[test]
+    fn with_the_traces_of_a_restore_a_missing_store_is_not_made_anew() {
+        for trace in [RESTORING.to_owned(), format!("{BEFORE_RESTORE}1800000000")] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("herd.db");
+            fs::write(beside(&path, &trace), b"cows").unwrap();
+            let error = open(&path).err().unwrap().to_string();
+            for part in [&trace, "restore was interrupted", "herd book restore BACKUP` again"] {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+            assert!(!path.exists());
+            // Beside one that is there they are nothing but files.
+            fs::rename(beside(&path, &trace), directory.path().join("away")).unwrap();
+            open(&path).unwrap().close().unwrap();
+            fs::rename(directory.path().join("away"), beside(&path, &trace)).unwrap();
+            open(&path).unwrap();
+        }
+    }
+
     fn open(path: &Path) -> Result<Connection, OpenError> {
         Ok(FORMAT.open(path, |_| Ok(()))?.0)
     }
