@@ -8,13 +8,13 @@ pub const FAILURE: u8 = 1;
 pub const USAGE: u8 = 2;
 /// The service does not answer on its socket.
 pub const NO_SERVICE: u8 = 20;
-/// `serve`: the configuration is wrong.
+/// `serve`, `ledger`: the configuration is wrong.
 pub const CONFIGURATION: u8 = 21;
-/// `serve`: another `cowshed serve` has the state directory.
+/// `serve`, `ledger`: another `cowshed serve` has the state directory.
 pub const STATE_IN_USE: u8 = 22;
-/// `serve`: the state directory cannot be used (missing, read-only, full).
+/// `serve`, `ledger`: the state directory cannot be used (missing, read-only, full).
 pub const STATE_UNUSABLE: u8 = 23;
-/// `serve`: the ledger is damaged or newer.
+/// `serve`, `ledger`: the ledger is damaged or newer.
 pub const LEDGER_DAMAGED: u8 = 24;
 /// `serve`: the ledger's disk failed while running.
 pub const LEDGER_FAILED: u8 = cowshed_pool::store::DISK_FAILED;

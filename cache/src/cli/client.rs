@@ -94,7 +94,10 @@ async fn ask(command: Command) -> Result<(), Failure> {
         }
         Command::Status { reach } => status(&reach).await,
         // Answered without a service, by the caller.
-        Command::Serve { .. } | Command::Snapshotter { .. } | Command::Version { .. } => Ok(()),
+        Command::Serve { .. }
+        | Command::Snapshotter { .. }
+        | Command::Ledger { .. }
+        | Command::Version { .. } => Ok(()),
     }
 }
 

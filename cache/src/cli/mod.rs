@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and what the exit status says.
 
 mod client;
+mod ledger;
 mod pull;
 mod show;
 
@@ -23,8 +24,8 @@ use crate::{
 const EXIT_HELP: &str = "\
 Exit status: 0 done; 1 failure; 2 wrong command line or invalid argument; 3 not found; 4 exists with another spec; \
 5 denied; 6 failed precondition; 7 full; 8 unavailable, try again; 9 timeout; 10 corrupt image; 20 no service on the \
-socket; serve: 21 configuration, 22 state directory in use, 23 state directory unusable, 24 ledger damaged, 25 the \
-ledger's disk failed, 26 cannot listen.";
+socket; serve, ledger: 21 configuration, 22 state directory in use, 23 state directory unusable, 24 ledger damaged; \
+serve: 25 the ledger's disk failed, 26 cannot listen.";
 
 /// How long the end waits for threads that are in a call of the system's.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -218,6 +219,11 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
+    /// Check, back up or restore the ledger, which says which VM holds which disk.
+    Ledger {
+        #[command(subcommand)]
+        command: ledger::LedgerCommand,
+    },
     /// Print the version.
     Version {
         /// How to print it.
@@ -237,6 +243,7 @@ impl Cli {
         let status = match self.command {
             Command::Serve { config, check } => run_service(&runtime, config, check, serve::serve),
             Command::Snapshotter { config } => run_service(&runtime, config, false, serve::serve_snapshotter),
+            Command::Ledger { command } => finish(ledger::run(command)),
             Command::Version { output } => finish(print(&show::version(output))),
             command => finish(runtime.block_on(client::run(command))),
         };

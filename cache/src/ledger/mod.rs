@@ -4,6 +4,7 @@
 
 mod error;
 mod schema;
+pub mod tools;
 
 use std::{collections::BTreeMap, path::Path};
 

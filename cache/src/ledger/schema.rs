@@ -43,7 +43,7 @@ CREATE TABLE counters (
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
 ",
-    advice: "it is all that says which VM holds which disk: put back a backup, or, only if no VM runs on this host, move \
+    advice: "it is all that says which VM holds which disk: put back a backup (`cowshed ledger restore`), or, only if no VM runs on this host, move \
              it away and start with none",
 };
 

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::ServeError;
 
 /// Held as long as the process runs; the kernel lets go of it when the process ends, however it ends.
-pub(super) fn take(directory: &Path) -> Result<Flock<File>, ServeError> {
+pub(crate) fn take(directory: &Path) -> Result<Flock<File>, ServeError> {
     let unusable = |what: String| ServeError::State { directory: directory.display().to_string(), what };
     fs::create_dir_all(directory).map_err(|e| unusable(e.to_string()))?;
     let path = directory.join("lock");

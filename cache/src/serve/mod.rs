@@ -2,7 +2,7 @@
 
 mod http;
 mod listen;
-mod lock;
+pub(crate) mod lock;
 mod snapshotter;
 
 pub(crate) use snapshotter::Connected;
@@ -93,7 +93,9 @@ impl ServeError {
             Self::Config(_) => exit::CONFIGURATION,
             Self::InUse { .. } => exit::STATE_IN_USE,
             Self::State { .. } | Self::Store(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Store(OpenError::Damaged { .. } | OpenError::Newer { .. }) => exit::LEDGER_DAMAGED,
+            Self::Store(
+                OpenError::Damaged { .. } | OpenError::Newer { .. } | OpenError::Restoring { .. },
+            ) => exit::LEDGER_DAMAGED,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }

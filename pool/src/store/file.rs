@@ -9,6 +9,11 @@ use std::{
 use rusqlite::{Connection, OpenFlags, config::DbConfig};
 use thiserror::Error as ThisError;
 
+/// Added to a store's name: what is about to be put in its place.
+pub const RESTORING: &str = ".restoring";
+/// Added to a store's name, with the time after it: what was there before something else was put in its place.
+pub const BEFORE_RESTORE: &str = ".before-restore-";
+
 /// What a kind of store is.
 #[derive(Clone, Copy, Debug)]
 pub struct Format {
@@ -55,6 +60,21 @@ pub enum OpenError {
         found: i64,
         /// Ours.
         known: i64,
+    },
+    /// It was moved aside, and nothing was put in its place.
+    #[error(
+        "the {noun} {path} is missing and {left} is there: a restore was interrupted. A new {noun} is not made: the old \
+         one says which disks are in use. Run `cowshed {noun} restore BACKUP` again, with the backup or with \
+         {path}{BEFORE_RESTORE}…, which is what was there before; only if no VM runs on this host and an empty {noun} is \
+         wanted, move {path}{RESTORING} and {path}{BEFORE_RESTORE}… out of the directory"
+    )]
+    Restoring {
+        /// What kind of store.
+        noun: &'static str,
+        /// The file.
+        path: String,
+        /// What the restore has left.
+        left: String,
     },
     /// The operating system refused.
     #[error("the {noun} {path} cannot be opened: {what}; check that its directory is writable and not full")]
@@ -108,27 +128,32 @@ impl Format {
             Ok(found) if found.len() == 0 => return Err(self.damaged(path, "it is empty")),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.expect_no_log(path)?;
+                self.expect_nothing_left(path)?;
                 self.create(path)?;
             }
             Err(error) => return Err(self.io(path, error)),
         }
         let made_room = make_room_for_log(path);
-        let opened = self.open_what_is_there(path, load);
+        let opened = self.open_copy(path, path, load);
         if opened.is_err() && made_room {
             let _none = fs::remove_file(log_of(path));
         }
         opened
     }
 
-    fn open_what_is_there<T>(
+    /// Opens `copy` as [`Format::open`] opens what is there; `path`, of which errors speak, is what it is a copy of.
+    ///
+    /// # Errors
+    /// As there. What is not there is not made.
+    pub fn open_copy<T>(
         &self,
+        copy: &Path,
         path: &Path,
         load: impl FnOnce(&Connection) -> Result<T, OpenError>,
     ) -> Result<(Connection, T), OpenError> {
         let sqlite = |e| self.sqlite(path, &e);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(path, flags).map_err(sqlite)?;
+        let connection = Connection::open_with_flags(copy, flags).map_err(sqlite)?;
         // Closing moves the log into the file, and removes it: not before all is found good.
         let keep_log = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
         connection.set_db_config(keep_log, true).map_err(sqlite)?;
@@ -150,6 +175,28 @@ impl Format {
     pub fn open_for_reading(&self, path: &Path) -> Result<Connection, OpenError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))
+    }
+
+    /// Whether a store that is not there may be made.
+    ///
+    /// # Errors
+    /// If something of an earlier one is left.
+    pub fn expect_nothing_left(&self, path: &Path) -> Result<(), OpenError> {
+        // The first, for what it says covers the log too.
+        self.expect_no_restore(path)?;
+        self.expect_no_log(path)
+    }
+
+    fn expect_no_restore(&self, path: &Path) -> Result<(), OpenError> {
+        let left = before_restores(path).map_err(|e| self.io(path, e))?.pop();
+        match left.or_else(|| Some(beside(path, RESTORING)).filter(|restoring| restoring.exists())) {
+            None => Ok(()),
+            Some(left) => Err(OpenError::Restoring {
+                noun: self.noun,
+                path: path.display().to_string(),
+                left: left.display().to_string(),
+            }),
+        }
     }
 
     /// SQLite would replay a log that was left behind into the file that is made beside it.
@@ -210,10 +257,31 @@ impl Format {
     }
 }
 
+/// The file whose name is that of `path` with `suffix` after it.
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// What restores have moved aside, in the order of their names; without logs.
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn before_restores(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let prefix = format!("{}{BEFORE_RESTORE}", path.file_name().unwrap_or_default().to_string_lossy());
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let names = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let mut names = names.collect::<io::Result<Vec<String>>>()?;
+    names.retain(|name| {
+        name.strip_prefix(&prefix).is_some_and(|time| time.chars().all(|c| c.is_ascii_digit()))
+    });
+    names.sort();
+    Ok(names.into_iter().map(|name| directory.join(name)).collect())
+}
+
 fn log_of(path: &Path) -> PathBuf {
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
-    log.into()
+    beside(path, "-wal")
 }
 
 /// Gives the write-ahead log its size before it is used: a commit then overwrites, and waits for the disk only, not for
@@ -280,6 +348,25 @@ mod tests {
         // An empty one has nothing to replay.
         fs::write(&log, b"").unwrap();
         open(&path).unwrap();
+    }
+
+    #[test]
+    fn with_the_traces_of_a_restore_a_missing_store_is_not_made_anew() {
+        for trace in [RESTORING.to_owned(), format!("{BEFORE_RESTORE}1800000000")] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("herd.db");
+            fs::write(beside(&path, &trace), b"cows").unwrap();
+            let error = open(&path).err().unwrap().to_string();
+            for part in [&trace, "restore was interrupted", "herd book restore BACKUP` again"] {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+            assert!(!path.exists());
+            // Beside one that is there they are nothing but files.
+            fs::rename(beside(&path, &trace), directory.path().join("away")).unwrap();
+            open(&path).unwrap().close().unwrap();
+            fs::rename(directory.path().join("away"), beside(&path, &trace)).unwrap();
+            open(&path).unwrap();
+        }
     }
 
     fn open(path: &Path) -> Result<Connection, OpenError> {
