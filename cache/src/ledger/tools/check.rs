@@ -96,19 +96,25 @@ fn problems(copy: &PrivateCopy, what: String) -> Vec<Problem> {
         // The structure is whole and each lease can be read.
         problems.push(Problem { what, way_out: FIT });
     } else if !problems.iter().any(|problem| problem.what.contains(&what) || what.contains(&problem.what)) {
-        problems.push(Problem { what, way_out: RECORD });
+        problems.push(Problem { what, way_out: FIT });
     }
     problems
 }
 
-/// SQLite's own verdict; nothing if that is "ok".
+/// SQLite's own verdict, up to where it cannot go on; nothing if that is "ok".
 fn broken_structure(connection: &Connection) -> Vec<String> {
-    let rows = || -> rusqlite::Result<Vec<String>> {
+    let mut broken = Vec::new();
+    let mut look = || -> rusqlite::Result<()> {
         let mut statement = connection.prepare(&format!("PRAGMA integrity_check({LISTED})"))?;
-        let rows = statement.query_map([], |row| row.get(0))?;
-        rows.collect()
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            broken.push(row.get(0)?);
+        }
+        Ok(())
     };
-    let mut broken = rows().unwrap_or_else(|error| vec![error.to_string()]);
+    if let Err(error) = look() {
+        broken.push(error.to_string());
+    }
     broken.retain(|row| row != "ok");
     broken
 }

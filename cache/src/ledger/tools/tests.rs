@@ -175,6 +175,18 @@ async fn damage_is_told_with_its_way_out_and_never_copied_nor_restored_nor_touch
 }
 
 #[tokio::test]
+async fn what_sqlite_says_before_it_cannot_go_on_is_told_first() {
+    let (directory, path) = place();
+    ledger_with(directory.path(), 1..4).await;
+    rewrite(&path, |bytes| bytes[8192..8704].fill(0x5a));
+    let problems = check(&path).unwrap().problems;
+    assert!(problems[0].what.contains("page 3"), "{problems:?}");
+    for problem in &problems {
+        assert!(problem.way_out.contains("dmesg"), "{problem:?}");
+    }
+}
+
+#[tokio::test]
 async fn every_lease_that_cannot_be_read_is_named() {
     let (directory, path) = place();
     ledger_with(directory.path(), 1..5).await;
