@@ -82,7 +82,7 @@ pub(super) fn run(command: LedgerCommand) -> Result<(), Failure> {
         }
         LedgerCommand::Restore { backup, common } => {
             let (directory, backup) = (common.state_directory()?, full(&backup)?);
-            let restored = tools::restore(&directory, &backup, clock::now().0 / 1_000_000)?;
+            let restored = tools::restore(&directory, &backup, clock::wall().0 / 1_000_000)?;
             print(&put_back(&backup, &restored, common.output))
         }
     }
