@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod guest;
 mod held;
 mod identity;
 mod images;
@@ -32,13 +33,14 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 15] = [
+    let groups: [(&str, &[Test]); 16] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("terms", terms::TESTS),
         ("identity", identity::TESTS),
         ("watching", watching::TESTS),
+        ("guest", guest::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),
         ("snapshotter", own),
