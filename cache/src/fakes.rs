@@ -246,6 +246,16 @@ impl Snapshots for World {
         Ok(self.look(|s| s.snapshots.keys().filter(|key| key.starts_with(prefix)).cloned().collect()))
     }
 
+    async fn hold(&self, lease: &str, key: &str) -> Result<(), CallError> {
+        // Here a lease holds the snapshot of its own name.
+        assert_eq!(lease, key);
+        assert!(
+            self.look(|s| s.leases.contains(lease) && s.snapshots.contains_key(key)),
+            "{key} is not there"
+        );
+        Ok(())
+    }
+
     async fn sweep(&self) -> Result<(), CallError> {
         let mut state = self.state.lock().unwrap();
         state.sweeps += 1;

@@ -3,6 +3,7 @@
 
 pub mod acquire;
 pub mod admission;
+pub mod audit;
 pub mod cli;
 mod clock;
 pub mod config;

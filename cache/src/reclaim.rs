@@ -103,6 +103,13 @@ enum Scope {
     Everything,
 }
 
+/// What containerd has that looks like ours.
+#[derive(Debug, Default)]
+pub(crate) struct Compared {
+    leases: Vec<String>,
+    snapshots: Vec<String>,
+}
+
 /// What is left of a disk after its collection.
 enum Remains {
     /// This device, whose snapshot is gone.
@@ -190,6 +197,7 @@ impl Reclaimer {
             let scope = if Instant::now() < everything_at { Scope::Released } else { Scope::Everything };
             let left = self.pass(scope).await;
             if scope == Scope::Everything {
+                self.mend_holds().await;
                 everything_at = Instant::now() + self.interval;
             }
             let until_everything = everything_at.saturating_duration_since(Instant::now());
@@ -267,17 +275,26 @@ impl Reclaimer {
 
     /// containerd before the ledger: what was granted in between is then in the ledger, and no orphan.
     async fn inventory(&self, scope: Scope) -> Inventory {
-        let mut inventory = Inventory::default();
-        if scope == Scope::Everything {
-            let looked = async {
-                inventory.containerd_leases = self.snapshots.our_leases().await?;
-                inventory.snapshots = self.snapshots.keys(SNAPSHOT_KEY_PREFIX).await?;
-                Ok::<_, crate::containerd::CallError>(())
-            };
-            if let Err(error) = looked.await {
-                tracing::warn!(%error, "containerd's leases and snapshots cannot be compared with the ledger now");
-            }
+        if scope == Scope::Released {
+            return self.inventory_with(None).await;
         }
+        let compared = self.look_at_containerd().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "containerd's leases and snapshots cannot be compared with the ledger now");
+            Compared::default()
+        });
+        self.inventory_with(Some(compared)).await
+    }
+
+    pub(crate) async fn look_at_containerd(&self) -> Result<Compared, crate::containerd::CallError> {
+        let leases = self.snapshots.our_leases().await?;
+        Ok(Compared { leases, snapshots: self.snapshots.keys(SNAPSHOT_KEY_PREFIX).await? })
+    }
+
+    /// Of everything if it is compared with what containerd has; otherwise of what is to be reclaimed.
+    pub(crate) async fn inventory_with(&self, compared: Option<Compared>) -> Inventory {
+        let everything = compared.is_some();
+        let Compared { leases, snapshots } = compared.unwrap_or_default();
+        let mut inventory = Inventory { containerd_leases: leases, snapshots, ..Inventory::default() };
         // The ledger before the living: a pull is alive from before it is written down until after it is struck off.
         let pulls = self.ledger.pulls();
         let running = self.running_pulls.running();
@@ -285,9 +302,7 @@ impl Reclaimer {
         inventory.running_pulls = running;
         let now = self.clock.now();
         let (looked_at, others): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| {
-            let wanted = |lease: &&Lease| {
-                scope == Scope::Everything || lease.is_to_be_reclaimed() || lease.is_overdue(&now)
-            };
+            let wanted = |lease: &&Lease| everything || lease.is_to_be_reclaimed() || lease.is_overdue(&now);
             let leases = book.after(None).filter(wanted).cloned();
             leases.partition(|lease| lease.is_to_be_reclaimed() || lease.is_overdue(&now))
         });
@@ -516,6 +531,6 @@ impl Reclaimer {
     }
 }
 
-fn our_label(id: &LeaseId) -> HashMap<String, String> {
+pub(crate) fn our_label(id: &LeaseId) -> HashMap<String, String> {
     HashMap::from([(crate::containerd::LEASE_LABEL.to_owned(), id.to_string())])
 }

@@ -3,9 +3,13 @@
 //! Pure. The plan touches only what has a record that says it is ours; the rest is reported. A device that is open, or
 //! of which the kernel did not tell, is waited for. Recovery after a crash is this plan's first pass.
 
+mod audit;
+
 use std::{collections::BTreeSet, fmt};
 
 use cowshed_leases::LeaseId;
+
+pub use audit::{Finding, Held, Remedy, Sight, Subject, audit};
 
 /// What there is, from the ledger, containerd and the kernel. Taken in this order, so that a lease that was granted
 /// while the inventory was taken is not mistaken for an orphan: containerd first, the ledger last.

@@ -17,6 +17,7 @@ mod snapshotter;
 mod stampede;
 mod support;
 mod terms;
+mod upkeep;
 mod watching;
 
 use std::process::ExitCode;
@@ -33,13 +34,14 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 16] = [
+    let groups: [(&str, &[Test]); 17] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("terms", terms::TESTS),
         ("identity", identity::TESTS),
         ("watching", watching::TESTS),
+        ("upkeep", upkeep::TESTS),
         ("guest", guest::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),

@@ -75,6 +75,7 @@ async fn ask(command: Command) -> Result<(), Failure> {
             Err(become_command(&command))
         }
         Command::Watch { after, reach } => watch(after, &reach).await,
+        Command::Audit { repair, reach } => audit(repair, &reach).await,
         Command::Drain { leases, undo, reach } => drain(v1::DrainRequest { undo, leases }, &reach).await,
         Command::Leases { vm: Some(vm), reach } => {
             let request = v1::GetLeaseRequest { by: Some(v1::get_lease_request::By::VmId(vm)) };
@@ -159,6 +160,18 @@ fn become_command(command: &[std::ffi::OsString]) -> Failure {
     // As shells have it.
     let status = if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 };
     Failure { message: format!("{} cannot be started: {error}", program.display()), status }
+}
+
+async fn audit(repair: bool, reach: &Reach) -> Result<(), Failure> {
+    let request = v1::AuditRequest { repair };
+    let reply = connect(&reach.socket).await?.audit(request).await.map_err(|s| refused(&s))?.into_inner();
+    print(&show::findings(&reply.findings, reach.output))?;
+    let left = reply.findings.iter().filter(|finding| !finding.mended).count();
+    if left == 0 {
+        return Ok(());
+    }
+    let message = format!("{left} findings are left");
+    Err(Failure { message, status: exit::for_code(tonic::Code::FailedPrecondition) })
 }
 
 async fn drain(request: v1::DrainRequest, reach: &Reach) -> Result<(), Failure> {

@@ -199,6 +199,14 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
+    /// Compare ledger, containerd and kernel, and print what does not agree. Fails with status 6 if something is left.
+    Audit {
+        /// Do what is to be done, where nothing can be lost by it.
+        #[arg(long)]
+        repair: bool,
+        #[command(flatten)]
+        reach: Reach,
+    },
     /// Fetch and unpack an image.
     Pull {
         /// Image reference.

@@ -324,6 +324,35 @@ pub(super) fn differences(reply: &v1::VerifyDeviceResponse) -> String {
     words.join(", ")
 }
 
+/// What does not agree, and what is done about it.
+pub(super) fn findings(findings: &[v1::Finding], output: Output) -> String {
+    if output == Output::Json {
+        let findings = findings.iter().map(|f| {
+            json!({
+                "subject": f.subject,
+                "problem": f.problem,
+                "remedy": f.remedy,
+                "mended": f.mended,
+                "error": f.error,
+            })
+        });
+        return line(&json!({ "findings": findings.collect::<Vec<_>>() }));
+    }
+    if findings.is_empty() {
+        return "ledger, containerd and kernel agree\n".to_owned();
+    }
+    let mut text = String::new();
+    for finding in findings {
+        let mark = if finding.mended { "done: " } else { "" };
+        let _ = writeln!(text, "{}: {}", finding.subject, finding.problem);
+        let _ = writeln!(text, "    {mark}{}", finding.remedy);
+        if !finding.error.is_empty() {
+            let _ = writeln!(text, "    failed: {}", finding.error);
+        }
+    }
+    text
+}
+
 /// What a drain still waits for, or has left.
 pub(super) fn rest(rest: &v1::DrainResponse, output: Output) -> String {
     let v1::DrainResponse { acquires, pulls, leases, done } = rest;

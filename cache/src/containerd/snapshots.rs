@@ -31,6 +31,8 @@ pub trait Snapshots: Send + Sync {
     async fn remove(&self, key: &str) -> Result<(), CallError>;
     /// Keys of the active snapshots that begin with `prefix`.
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError>;
+    /// Lets the containerd lease `lease` hold the snapshot `key`, which is there.
+    async fn hold(&self, lease: &str, key: &str) -> Result<(), CallError>;
     /// Has containerd compare its snapshots with the snapshotter's, and remove what it does not know.
     async fn sweep(&self) -> Result<(), CallError>;
     /// What a failed call means to a caller of Cowshed.
@@ -166,6 +168,10 @@ impl Snapshots for Containerd {
                 None => return Ok(keys),
             }
         }
+    }
+
+    async fn hold(&self, lease: &str, key: &str) -> Result<(), CallError> {
+        self.hold_snapshot(lease, key).await
     }
 
     async fn sweep(&self) -> Result<(), CallError> {

@@ -1,5 +1,6 @@
 //! The gRPC service: parses requests, calls what does the work, and turns the outcome into replies.
 
+mod audit;
 mod convert;
 mod drain;
 mod keep_alive;
@@ -22,13 +23,14 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::{
     acquire::{Acquired, Acquirer},
     admission::Admission,
+    audit::Repair,
     containerd::Containerd,
     error::{Error, Reason, Result},
     image::Images,
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
-    reclaim::Waiting,
+    reclaim::{Reclaimer, Waiting},
     status::StatusSource,
 };
 
@@ -44,6 +46,8 @@ pub struct Api {
     pub admission: Admission,
     /// The pool.
     pub kernel: Devices,
+    /// Compares, and mends.
+    pub reclaimer: Arc<Reclaimer>,
     /// Where images change.
     pub containerd: Containerd,
     /// Whether streams are to end.
@@ -118,6 +122,15 @@ impl Cowshed for Api {
             let (differences, lease) = verify::verify(&self.acquirer, &request.into_inner()).await?;
             let verified = differences.is_empty();
             Ok(v1::VerifyDeviceResponse { verified, differences, lease: Some(self.lease(&lease)) })
+        })
+        .await
+    }
+
+    async fn audit(&self, request: Request<v1::AuditRequest>) -> Result<Response<v1::AuditResponse>, Status> {
+        self.metered("Audit", async |_| {
+            let repair = if request.into_inner().repair { Repair::Everything } else { Repair::Nothing };
+            let audited = self.reclaimer.audit(repair).await?;
+            Ok(v1::AuditResponse { findings: audited.into_iter().map(audit::finding).collect() })
         })
         .await
     }

@@ -271,7 +271,9 @@ fn assemble(
         connected,
         started_at: SystemTime::now(),
     });
+    let reclaimer = Arc::new(reclaimer);
     let api = Api {
+        reclaimer: reclaimer.clone(),
         acquirer: Arc::new(acquirer),
         ledger: ledger.clone(),
         images,
@@ -283,7 +285,7 @@ fn assemble(
         waiting,
         metrics: metrics.clone(),
     };
-    Parts { api, containerd, reclaimer: Arc::new(reclaimer), tasks, ledger, kernel, metrics }
+    Parts { api, containerd, reclaimer, tasks, ledger, kernel, metrics }
 }
 
 fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
