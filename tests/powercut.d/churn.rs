@@ -218,7 +218,9 @@ fn kind_of(info: &Info) -> &'static str {
 /// What was answered is so, whatever happened since.
 fn compare_with_promises(all: &[Info], lines: &str) -> Outcome<usize> {
     let there: HashMap<&str, &str> = all.iter().map(|info| (info.name.as_str(), kind_of(info))).collect();
-    let promised = acks::promised(lines);
+    let mut promised = acks::promised(lines);
+    // The others are launchers'.
+    promised.retain(|key, _| key.starts_with('w'));
     for (key, state) in &promised {
         let is = there.get(key).copied().unwrap_or(GONE);
         if is != *state {
