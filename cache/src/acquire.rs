@@ -166,7 +166,8 @@ impl Acquirer {
 
     /// How many are under way.
     pub fn under_way(&self) -> usize {
-        self.flights.count()
+        // What was given up is off the map, and its maker may be at work still.
+        self.flights.count().max(self.making.now().len())
     }
 
     /// Gives back what `ask` says.
@@ -257,6 +258,10 @@ impl Acquirer {
             return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
         };
         self.identify(lease, &grant.device).await?.map_err(|what| {
+            let held = self.ledger.read(|book| book.get(&lease.id).is_some_and(Lease::is_held));
+            if !held {
+                return crate::ledger::released(&lease.vm);
+            }
             let message = format!(
                 "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
                 grant.device.path, lease.id, lease.vm

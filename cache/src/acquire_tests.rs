@@ -403,6 +403,11 @@ async fn after_a_reboot_a_vm_gets_its_old_disk_or_a_fresh_one() {
     assert_eq!(process.reclaimer.waiting.read().unwrap()[&old["forgets"].id], "the device is open");
     world.set_open(&device, 0);
     process.settle().await;
+    // It may have become active only now: whoever wants it gets some time.
+    assert!(matches!(state(&process, &old["forgets"].id), Some(State::Suspect { .. })));
+    *world.time.lock().unwrap() = (1, 117);
+    process.settle().await;
+    process.settle().await;
     assert_eq!(state(&process, &old["forgets"].id), None);
     assert_eq!(process.acquirer.ledger.read(|book| book.after(None).count()), 2);
     process.audit(&world, "after the grace");

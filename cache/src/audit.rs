@@ -41,12 +41,12 @@ impl Reclaimer {
     /// # Errors
     /// If containerd cannot be asked.
     pub async fn audit(&self, repair: Repair) -> Result<Vec<Audited>> {
-        let first = self.findings().await?;
+        let first = self.findings(repair).await?;
         if first.is_empty() {
             return Ok(Vec::new());
         }
         tokio::time::sleep(BETWEEN).await;
-        let again = self.findings().await?;
+        let again = self.findings(repair).await?;
         let mut audited = Vec::new();
         for finding in again.into_iter().filter(|finding| first.contains(finding)) {
             let mended = self.mend(&finding, repair).await;
@@ -71,7 +71,7 @@ impl Reclaimer {
         }
     }
 
-    async fn findings(&self) -> Result<Vec<Finding>> {
+    async fn findings(&self, repair: Repair) -> Result<Vec<Finding>> {
         // containerd before the ledger: what was granted in between is found once, and not again.
         let compared = self.look_at_containerd().await.map_err(|e| self.snapshots.explain(e))?;
         let inventory = self.inventory_with(Some(compared)).await;
@@ -80,7 +80,8 @@ impl Reclaimer {
         });
         let mut held = Vec::new();
         for lease in leases {
-            let device = self.sight(&lease).await;
+            // Who only mends holds need not open every disk for that.
+            let device = if repair == Repair::Holds { Sight::Right } else { self.sight(&lease).await };
             held.push(Held { id: lease.id, vm: lease.vm, device });
         }
         Ok(audit(&inventory, &held))
@@ -104,22 +105,38 @@ impl Reclaimer {
             (Remedy::HoldAgain(id), Repair::Holds | Repair::Everything) => {
                 Some(self.hold_again(id).await.map_err(|e| e.to_string()))
             }
-            (Remedy::Activate(id), Repair::Everything) => {
-                let mounts = self.snapshots.mounts(&id.snapshot_key()).await;
-                Some(mounts.map(drop).map_err(|e| e.to_string()))
-            }
+            (Remedy::Activate(id), Repair::Everything) => Some(self.activate(id).await),
             (Remedy::Reclaim, Repair::Everything) => {
+                // That takes its time, and may have to wait.
                 self.wake.now();
-                Some(Ok(()))
+                None
             }
             (Remedy::HoldAgain(_) | Remedy::Activate(_) | Remedy::Reclaim | Remedy::Advice(_), _) => None,
         }
     }
 
+    /// Has the snapshotter activate the device, if it does that when it is asked for mounts.
+    async fn activate(&self, id: &LeaseId) -> Result<(), String> {
+        self.snapshots.mounts(&id.snapshot_key()).await.map_err(|e| e.to_string())?;
+        let lease = self.ledger.read(|book| book.get(id).cloned()).ok_or("it is gone")?;
+        match self.sight(&lease).await {
+            Sight::Right => Ok(()),
+            _ => Err("the snapshotter has not activated it: restart that".to_owned()),
+        }
+    }
+
     async fn hold_again(&self, id: &LeaseId) -> Result<(), CallError> {
         let key = id.snapshot_key();
+        let is_held = || self.ledger.read(|book| book.get(id).is_some_and(Lease::is_held));
         self.snapshots.create_lease(&key, our_label(id)).await?;
-        self.snapshots.hold(&key, &key).await
+        if is_held() {
+            self.snapshots.hold(&key, &key).await?;
+        }
+        if is_held() {
+            return Ok(());
+        }
+        // Released meanwhile, and perhaps struck off: nobody else would delete it.
+        self.snapshots.delete_lease(&key, false).await
     }
 }
 

@@ -388,6 +388,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         retry: Duration::from_millis(1),
         interval: Duration::from_millis(1),
         suspects: Mutex::default(),
+        closed: Mutex::default(),
         collected: Mutex::default(),
     };
     Process_ { acquirer: Arc::new(acquirer), reclaimer }

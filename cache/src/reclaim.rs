@@ -13,7 +13,7 @@ use std::{
 };
 
 use cowshed_gc::{DeviceUse, Foreign, Inventory, Step, WaitReason};
-use cowshed_leases::{Failure, Grace, Lease, LeaseId, SNAPSHOT_KEY_PREFIX, State};
+use cowshed_leases::{Failure, Grace, Lease, LeaseId, Moment, SNAPSHOT_KEY_PREFIX, State, Suspicion, Uptime};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -85,6 +85,8 @@ pub struct Reclaimer {
     pub interval: Duration,
     /// What was there without a record in the pass before: reported when it still is.
     pub suspects: Mutex<Suspects>,
+    /// Since when the closed devices of overdue leases of an earlier boot have been seen.
+    pub closed: Mutex<HashMap<LeaseId, Uptime>>,
     /// When containerd collected the snapshots of disks whose devices are still there.
     pub collected: Mutex<HashMap<LeaseId, Instant>>,
 }
@@ -261,6 +263,7 @@ impl Reclaimer {
         if ids.is_empty() {
             return 0;
         }
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner).clear();
         match self.ledger.give_up_on(ids, self.clock.now()).await {
             Ok(count) => {
                 tracing::warn!(count, "leases that nobody has renewed are released: their grace is over");
@@ -316,6 +319,7 @@ impl Reclaimer {
             if lease.is_to_be_reclaimed() {
                 inventory.releasing.push((lease.id, device));
             } else {
+                let device = self.unwanted(&lease, device, &now).await;
                 inventory.overdue.push((lease.id, device));
             }
         }
@@ -338,6 +342,34 @@ impl Reclaimer {
             Ok(Some(n)) => DeviceUse::Open(n),
             Err(why) => DeviceUse::Unknown(why),
         }
+    }
+
+    /// What the device of an overdue lease counts as. One that is not there may only not be active: after a boot whose pool
+    /// was down for longer than the grace, nobody could have come back for it. So it has to be there, closed, for a while.
+    async fn unwanted(&self, lease: &Lease, device: DeviceUse, now: &Moment) -> DeviceUse {
+        let device = match device {
+            DeviceUse::Absent => match self.snapshots.mounts(&lease.id.snapshot_key()).await {
+                Err(error) if error.is_not_found() => return DeviceUse::Absent,
+                Err(error) => DeviceUse::Unknown(error.to_string()),
+                // That has made the snapshotter activate it.
+                Ok(_) => match self.device_use(lease).await {
+                    DeviceUse::Absent => DeviceUse::Unknown("it is not active".to_owned()),
+                    device => device,
+                },
+            },
+            device => device,
+        };
+        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if device != DeviceUse::Closed {
+            closed.remove(&lease.id);
+            return device;
+        }
+        let since = *closed.entry(lease.id.clone()).or_insert(now.up);
+        let earlier_boot = lease.suspicion(now) == Some(Suspicion::EarlierBoot);
+        if earlier_boot && now.up < since.after(self.grace.expired.min(self.grace.boot)) {
+            return DeviceUse::Unknown("it has only just become active".to_owned());
+        }
+        device
     }
 
     /// The device of a lease that was never granted one: whatever its snapshot, if there is one, has.

@@ -151,6 +151,9 @@ pub enum BookError {
     /// It is not granted yet.
     #[error("lease {0} is still being made")]
     StillPreparing(LeaseId),
+    /// It has become Suspect.
+    #[error("lease {0} has become suspect")]
+    Doubtful(LeaseId),
     /// The lease that this request has acquired was released since.
     #[error("request {request} acquired lease {lease}, which has been released since")]
     RequestOver {

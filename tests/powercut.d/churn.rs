@@ -296,7 +296,13 @@ async fn run(arguments: Arguments) -> Outcome<String> {
     });
     let mut workers: Vec<_> = workers.collect();
     for n in 0..TENANTS {
-        let tenant = Tenant::new(n, arguments.seed, acks.clone()).await?;
+        let tenant = loop {
+            match Tenant::new(n, arguments.seed, acks.clone()).await {
+                // Somebody was killed just then.
+                Err(_) if arguments.tolerant => tokio::time::sleep(Duration::from_millis(100)).await,
+                tenant => break tenant?,
+            }
+        };
         workers.push(tokio::spawn(keep_on(tenant, until, arguments.tolerant)));
     }
     let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", until));

@@ -11,6 +11,8 @@ use super::{Holder, Kernel, KernelError, PoolUsage};
 const POOL_LIMIT: Duration = Duration::from_secs(2);
 /// A device is looked up under device-mapper's own lock, which each removal of a device holds for milliseconds.
 const DEVICE_LIMIT: Duration = Duration::from_secs(10);
+/// Every open file of every process is looked at for it, and one of those may be on a filesystem that hangs.
+const HOLDERS_LIMIT: Duration = Duration::from_secs(1);
 /// So many threads may be stuck in the kernel.
 const PARALLEL: usize = 64;
 
@@ -21,13 +23,15 @@ pub struct Devices {
     turns: Arc<Semaphore>,
     /// The pool is asked by one at a time: if it hangs, it holds one thread.
     pool_turn: Arc<Semaphore>,
+    /// So is who has a device open.
+    holders_turn: Arc<Semaphore>,
 }
 
 impl Devices {
     /// Asks this kernel.
     pub fn new(kernel: Arc<dyn Kernel>) -> Self {
-        let (turns, pool_turn) = (Semaphore::new(PARALLEL), Semaphore::new(1));
-        Self { kernel, turns: Arc::new(turns), pool_turn: Arc::new(pool_turn) }
+        let turns = |count| Arc::new(Semaphore::new(count));
+        Self { kernel, turns: turns(PARALLEL), pool_turn: turns(1), holders_turn: turns(1) }
     }
 
     /// See [`Kernel::inspect`].
@@ -54,7 +58,7 @@ impl Devices {
     /// See [`KernelError`].
     pub async fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {
         let (what, path) = (format!("looking who has {path} open"), path.to_owned());
-        self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.holders(&path)).await
+        self.ask(&self.holders_turn, HOLDERS_LIMIT, what, move |kernel| kernel.holders(&path)).await
     }
 
     /// See [`Kernel::pool`].

@@ -72,11 +72,13 @@ fn name(path: &Path) -> String {
 }
 
 fn is(file: &Path, device: DeviceNumber) -> bool {
-    fs::metadata(file).is_ok_and(|found| {
-        let rdev = found.st_rdev();
-        found.st_mode() & 0o170_000 == 0o060_000
-            && (stat::major(rdev), stat::minor(rdev)) == (device.major.into(), device.minor.into())
-    })
+    // Sockets and pipes have no path, and are most of all files.
+    fs::read_link(file).is_ok_and(|target| target.is_absolute())
+        && fs::metadata(file).is_ok_and(|found| {
+            let rdev = found.st_rdev();
+            found.st_mode() & 0o170_000 == 0o060_000
+                && (stat::major(rdev), stat::minor(rdev)) == (device.major.into(), device.minor.into())
+        })
 }
 
 /// Where a mountinfo says that the device is mounted.

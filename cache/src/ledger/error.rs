@@ -63,6 +63,11 @@ impl From<BookError> for Error {
                 format!("{message}, so it cannot be renewed; acquire again if a disk is wanted still"),
             )
             .with("lease_id", id),
+            BookError::Doubtful(id) => Self::new(
+                Reason::NotReady,
+                format!("{message}, and its device was not looked at; renew it once more"),
+            )
+            .with("lease_id", id),
             BookError::StillPreparing(id) => {
                 Self::new(Reason::NotReady, format!("{message}; try again")).with("lease_id", id)
             }

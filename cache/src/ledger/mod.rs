@@ -80,7 +80,13 @@ impl Ledger {
 
     /// Confirms that the VM has the lease that it was found to hold; see [`Book::keep`].
     pub async fn keep(&self, ask: Ask, id: LeaseId, seen: DeviceIdentity, now: Moment) -> Result<Lease> {
-        let decide = move |book: &Book| book.keep(&ask, &id, Some(&seen), &now).map_err(Error::from);
+        let decide = move |book: &Book| {
+            book.keep(&ask, &id, Some(&seen), &now).map_err(|error| match error {
+                // It was found to be held a moment ago.
+                BookError::Gone(_) | BookError::Released(_) => released(&ask.vm),
+                error => Error::from(error),
+            })
+        };
         let (lease, changes) = self.read(&decide)?;
         if changes.is_empty() {
             return Ok(lease);
@@ -113,6 +119,10 @@ impl Ledger {
     ) -> Result<Vec<Result<Lease, BookError>>> {
         self.write(move |batch| {
             let mut renew = |(id, ttl, seen): &(LeaseId, Option<Ttl>, Option<DeviceIdentity>)| {
+                let doubtful = |lease: &Lease| lease.suspicion(&now).is_some();
+                if seen.is_none() && book(batch).get(id).is_some_and(doubtful) {
+                    return Err(BookError::Doubtful(id.clone()));
+                }
                 let (lease, changes) = book(batch).renew(id, *ttl, seen.as_ref(), &now)?;
                 apply(batch, changes);
                 Ok(lease)
@@ -240,9 +250,10 @@ fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
     changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
 }
 
-fn released(vm: &VmId) -> Error {
+/// The answer to an acquire that a release has overtaken.
+pub(crate) fn released(vm: &VmId) -> Error {
     let message = format!(
-        "the disk of VM {vm} was released while it was being made; acquire again if it is wanted still"
+        "the disk of VM {vm} was released while it was being acquired; acquire again if it is wanted still"
     );
     Error::new(Reason::Released, message).with("vm_id", vm)
 }

@@ -1,9 +1,10 @@
 //! `KeepAlive`: renews many leases over one stream.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use cowshed_leases::{Lease, LeaseId};
 use cowshed_proto::v1;
+use futures_util::stream::{self, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -18,6 +19,8 @@ pub(super) type Stream = ReceiverStream<Result<v1::KeepAliveResponse, Status>>;
 
 /// Leases of one request at the most: they are renewed with one write.
 const MAX_LEASES: usize = 1000;
+/// So many doubtful ones are looked at side by side.
+const AT_ONCE: usize = 16;
 /// Answers that a slow reader may leave lying; then its requests wait.
 const BUFFER: usize = 4;
 
@@ -48,40 +51,39 @@ pub(super) fn stream(
 }
 
 async fn renew_all(acquirer: &Acquirer, request: v1::KeepAliveRequest) -> Result<v1::KeepAliveResponse> {
-    if request.lease_ids.len() > MAX_LEASES {
-        let message = format!(
-            "lease_ids has {} entries, {MAX_LEASES} are allowed: send several requests",
-            request.lease_ids.len()
-        );
+    let ids = request.lease_ids;
+    if ids.len() > MAX_LEASES {
+        let message =
+            format!("lease_ids has {} entries, {MAX_LEASES} are allowed: send several requests", ids.len());
         return Err(Error::new(Reason::LeaseIdInvalid, message).with("field", "lease_ids"));
     }
-    let ids = request.lease_ids.iter().map(|id| parse::lease_id(id)).collect::<Result<Vec<_>>>()?;
+    let mut outcomes: HashMap<LeaseId, Result<Lease>> = HashMap::new();
+    let valid: Vec<LeaseId> = ids.iter().filter_map(|id| parse::lease_id(id).ok()).collect();
+    // The disk of one that was doubtful is looked at before it counts again; the others do not wait for that.
     let now = acquirer.clock.now();
-    let mut outcomes = Vec::with_capacity(ids.len());
-    let mut together = Vec::new();
-    for id in &ids {
-        // The disk of one that was doubtful is looked at before it counts again.
-        let doubtful = acquirer.ledger.read(|book| book.get(id).is_some_and(|l| l.suspicion(&now).is_some()));
-        if doubtful {
-            outcomes.push(Some(acquirer.renew(id.clone(), None).await));
-        } else {
-            outcomes.push(None);
-            together.push((id.clone(), None, None));
-        }
-    }
-    let mut renewed = acquirer.ledger.renew_all(together, now).await?.into_iter();
-    let outcomes = outcomes.into_iter().map(|outcome| match outcome {
-        Some(outcome) => outcome,
-        None => renewed.next().map_or_else(|| Err(super::stopping()), |outcome| outcome.map_err(Error::from)),
+    let (doubtful, sure): (Vec<LeaseId>, Vec<LeaseId>) = acquirer.ledger.read(|book| {
+        valid.into_iter().partition(|id| book.get(id).is_some_and(|lease| lease.suspicion(&now).is_some()))
     });
-    let renewals = ids.iter().zip(outcomes).map(|(id, outcome)| renewal(id, outcome, acquirer)).collect();
-    Ok(v1::KeepAliveResponse { renewals })
+    let together = sure.iter().map(|id| (id.clone(), None, None)).collect();
+    let renewed = acquirer.ledger.renew_all(together, now).await?;
+    outcomes.extend(sure.into_iter().zip(renewed.into_iter().map(|outcome| outcome.map_err(Error::from))));
+    let looked_at = stream::iter(doubtful).map(|id| async move {
+        let outcome = acquirer.renew(id.clone(), None).await;
+        (id, outcome)
+    });
+    outcomes.extend(looked_at.buffer_unordered(AT_ONCE).collect::<Vec<_>>().await);
+    let renewals = ids.iter().map(|id| {
+        let outcome = parse::lease_id(id)
+            .and_then(|id| outcomes.get(&id).cloned().unwrap_or_else(|| Err(super::stopping())));
+        renewal(id, outcome, acquirer)
+    });
+    Ok(v1::KeepAliveResponse { renewals: renewals.collect() })
 }
 
-fn renewal(id: &LeaseId, outcome: Result<Lease>, acquirer: &Acquirer) -> v1::Renewal {
+fn renewal(id: &str, outcome: Result<Lease>, acquirer: &Acquirer) -> v1::Renewal {
     let (expires_in, failure) = match outcome {
         Ok(lease) => (convert::expires_in(&lease, &acquirer.clock.now()), None),
         Err(error) => (None, Some(convert::failure(error.reason().as_str(), &error.to_string(), None))),
     };
-    v1::Renewal { lease_id: id.to_string(), expires_in, failure }
+    v1::Renewal { lease_id: id.to_owned(), expires_in, failure }
 }

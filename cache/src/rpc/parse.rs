@@ -40,8 +40,9 @@ pub(super) fn ttl(duration: &prost_types::Duration) -> Result<Ttl> {
     let micros = u64::try_from(duration.seconds).ok().zip(u64::try_from(duration.nanos).ok());
     let micros = micros.and_then(|(s, n)| s.checked_mul(1_000_000)?.checked_add(n / 1000));
     micros.and_then(|micros| Ttl::from_micros(micros).ok()).ok_or_else(|| {
-        let message =
-            format!("ttl {duration} is wrong: it is a time of 1 s to 100 years, or absent for no limit");
+        let prost_types::Duration { seconds, nanos } = duration;
+        let what = "it is a time of 1 s to 100 years, or absent for no limit";
+        let message = format!("ttl of {seconds} s and {nanos} ns is wrong: {what}");
         Error::new(Reason::TtlInvalid, message).with("field", "ttl")
     })
 }
@@ -83,6 +84,7 @@ mod tests {
             (-5, 0, None),
             (5, -1, None),
             (i64::MAX, 0, None),
+            (i64::MIN, 0, None),
         ];
         for (seconds, nanos, expected) in table {
             let parsed = ttl(&prost_types::Duration { seconds, nanos });

@@ -21,7 +21,15 @@ pub(super) async fn verify(
     }
     let missing =
         || Error::new(Reason::LeaseNotFound, format!("there is no lease {id}")).with("lease_id", &id);
-    let lease = acquirer.ledger.read(|book| book.get(&id).cloned()).ok_or_else(missing)?;
+    let read = || acquirer.ledger.read(|book| book.get(&id).cloned()).ok_or_else(missing);
+    let before = read()?;
+    let device = match before.grant() {
+        // Also of a lease that is released: its disk may be there still.
+        Some(grant) => Some(acquirer.identify(&before, &grant.device).await?),
+        None => None,
+    };
+    // As it is now: it may have been released meanwhile.
+    let lease = read()?;
     let mut differences = Vec::new();
     let mut expect = |field: &str, expected: String, found: String| {
         if expected != found {
@@ -36,12 +44,12 @@ pub(super) async fn verify(
     if let Some(generation) = request.generation {
         expect("generation", generation.to_string(), lease.generation.0.to_string());
     }
-    if let Some(grant) = lease.grant() {
-        // Also of a lease that is released: its disk may be there still.
-        match acquirer.identify(&lease, &grant.device).await? {
-            Ok(now) => compare(request, grant, &now, &mut expect),
-            Err(what) => expect("device", format!("{} as it was granted", grant.device.path), what),
+    match (lease.grant(), device) {
+        (Some(grant), Some(Ok(now))) => compare(request, grant, &now, &mut expect),
+        (Some(grant), Some(Err(what))) => {
+            expect("device", format!("{} as it was granted", grant.device.path), what)
         }
+        (_, None) | (None, _) => {}
     }
     Ok((differences, lease))
 }

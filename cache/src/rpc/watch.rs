@@ -3,7 +3,11 @@
 //! Leases are told by their last change: who reads slowly, or comes back after a while, skips what was in between. What
 //! is told is durable, so a revision that somebody was told is never given to another change.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use cowshed_leases::{Book, Revision};
 use cowshed_proto::v1::{self, watch_response::Event};
@@ -47,9 +51,11 @@ pub(super) fn stream(source: Source, after: Option<Revision>) -> Stream {
     let (sender, receiver) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
         let mut stopped = source.stopped.clone();
+        // Up to which leases have been told: what is told of images must not say more.
+        let told = AtomicU64::new(after.unwrap_or_default().0);
         let end = tokio::select! {
-            end = leases(&source, after, &sender) => end,
-            () = images(&source, &sender) => None,
+            end = leases(&source, after, &told, &sender) => end,
+            () = images(&source, &told, &sender) => None,
             () = sender.closed() => None,
             () = super::until_stopped(&mut stopped) => Some(super::stopping()),
         };
@@ -65,30 +71,39 @@ pub(super) fn stream(source: Source, after: Option<Revision>) -> Stream {
 struct News {
     events: Vec<(Revision, Event)>,
     complete: bool,
+    /// The greatest revision that there was then.
+    settled: Revision,
 }
 
 /// Returns why it ends; `None` if nobody listens any more.
-async fn leases(source: &Source, after: Option<Revision>, sender: &Sender) -> Option<Error> {
+async fn leases(
+    source: &Source,
+    after: Option<Revision>,
+    so_far: &AtomicU64,
+    sender: &Sender,
+) -> Option<Error> {
     let mut changes = source.ledger.changes();
-    let (mut told, mut synced, mut mirror) = (after.unwrap_or_default(), false, after.is_some());
+    // What goes after `begun` has, or may have, been told of before.
+    let (mut told, mut synced, mut begun) = (after.unwrap_or_default(), false, after);
     loop {
         changes.borrow_and_update();
-        loop {
-            let news = source.ledger.read(|book| news(book, told, mirror, &source.clock));
+        let settled = loop {
+            let news = source.ledger.read(|book| news(book, told, begun, &source.clock));
             let Some(news) = news else { return Some(compacted(told)) };
+            begun.get_or_insert(news.settled);
             for (revision, event) in news.events {
                 told = revision;
                 send(sender, event, revision).await?;
+                so_far.store(told.0, Ordering::SeqCst);
             }
             if news.complete {
-                break;
+                break news.settled;
             }
-        }
-        // From now on what goes has been told of.
-        mirror = true;
+        };
         if !synced {
             synced = true;
-            told = told.max(source.ledger.read(Book::settled));
+            told = told.max(settled);
+            so_far.store(told.0, Ordering::SeqCst);
             send(sender, Event::Synced(v1::Synced { leases: true, images: false }), told).await?;
         }
         if changes.changed().await.is_err() {
@@ -98,8 +113,9 @@ async fn leases(source: &Source, after: Option<Revision>, sender: &Sender) -> Op
 }
 
 /// `None` if what has gone since is not known any more to one who has a mirror.
-fn news(book: &Book, after: Revision, mirror: bool, clock: &Clock) -> Option<News> {
-    if mirror && !book.remembers(after) {
+fn news(book: &Book, after: Revision, begun: Option<Revision>, clock: &Clock) -> Option<News> {
+    let mirrored = begun.map(|begun| begun.max(after));
+    if mirrored.is_some_and(|mirrored| !book.remembers(mirrored)) {
         return None;
     }
     let now = clock.now();
@@ -109,8 +125,8 @@ fn news(book: &Book, after: Revision, mirror: bool, clock: &Clock) -> Option<New
         .map(|lease| (lease.revision, Event::Lease(convert::lease(lease, None, &now))))
         .collect();
     let complete_changes = events.len() < AT_ONCE;
-    if mirror {
-        let gone = book.gone_after(after).take(AT_ONCE).map(|gone| {
+    if let Some(mirrored) = mirrored {
+        let gone = book.gone_after(mirrored).take(AT_ONCE).map(|gone| {
             let event = v1::LeaseGone {
                 lease_id: gone.id.to_string(),
                 vm_id: gone.vm.to_string(),
@@ -123,11 +139,11 @@ fn news(book: &Book, after: Revision, mirror: bool, clock: &Clock) -> Option<New
     events.sort_by_key(|(revision, _)| *revision);
     let complete = complete_changes && events.len() < AT_ONCE;
     events.truncate(AT_ONCE);
-    Some(News { events, complete })
+    Some(News { events, complete, settled: book.settled() })
 }
 
 /// Tells of images until nobody listens.
-async fn images(source: &Source, sender: &Sender) {
+async fn images(source: &Source, so_far: &AtomicU64, sender: &Sender) {
     let events = source.containerd.image_events();
     let mut told: BTreeMap<String, ImageInfo> = BTreeMap::new();
     let mut synced = false;
@@ -135,13 +151,13 @@ async fn images(source: &Source, sender: &Sender) {
         let mut pause = RETRY;
         if let Ok(now) = source.images.list(&Platform::host()).await {
             pause = LOOK;
-            if tell(&mut told, now, sender, source).await.is_none() {
+            if tell(&mut told, now, sender, so_far).await.is_none() {
                 return;
             }
             if !synced {
                 synced = true;
                 let event = Event::Synced(v1::Synced { leases: false, images: true });
-                if send(sender, event, source.ledger.read(Book::settled)).await.is_none() {
+                if send(sender, event, Revision(so_far.load(Ordering::SeqCst))).await.is_none() {
                     return;
                 }
             }
@@ -157,9 +173,9 @@ async fn tell(
     told: &mut BTreeMap<String, ImageInfo>,
     now: Vec<ImageInfo>,
     sender: &Sender,
-    source: &Source,
+    so_far: &AtomicU64,
 ) -> Option<()> {
-    let revision = source.ledger.read(Book::settled);
+    let revision = Revision(so_far.load(Ordering::SeqCst));
     let now: BTreeMap<String, ImageInfo> = now.into_iter().map(|image| (image.name.clone(), image)).collect();
     for name in told.keys().filter(|name| !now.contains_key(*name)) {
         send(sender, Event::ImageGone(name.clone()), revision).await?;

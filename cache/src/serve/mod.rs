@@ -146,7 +146,10 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         Clock::host().map_err(|e| ServeError::Broke(format!("the host does not tell its boot: {e}")))?;
     let (stop, stopped) = watch::channel(false);
     let parts = assemble(&config, ledger, metrics, connected.clone(), clock, stopped.clone());
-    parts.reclaimer.recover().await.map_err(|e| ServeError::Broke(e.to_string()))?;
+    if let Err(error) = parts.reclaimer.recover().await {
+        // Each pass of the reclaimer tries again; what has to be known meanwhile is.
+        tracing::warn!(%error, "what the last run has left cannot be marked yet");
+    }
 
     let reclaiming = tokio::spawn({
         let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
@@ -246,6 +249,7 @@ fn assemble(
         retry: Duration::from_secs(config.reclaim.retry_seconds),
         interval: Duration::from_secs(config.reclaim.interval_seconds),
         suspects: Mutex::default(),
+        closed: Mutex::default(),
         collected: Mutex::default(),
     };
     let acquirer = Acquirer {

@@ -248,6 +248,9 @@ fn counters(path: &Path) -> Result<Counters, ToolError> {
     Ok(counters)
 }
 
+/// The same for revisions.
+const REVISIONS: i64 = 1 << 40;
+
 /// Raises all counters of the restored ledger above what they, and those that are known, have counted.
 fn raise(connection: &Connection, known: &Counters, restored_at: i64) -> rusqlite::Result<()> {
     let transaction = connection.unchecked_transaction()?;
@@ -257,6 +260,10 @@ fn raise(connection: &Connection, known: &Counters, restored_at: i64) -> rusqlit
         transaction.execute(raise, params![name, value])?;
     }
     transaction.execute("UPDATE counters SET value = value + ?", [MARGIN])?;
+    // Revisions are spent quickly, and watchers that know some of another history have to begin anew.
+    transaction.execute("UPDATE counters SET value = value + ? WHERE name = 'last_revision'", [REVISIONS])?;
+    let horizon = "UPDATE counters SET value = (SELECT value FROM counters WHERE name = 'last_revision') WHERE name = 'horizon'";
+    transaction.execute(horizon, [])?;
     transaction
         .execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", params![RESTORED_AT, restored_at])?;
     transaction.commit()
