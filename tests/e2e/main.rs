@@ -4,7 +4,6 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
-mod guest;
 mod held;
 mod identity;
 mod images;
@@ -34,7 +33,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 17] = [
+    let groups: [(&str, &[Test]); 16] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -42,7 +41,6 @@ fn main() -> ExitCode {
         ("identity", identity::TESTS),
         ("watching", watching::TESTS),
         ("upkeep", upkeep::TESTS),
-        ("guest", guest::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),
         ("snapshotter", own),

@@ -88,7 +88,7 @@ fn status_is_true() -> Outcome {
     same!(text(&status, "/pool/mode")?, "rw", "its mode");
     same!(number(&status, "/pool/data_used_bytes")?, pool_used_bytes()?, "the bytes in use");
     let total = sh("blockdev --getsize64 /dev/mapper/vg-pool")?;
-    same!(number(&status, "/pool/data_total_bytes")?, total.trim().parse()?, "the bytes of the pool");
+    same!(number(&status, "/pool/data_total_bytes")?, total.trim().parse::<u64>()?, "the bytes of the pool");
     let version = sh("ctr version | awk '/^Server/ { server = 1 } server && /Version:/ { print $2 }'")?;
     same!(text(&status, "/containerd/version")?, version.trim(), "containerd's version");
     same!(text(&status, "/containerd/snapshotter")?, snapshotter(), "the snapshotter");
