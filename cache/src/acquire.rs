@@ -311,8 +311,8 @@ impl Acquirer {
     async fn without_record(&self, granted: &DeviceIdentity) -> String {
         match self.kernel.inspect(&granted.path).await {
             Ok(now) if granted.differs_from(&now).is_none() => {
-                "containerd has lost its record of the snapshot (was its store replaced?), but the device is there; put \
-                 containerd's store back, or copy what you need"
+                "containerd has lost its record of the snapshot (was its store replaced, or the lease or snapshot \
+                 removed with ctr?), but the device is there: put containerd's store back, or copy what you need"
                     .to_owned()
             }
             _ => "its snapshot is gone".to_owned(),

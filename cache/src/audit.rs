@@ -48,7 +48,9 @@ impl Reclaimer {
         tokio::time::sleep(BETWEEN).await;
         let again = self.findings(repair).await?;
         let mut audited = Vec::new();
-        for finding in again.into_iter().filter(|finding| first.contains(finding)) {
+        // It may have got worse meanwhile: it is the same thing that counts.
+        let known = |finding: &Finding| first.iter().any(|before| before.subject == finding.subject);
+        for finding in again.into_iter().filter(known) {
             let mended = self.mend(&finding, repair).await;
             audited.push(Audited { finding, mended });
         }

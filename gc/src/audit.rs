@@ -107,7 +107,9 @@ fn judge(held: &Held, leased: bool, snapshot: bool) -> Option<(String, Remedy)> 
     let Held { id, vm, device } = held;
     if !snapshot {
         let (there, advice) = match device {
-            Sight::Right => ("is there", "put containerd's store back, or copy what is needed"),
+            Sight::Right => {
+                ("is there", "put containerd's store back if it was replaced, or copy what is needed")
+            }
             _ => ("is gone as well", "what was on it is lost"),
         };
         return Some((

@@ -188,7 +188,7 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
-    /// Take on nothing new, and wait for what is under way.
+    /// Take on nothing new, and wait for what is under way. A restarted service takes on new things again.
     Drain {
         /// Wait until no lease is held any more, too.
         #[arg(long)]

@@ -42,7 +42,7 @@ pub(super) async fn verify(
     };
     expect("state", "granted".to_owned(), stands.to_owned());
     if let Some(generation) = request.generation {
-        expect("generation", generation.to_string(), lease.generation.0.to_string());
+        expect("generation", lease.generation.0.to_string(), generation.to_string());
     }
     match (lease.grant(), device) {
         (Some(grant), Some(Ok(now))) => compare(request, grant, &now, &mut expect),
@@ -62,18 +62,18 @@ fn compare(
     expect: &mut impl FnMut(&str, String, String),
 ) {
     if let Some(path) = &request.path {
-        expect("path", path.clone(), now.path.clone());
+        expect("path", now.path.clone(), path.clone());
     }
     if let (Some(major), Some(minor)) = (request.major, request.minor) {
-        expect("major:minor", format!("{major}:{minor}"), now.number.to_string());
+        expect("major:minor", now.number.to_string(), format!("{major}:{minor}"));
     }
     if let Some(uuid) = &request.dm_uuid {
-        expect("dm_uuid", uuid.clone(), now.dm_uuid.clone().unwrap_or_default());
+        expect("dm_uuid", now.dm_uuid.clone().unwrap_or_default(), uuid.clone());
     }
     if let Some(thin) = request.thin_id {
-        expect("thin_id", thin.to_string(), now.thin_id.to_string());
+        expect("thin_id", now.thin_id.to_string(), thin.to_string());
     }
     if let Some(digest) = &request.image_digest {
-        expect("image_digest", digest.clone(), grant.image_digest.clone());
+        expect("image_digest", grant.image_digest.clone(), digest.clone());
     }
 }
