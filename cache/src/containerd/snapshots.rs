@@ -42,6 +42,9 @@ pub trait Snapshots: Send + Sync {
 /// The label that every containerd lease of Cowshed's carries.
 pub const LEASE_LABEL: &str = "cowshed.io/lease";
 
+/// What has this label is not collected, whatever its value.
+const GC_ROOT: &str = "containerd.io/gc.root";
+
 impl Containerd {
     fn snapshots(&self) -> SnapshotsClient<Channel> {
         SnapshotsClient::new(self.channel.clone()).max_decoding_message_size(super::MAX_MESSAGE_BYTES)
@@ -137,7 +140,9 @@ impl Snapshots for Containerd {
     }
 
     async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
-        self.prepare_snapshot(lease, key, parent, HashMap::new()).await
+        // Held by itself as well: a lease is deleted by hand more easily than a snapshot is removed.
+        let labels = HashMap::from([(GC_ROOT.to_owned(), key.to_owned())]);
+        self.prepare_snapshot(lease, key, parent, labels).await
     }
 
     async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {

@@ -47,7 +47,7 @@ pub(super) async fn verify(
     match (lease.grant(), device) {
         (Some(grant), Some(Ok(now))) => compare(request, grant, &now, &mut expect),
         (Some(grant), Some(Err(what))) => {
-            expect("device", format!("{} as it was granted", grant.device.path), what)
+            expect("device", format!("{} as it was granted", grant.device.path), what);
         }
         (_, None) | (None, _) => {}
     }
