@@ -511,3 +511,29 @@ async fn a_released_disk_that_containerd_has_forgotten_is_swept_up() {
     }
     assert!(world.look(|s| s.sweeps) > 0);
 }
+
+/// The pool is down for longer than the grace: nobody could have come back for a disk, and its device is not there.
+#[tokio::test]
+async fn a_disk_is_not_given_up_because_its_pool_was_down() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let before = start(&world, directory.path());
+    let lease = before.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    before.acquirer.ledger.close().await;
+    let device = lease.grant().unwrap().device.dm_name.clone();
+    world.state.lock().unwrap().devices.clear();
+    *world.time.lock().unwrap() = (1, 0);
+    let process = start(&world, directory.path());
+    process.settle().await;
+    *world.time.lock().unwrap() = (1, 200);
+    process.settle().await;
+    assert!(matches!(state(&process, &lease.id), Some(State::Suspect { .. })), "given up unseen");
+    assert!(process.reclaimer.waiting.read().unwrap()[&lease.id].contains("not active"));
+    // The pool is back: there is time to come back for the disk.
+    world.set_open(&device, 0);
+    process.settle().await;
+    assert!(matches!(state(&process, &lease.id), Some(State::Suspect { .. })), "given up at once");
+    assert!(process.reclaimer.waiting.read().unwrap()[&lease.id].contains("came up a moment ago"));
+    let back = process.acquirer.acquire(wish("vm-1")).await.unwrap();
+    assert_eq!(back.lease.grant(), lease.grant());
+    process.audit(&world, "after it was acquired again");
+}

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use cowshed_gc::{Finding, Held, Remedy, Sight, audit};
+use cowshed_gc::{Finding, Held, Inventory, Remedy, Sight, audit};
 use cowshed_leases::{Lease, LeaseId};
 
 use crate::{
     containerd::CallError,
     error::Result,
     kernel::KernelError,
-    reclaim::{Reclaimer, our_label},
+    reclaim::{Look, Reclaimer, our_label},
 };
 
 /// Between two looks: what is found by both was not just on its way.
@@ -76,7 +76,15 @@ impl Reclaimer {
     async fn findings(&self, repair: Repair) -> Result<Vec<Finding>> {
         // containerd before the ledger: what was granted in between is found once, and not again.
         let compared = self.look_at_containerd().await.map_err(|e| self.snapshots.explain(e))?;
-        let inventory = self.inventory_with(Some(compared)).await;
+        let inventory = match repair {
+            // Of what is to be reclaimed it would be told a second time.
+            Repair::Holds => Inventory {
+                containerd_leases: compared.leases,
+                snapshots: compared.snapshots,
+                ..Inventory::default()
+            },
+            Repair::Nothing | Repair::Everything => self.inventory_with(Some(compared), Look::Only).await,
+        };
         let leases: Vec<Lease> = self.ledger.read(|book| {
             book.after(None).filter(|lease| lease.is_held() && lease.grant().is_some()).cloned().collect()
         });
@@ -86,7 +94,11 @@ impl Reclaimer {
             let device = if repair == Repair::Holds { Sight::Right } else { self.sight(&lease).await };
             held.push(Held { id: lease.id, vm: lease.vm, device });
         }
-        Ok(audit(&inventory, &held))
+        let mut findings = audit(&inventory, &held);
+        if repair == Repair::Holds {
+            findings.retain(|finding| matches!(finding.remedy, Remedy::HoldAgain(_)));
+        }
+        Ok(findings)
     }
 
     async fn sight(&self, lease: &Lease) -> Sight {

@@ -343,6 +343,46 @@ impl RunningPulls for World {
     }
 }
 
+/// A moment of the first boot, and what a ledger can be asked for without any containerd.
+pub(crate) mod book {
+    use cowshed_leases::{
+        Acquisition, Ask, BootId, Lease, LeaseId, Moment, Release, Spec, UnixMicros, Uptime,
+    };
+
+    use crate::ledger::{GivenUp, Ledger};
+
+    pub(crate) fn now() -> Moment {
+        Moment { wall: UnixMicros(0), boot: BootId::from_bits(1), up: Uptime(0) }
+    }
+
+    /// The id of the lease that VM `n` gets.
+    pub(crate) fn id(n: u32) -> LeaseId {
+        LeaseId::from_random(u128::from(n))
+    }
+
+    pub(crate) fn spec() -> Spec {
+        Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() }
+    }
+
+    pub(crate) fn ask(n: u32) -> Ask {
+        let vm = format!("vm-{n}").parse().unwrap();
+        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None }
+    }
+
+    /// Whatever VM `n` has.
+    pub(crate) fn back(n: u32) -> Release {
+        Release { vm: ask(n).vm, lease: None, generation: None, request: None }
+    }
+
+    /// A new lease, in preparation.
+    pub(crate) async fn acquire(ledger: &Ledger, n: u32) -> Lease {
+        match ledger.acquire(ask(n), id(n), now(), GivenUp::default()).await.unwrap() {
+            Acquisition::New { lease, .. } => *lease,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// One process: what it has in memory; the world and the directory outlive it.
 pub(crate) struct Process_ {
     pub(crate) acquirer: Arc<Acquirer>,

@@ -154,6 +154,15 @@ impl Metrics {
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         inner.start_time.set(now.as_secs_f64());
+        // There from the first scrape on: an alert on a rate must not miss the first event.
+        for cache in [Cache::Hit, Cache::Miss].map(Cache::as_str) {
+            inner.acquires.with_label_values(&["ok", cache]);
+            inner.acquire_seconds.with_label_values(&[cache]);
+            inner.pulls.with_label_values(&[cache]);
+            inner.pull_seconds.with_label_values(&[cache]);
+        }
+        inner.releases.with_label_values(&["ok"]);
+        inner.layer_unpack_seconds.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
     }
 

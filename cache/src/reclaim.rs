@@ -98,6 +98,15 @@ pub struct Suspects {
     reported: BTreeSet<Foreign>,
 }
 
+/// What a look may do to devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// Nothing.
+    Only,
+    /// What is not active, and is to be judged, is activated.
+    AndActivate,
+}
+
 /// How much a pass looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
@@ -108,8 +117,8 @@ enum Scope {
 /// What containerd has that looks like ours.
 #[derive(Debug, Default)]
 pub(crate) struct Compared {
-    leases: Vec<String>,
-    snapshots: Vec<String>,
+    pub(crate) leases: Vec<String>,
+    pub(crate) snapshots: Vec<String>,
 }
 
 /// What is left of a disk after its collection.
@@ -263,7 +272,7 @@ impl Reclaimer {
         if ids.is_empty() {
             return 0;
         }
-        self.closed.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner).retain(|id, _| !ids.contains(id));
         match self.ledger.give_up_on(ids, self.clock.now()).await {
             Ok(count) => {
                 tracing::warn!(count, "leases that nobody has renewed are released: their grace is over");
@@ -279,13 +288,13 @@ impl Reclaimer {
     /// containerd before the ledger: what was granted in between is then in the ledger, and no orphan.
     async fn inventory(&self, scope: Scope) -> Inventory {
         if scope == Scope::Released {
-            return self.inventory_with(None).await;
+            return self.inventory_with(None, Look::AndActivate).await;
         }
         let compared = self.look_at_containerd().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "containerd's leases and snapshots cannot be compared with the ledger now");
             Compared::default()
         });
-        self.inventory_with(Some(compared)).await
+        self.inventory_with(Some(compared), Look::AndActivate).await
     }
 
     pub(crate) async fn look_at_containerd(&self) -> Result<Compared, crate::containerd::CallError> {
@@ -294,7 +303,7 @@ impl Reclaimer {
     }
 
     /// Of everything if it is compared with what containerd has; otherwise of what is to be reclaimed.
-    pub(crate) async fn inventory_with(&self, compared: Option<Compared>) -> Inventory {
+    pub(crate) async fn inventory_with(&self, compared: Option<Compared>, look: Look) -> Inventory {
         let everything = compared.is_some();
         let Compared { leases, snapshots } = compared.unwrap_or_default();
         let mut inventory = Inventory { containerd_leases: leases, snapshots, ..Inventory::default() };
@@ -319,7 +328,7 @@ impl Reclaimer {
             if lease.is_to_be_reclaimed() {
                 inventory.releasing.push((lease.id, device));
             } else {
-                let device = self.unwanted(&lease, device, &now).await;
+                let device = self.unwanted(&lease, device, look, &now).await;
                 inventory.overdue.push((lease.id, device));
             }
         }
@@ -346,8 +355,9 @@ impl Reclaimer {
 
     /// What the device of an overdue lease counts as. One that is not there may only not be active: after a boot whose pool
     /// was down for longer than the grace, nobody could have come back for it. So it has to be there, closed, for a while.
-    async fn unwanted(&self, lease: &Lease, device: DeviceUse, now: &Moment) -> DeviceUse {
+    async fn unwanted(&self, lease: &Lease, device: DeviceUse, look: Look, now: &Moment) -> DeviceUse {
         let device = match device {
+            DeviceUse::Absent if look == Look::Only => DeviceUse::Unknown("it is not active".to_owned()),
             DeviceUse::Absent => match self.snapshots.mounts(&lease.id.snapshot_key()).await {
                 Err(error) if error.is_not_found() => return DeviceUse::Absent,
                 Err(error) => DeviceUse::Unknown(error.to_string()),
@@ -367,7 +377,7 @@ impl Reclaimer {
         let since = *closed.entry(lease.id.clone()).or_insert(now.up);
         let earlier_boot = lease.suspicion(now) == Some(Suspicion::EarlierBoot);
         if earlier_boot && now.up < since.after(self.grace.expired.min(self.grace.boot)) {
-            return DeviceUse::Unknown("it has only just become active".to_owned());
+            return DeviceUse::JustActive;
         }
         device
     }

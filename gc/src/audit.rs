@@ -142,8 +142,8 @@ fn of_step(step: Step) -> Option<Finding> {
     match step {
         Step::Reclaim(id) => finding(Subject::Lease(id), "it is released".to_owned(), Remedy::Reclaim),
         Step::GiveUpOn(id) => finding(Subject::Lease(id), "its grace is over".to_owned(), Remedy::Reclaim),
-        Step::Wait(id, WaitReason::BeingMade) => {
-            finding(Subject::Lease(id), WaitReason::BeingMade.to_string(), Remedy::Reclaim)
+        Step::Wait(id, why @ (WaitReason::BeingMade | WaitReason::JustActive)) => {
+            finding(Subject::Lease(id), why.to_string(), Remedy::Reclaim)
         }
         Step::Wait(id, why) => {
             let advice = "close the device: stop the VM, or unmount the disk".to_owned();

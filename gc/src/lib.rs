@@ -42,6 +42,8 @@ pub enum DeviceUse {
     Open(u32),
     /// Its maker is still at work, so that it may appear yet.
     BeingMade,
+    /// It came up a moment ago: its VM may come back for it yet.
+    JustActive,
     /// The kernel or containerd could not be asked.
     Unknown(String),
 }
@@ -53,6 +55,7 @@ impl DeviceUse {
             Self::Absent | Self::Closed => None,
             Self::Open(n) => Some(WaitReason::Open(*n)),
             Self::BeingMade => Some(WaitReason::BeingMade),
+            Self::JustActive => Some(WaitReason::JustActive),
             Self::Unknown(why) => Some(WaitReason::Unknown(why.clone())),
         }
     }
@@ -80,6 +83,8 @@ pub enum WaitReason {
     Open(u32),
     /// It is not finished.
     BeingMade,
+    /// Its device came up a moment ago.
+    JustActive,
     /// It is not known whether it is.
     Unknown(String),
 }
@@ -90,6 +95,9 @@ impl fmt::Display for WaitReason {
             Self::Open(1) => f.write_str("the device is open"),
             Self::Open(n) => write!(f, "the device is open {n} times"),
             Self::BeingMade => f.write_str("the disk is still being made"),
+            Self::JustActive => {
+                f.write_str("the device came up a moment ago, and its VM may come back for it")
+            }
             Self::Unknown(why) => write!(f, "it cannot be told whether the device is open: {why}"),
         }
     }
@@ -213,6 +221,7 @@ mod tests {
             Just(DeviceUse::Closed),
             (1..9u32).prop_map(DeviceUse::Open),
             Just(DeviceUse::BeingMade),
+            Just(DeviceUse::JustActive),
             Just(DeviceUse::Unknown("?".into()))
         ]
     }

@@ -170,15 +170,19 @@ async fn audit(repair: bool, reach: &Reach) -> Result<(), Failure> {
     if left == 0 {
         return Ok(());
     }
-    let message = format!("{left} findings are left");
+    let message = format!("findings left: {left}");
     Err(Failure { message, status: exit::for_code(tonic::Code::FailedPrecondition) })
 }
 
 async fn drain(request: v1::DrainRequest, reach: &Reach) -> Result<(), Failure> {
+    let undo = request.undo;
     let mut stream =
         connect(&reach.socket).await?.drain(request).await.map_err(|s| refused(&s))?.into_inner();
     while let Some(rest) = stream.message().await.map_err(|s| refused(&s))? {
         print(&show::rest(&rest, reach.output))?;
+    }
+    if undo && reach.output == Output::Text {
+        return print("no longer draining\n");
     }
     Ok(())
 }

@@ -201,7 +201,7 @@ enum Command {
     },
     /// Compare ledger, containerd and kernel, and print what does not agree. Fails with status 6 if something is left.
     Audit {
-        /// Do what is to be done, where nothing can be lost by it.
+        /// Do what loses nothing: make deleted containerd leases again, have devices activated, wake the reclaimer.
         #[arg(long)]
         repair: bool,
         #[command(flatten)]

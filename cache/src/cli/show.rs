@@ -40,8 +40,9 @@ pub(super) fn released(vm: &str, only: Option<&str>, reply: &v1::ReleaseResponse
     match (output, &reply.lease) {
         (Output::Json, lease) => line(&json!({ "lease": lease.as_ref().map(lease_json) })),
         (Output::Text, Some(lease)) => {
-            let waiting = lease.waiting_for.as_ref().map(|why| format!("; its disk is still there: {why}"));
-            format!("released lease {} of VM {vm}{}\n", lease.lease_id, waiting.unwrap_or_default())
+            let note = note(lease);
+            let there = if note.is_empty() { note } else { format!("; its disk is still there: {note}") };
+            format!("released lease {} of VM {vm}{there}\n", lease.lease_id)
         }
         (Output::Text, None) => match only {
             Some(lease) => format!("VM {vm} does not hold lease {lease}: nothing to release\n"),
@@ -343,7 +344,7 @@ pub(super) fn findings(findings: &[v1::Finding], output: Output) -> String {
     }
     let mut text = String::new();
     for finding in findings {
-        let mark = if finding.mended { "done: " } else { "" };
+        let mark = if finding.mended { "done: " } else { "to do: " };
         let _ = writeln!(text, "{}: {}", finding.subject, finding.problem);
         let _ = writeln!(text, "    {mark}{}", finding.remedy);
         if !finding.error.is_empty() {
@@ -359,10 +360,8 @@ pub(super) fn rest(rest: &v1::DrainResponse, output: Output) -> String {
     if output == Output::Json {
         return line(&json!({ "acquires": acquires, "pulls": pulls, "leases": leases, "done": done }));
     }
-    format!(
-        "{acquires} acquires and {pulls} pulls under way, {leases} leases held{}\n",
-        if *done { ": done" } else { "" }
-    )
+    let done = if *done { ": done" } else { "" };
+    format!("acquires under way: {acquires}, pulls under way: {pulls}, leases held: {leases}{done}\n")
 }
 
 /// An event as a line.

@@ -2,32 +2,13 @@
 
 use std::fs;
 
-use cowshed_leases::{BootId, Spec, State, UnixMicros, Uptime};
+use cowshed_leases::{DeviceNumber, Process, Spec, State, UnixMicros, Uptime};
 
 use super::*;
+use crate::fakes::book::{ask, back, id, now, spec};
 
 fn vm(n: u32) -> VmId {
-    format!("vm-{n}").parse().unwrap()
-}
-
-fn spec() -> Spec {
-    Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() }
-}
-
-fn now() -> Moment {
-    Moment { wall: UnixMicros(0), boot: BootId::from_bits(1), up: Uptime(0) }
-}
-
-fn ask(n: u32) -> Ask {
-    Ask { vm: vm(n), spec: spec(), ttl: None, fresh: false, request: None }
-}
-
-fn back(n: u32) -> Release {
-    Release { vm: vm(n), lease: None, generation: None, request: None }
-}
-
-fn id(n: u32) -> LeaseId {
-    LeaseId::from_random(u128::from(n))
+    ask(n).vm
 }
 
 #[tokio::test]
@@ -179,4 +160,37 @@ async fn a_release_finds_what_was_asked_for_just_before_and_what_was_given_up_is
     let refused = ledger.acquire(ask(1), id(2), now(), given_up).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::Released);
     assert!(ledger.read(|book| book.get(&id(2)).is_none()));
+}
+
+#[tokio::test]
+async fn what_has_become_doubtful_is_not_renewed_unseen_with_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let later = Moment { up: Uptime(60_000_000), ..now() };
+    for n in [1, 2] {
+        let ttl = Ttl::from_seconds(if n == 1 { 30 } else { 3000 }).ok();
+        ledger.acquire(Ask { ttl, ..ask(n) }, id(n), now(), GivenUp::default()).await.unwrap();
+        ledger.grant(id(n), grant(n), now()).await.unwrap();
+    }
+    let both = || [1, 2].map(|n| (id(n), None, None)).to_vec();
+    let renewed = ledger.renew_all(both(), later).await.unwrap();
+    assert_eq!(renewed[0], Err(BookError::Doubtful(id(1))));
+    assert_eq!(renewed[1].as_ref().unwrap().term.until, Some(Uptime(3_060_000_000)));
+    let seen = ledger.renew(id(1), None, Some(grant(1).device), later).await.unwrap();
+    assert_eq!(seen.term.until, Some(Uptime(90_000_000)));
+}
+
+fn grant(n: u32) -> Grant {
+    let number = |minor| DeviceNumber { major: 253, minor };
+    let device = DeviceIdentity {
+        path: format!("/dev/mapper/snap-{n}"),
+        number: number(n),
+        dm_name: format!("snap-{n}"),
+        dm_uuid: None,
+        thin_id: n,
+        pool: number(0),
+        size_bytes: 1 << 30,
+    };
+    let (filesystem, image_digest) = ("ext4".into(), "sha256:0".into());
+    Grant { device, filesystem, image_digest, process: Process::default(), at: UnixMicros(0) }
 }

@@ -87,3 +87,41 @@ fn renewal(id: &str, outcome: Result<Lease>, acquirer: &Acquirer) -> v1::Renewal
     };
     v1::Renewal { lease_id: id.to_owned(), expires_in, failure }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use cowshed_leases::Ttl;
+
+    use super::*;
+    use crate::{
+        acquire::Wish,
+        fakes::{Sight, start, wish, world},
+    };
+
+    #[tokio::test]
+    async fn each_lease_is_answered_for_and_a_doubtful_one_is_looked_at_first() {
+        let (world, directory) = (world(), tempfile::tempdir().unwrap());
+        let process = start(&world, directory.path());
+        let wish = |vm: &str, seconds| Wish { ttl: Ttl::from_seconds(seconds).ok(), ..wish(vm) };
+        let sure = process.acquirer.acquire(wish("sure", 1000)).await.unwrap().lease.id.to_string();
+        let doubtful = process.acquirer.acquire(wish("doubtful", 5)).await.unwrap().lease.id.to_string();
+        *world.time.lock().unwrap() = (0, 10);
+        let ids = vec![doubtful, "nonsense".to_owned(), sure];
+        let request = v1::KeepAliveRequest { lease_ids: ids.clone() };
+        let reasons = async || {
+            let renewals = renew_all(&process.acquirer, request.clone()).await.unwrap().renewals;
+            assert!(renewals.iter().map(|renewal| &renewal.lease_id).eq(&ids));
+            assert_eq!(renewals[2].expires_in.map(|time| time.seconds), Some(1000));
+            renewals.into_iter().map(|renewal| renewal.failure.map(|f| f.reason)).collect::<Vec<_>>()
+        };
+        let expected =
+            |doubtful: Option<&str>| [doubtful, Some("LEASE_ID_INVALID"), None].map(|r| r.map(str::to_owned));
+        world.state.lock().unwrap().sight = Sight::NotThin;
+        assert_eq!(reasons().await, expected(Some("DEVICE_MISMATCH")));
+        world.state.lock().unwrap().sight = Sight::Clear;
+        assert_eq!(reasons().await, expected(None));
+        let many = v1::KeepAliveRequest { lease_ids: vec![String::new(); MAX_LEASES + 1] };
+        assert_eq!(renew_all(&process.acquirer, many).await.unwrap_err().reason(), Reason::LeaseIdInvalid);
+    }
+}

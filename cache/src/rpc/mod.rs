@@ -23,7 +23,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::{
     acquire::{Acquired, Acquirer},
     admission::Admission,
-    audit::Repair,
+    audit::{Audited, Repair},
     containerd::Containerd,
     error::{Error, Reason, Result},
     image::Images,
@@ -128,8 +128,11 @@ impl Cowshed for Api {
 
     async fn audit(&self, request: Request<v1::AuditRequest>) -> Result<Response<v1::AuditResponse>, Status> {
         self.metered("Audit", async |_| {
-            let repair = if request.into_inner().repair { Repair::Everything } else { Repair::Nothing };
-            let audited = self.reclaimer.audit(repair).await?;
+            let audited = if request.into_inner().repair {
+                self.repair().await?
+            } else {
+                self.reclaimer.audit(Repair::Nothing).await?
+            };
             Ok(v1::AuditResponse { findings: audited.into_iter().map(audit::finding).collect() })
         })
         .await
@@ -331,6 +334,17 @@ impl Api {
     fn lease(&self, lease: &Lease) -> v1::Lease {
         let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner).get(&lease.id).cloned();
         convert::lease(lease, waiting, &self.acquirer.clock.now())
+    }
+
+    /// In a task of its own: what is mended is mended to its end, also if the caller goes away.
+    async fn repair(&self) -> Result<Vec<Audited>> {
+        let (done, outcome) = sync::oneshot::channel();
+        let reclaimer = self.reclaimer.clone();
+        self.acquirer.tasks.spawn(async move {
+            // The caller may have gone.
+            let _gone = done.send(reclaimer.audit(Repair::Everything).await);
+        });
+        outcome.await.unwrap_or_else(|_| Err(stopping()))
     }
 
     /// The same, with who has its device open.

@@ -54,7 +54,7 @@ pub(super) fn stream(source: Source, after: Option<Revision>) -> Stream {
         // Up to which leases have been told: what is told of images must not say more.
         let told = AtomicU64::new(after.unwrap_or_default().0);
         let end = tokio::select! {
-            end = leases(&source, after, &told, &sender) => end,
+            end = leases(&source.ledger, &source.clock, after, &told, &sender) => end,
             () = images(&source, &told, &sender) => None,
             () = sender.closed() => None,
             () = super::until_stopped(&mut stopped) => Some(super::stopping()),
@@ -77,18 +77,19 @@ struct News {
 
 /// Returns why it ends; `None` if nobody listens any more.
 async fn leases(
-    source: &Source,
+    ledger: &Ledger,
+    clock: &Clock,
     after: Option<Revision>,
     so_far: &AtomicU64,
     sender: &Sender,
 ) -> Option<Error> {
-    let mut changes = source.ledger.changes();
+    let mut changes = ledger.changes();
     // What goes after `begun` has, or may have, been told of before.
     let (mut told, mut synced, mut begun) = (after.unwrap_or_default(), false, after);
     loop {
         changes.borrow_and_update();
         let settled = loop {
-            let news = source.ledger.read(|book| news(book, told, begun, &source.clock));
+            let news = ledger.read(|book| news(book, told, begun, clock));
             let Some(news) = news else { return Some(compacted(told)) };
             begun.get_or_insert(news.settled);
             for (revision, event) in news.events {
@@ -195,8 +196,98 @@ async fn send(sender: &Sender, event: Event, revision: Revision) -> Option<()> {
 fn compacted(revision: Revision) -> Error {
     let message = format!(
         "what has gone since revision {} is not known any more, or it is none of this ledger's: watch without \
-         after_revision, which begins with all that there is",
+         after_revision (--after), which begins with all that there is",
         revision.0
     );
     Error::new(Reason::RevisionCompacted, message).with("field", "after_revision")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::fakes::book::{acquire, back, id, now};
+
+    async fn forget(ledger: &Ledger, n: u32) {
+        ledger.release(back(n), now()).await.unwrap();
+        ledger.remove_all(vec![id(n)]).await.unwrap();
+    }
+
+    /// A watch whose reader takes one message after the other, and what it was told by then.
+    struct Reader {
+        events: mpsc::Receiver<Result<v1::WatchResponse, Status>>,
+        mirror: BTreeMap<String, Revision>,
+        revision: u64,
+        _directory: tempfile::TempDir,
+    }
+
+    impl Reader {
+        /// The next message; what it says is in the mirror.
+        async fn next(&mut self) -> Event {
+            let patience = Duration::from_secs(30);
+            let received = tokio::time::timeout(patience, self.events.recv()).await;
+            let message = received.expect("what is waited for is never told").unwrap().unwrap();
+            assert!(message.revision >= self.revision, "{} after {}", message.revision, self.revision);
+            self.revision = message.revision;
+            let event = message.event.unwrap();
+            match &event {
+                Event::Lease(lease) => {
+                    self.mirror.insert(lease.vm_id.clone(), Revision(message.revision));
+                }
+                Event::LeaseGone(gone) => drop(self.mirror.remove(&gone.vm_id)),
+                _ => {}
+            }
+            event
+        }
+
+        /// Until the mirror has as many leases as the ledger, and these VMs' as well.
+        async fn catch_up(&mut self, ledger: &Ledger, vms: &[u32]) {
+            let count = ledger.read(|book| book.after(None).count());
+            while self.mirror.len() != count
+                || !vms.iter().all(|n| self.mirror.contains_key(&format!("vm-{n}")))
+            {
+                self.next().await;
+            }
+        }
+    }
+
+    async fn watched(leases_there: u32) -> (Ledger, Reader) {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path()).unwrap();
+        for n in 0..leases_there {
+            acquire(&ledger, n).await;
+        }
+        // A single place: the watch is held up by its reader.
+        let (sender, events) = mpsc::channel(1);
+        let watching = ledger.clone();
+        tokio::spawn(async move {
+            let end = leases(&watching, &Clock::of(now), None, &AtomicU64::new(0), &sender).await;
+            assert!(end.is_none(), "{end:?}");
+        });
+        (ledger, Reader { events, mirror: BTreeMap::new(), revision: 0, _directory: directory })
+    }
+
+    #[tokio::test]
+    async fn what_changes_while_a_slow_reader_is_told_is_told_after_it() {
+        let (ledger, mut reader) = watched(2).await;
+        // The watch has read both, and waits with the second.
+        reader.next().await;
+        acquire(&ledger, 2).await;
+        reader.catch_up(&ledger, &[0, 1, 2]).await;
+    }
+
+    #[tokio::test]
+    async fn what_goes_while_all_that_there_is_is_told_goes_from_the_mirror() {
+        let count = u32::try_from(AT_ONCE).unwrap() + 40;
+        let (ledger, mut reader) = watched(count).await;
+        for _ in 0..10 {
+            reader.next().await;
+        }
+        assert!(reader.mirror.contains_key("vm-3"));
+        forget(&ledger, 3).await;
+        while !matches!(reader.next().await, Event::Synced(_)) {}
+        acquire(&ledger, count).await;
+        reader.catch_up(&ledger, &[count]).await;
+        assert!(!reader.mirror.contains_key("vm-3"), "it has gone, and nobody said so");
+    }
 }

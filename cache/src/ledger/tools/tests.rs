@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use cowshed_leases::{Acquisition, Ask, BootId, Lease, LeaseId, Moment, Release, Spec, UnixMicros, Uptime};
+use cowshed_leases::{Lease, LeaseId, Release};
 use cowshed_pool::store::file::{BEFORE_RESTORE, OpenError, RESTORING, beside};
 use rusqlite::Connection;
 use tempfile::TempDir;
@@ -23,7 +23,8 @@ use super::{
 };
 use crate::{
     exit,
-    ledger::{GivenUp, Ledger},
+    fakes::book::{acquire, now},
+    ledger::Ledger,
     serve::lock,
 };
 
@@ -42,25 +43,10 @@ fn place() -> (TempDir, PathBuf) {
     (directory, ledger)
 }
 
-fn moment() -> Moment {
-    Moment { wall: UnixMicros(0), boot: BootId::from_bits(1), up: Uptime(0) }
-}
-
 async fn release(ledger: &Ledger, lease: &Lease) {
     let ask =
         Release { vm: lease.vm.clone(), lease: Some(lease.id.clone()), generation: None, request: None };
-    ledger.release(ask, moment()).await.unwrap();
-}
-
-async fn acquire(ledger: &Ledger, n: u32) -> Lease {
-    let spec = Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() };
-    let vm = format!("vm-{n}").parse().unwrap();
-    let ask = Ask { vm, spec, ttl: None, fresh: false, request: None };
-    let id = LeaseId::from_random(u128::from(n));
-    match ledger.acquire(ask, id, moment(), GivenUp::default()).await.unwrap() {
-        Acquisition::New { lease, .. } => *lease,
-        other => panic!("{other:?}"),
-    }
+    ledger.release(ask, now()).await.unwrap();
 }
 
 /// Makes, or goes on with, a ledger in which these VMs have leases.
@@ -329,6 +315,8 @@ async fn a_restored_ledger_gives_out_nothing_that_was_given_out_before() {
     assert_eq!(restored.findings, check(&path).unwrap());
     assert_eq!(counter(&path, "last_generation"), 7 + MARGIN);
     assert_eq!(counter(&path, "of_a_later_version"), 5 + MARGIN);
+    let (horizon, last) = (counter(&path, "horizon"), counter(&path, "last_revision"));
+    assert!(horizon == last && last > 1 << 40, "a watcher of before would not be told to begin anew");
     assert_eq!(counter(&path, RESTORED_AT), NOW);
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
     assert_eq!(vms(directory.path()).await, ["vm-1", "vm-2"]);
