@@ -9,22 +9,19 @@
 //! The work runs in a task of its own: a caller that goes away stops nothing, and one that asks again meanwhile joins.
 //! A release ends that: it gives up what is under way, whatever it has come to.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
 use cowshed_leases::{
-    Acquisition, Ask, DeviceIdentity, Failure, Grant, Lease, LeaseId, Process, Release, Releasing, RequestId,
-    Spec, Ttl, VmId,
+    Acquisition, Ask, DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
+    Scratch, Seen, Share, Spec, Ttl, VmId,
 };
 use tracing::Instrument as _;
 
 use crate::{
     admission::Admission,
     clock::Clock,
-    containerd::{LEASE_LABEL, Mount, Snapshots},
+    containerd::Snapshots,
+    disks::{Order, in_name_of, is_shared},
     drain::Drain,
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
@@ -37,9 +34,6 @@ use crate::{
     tasks::Tasks,
 };
 
-/// How long a device node may take to appear after its snapshot was made (udev makes it).
-const DEVICE_WAIT: Duration = Duration::from_secs(10);
-
 /// What a launcher wants, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
@@ -49,6 +43,10 @@ pub struct Wish {
     pub image: ImageRef,
     /// For which platform.
     pub platform: Platform,
+    /// What the VM may do with the image's disk.
+    pub mode: Mode,
+    /// What it wants beside that.
+    pub scratch: Option<Scratch>,
     /// For how long.
     pub ttl: Option<Ttl>,
     /// Whether a Suspect lease's disk is not wanted any more.
@@ -61,16 +59,23 @@ impl Wish {
     fn ask(&self) -> Ask {
         Ask {
             vm: self.vm.clone(),
-            spec: Spec { image: self.image.to_string(), platform: self.platform.to_string() },
+            spec: Spec {
+                image: self.image.to_string(),
+                platform: self.platform.to_string(),
+                mode: self.mode,
+                scratch: self.scratch,
+            },
             ttl: self.ttl,
             fresh: self.fresh,
             request: self.request.clone(),
+            share: None,
         }
     }
 
     /// Wishes of one key share a flight. What else they ask for is added to what it comes to.
     fn key(&self) -> (VmId, String) {
-        (self.vm.clone(), format!("{} {} {}", self.image, self.platform, self.fresh))
+        let Self { image, platform, mode, scratch, fresh, .. } = self;
+        (self.vm.clone(), format!("{image} {platform} {mode:?} {scratch:?} {fresh}"))
     }
 }
 
@@ -134,6 +139,8 @@ pub struct Acquirer {
     pub tasks: Tasks,
     /// Work under way, so that equal wishes share it.
     pub(crate) flights: Flights<Outcome>,
+    /// Looks at what is shared, and its making.
+    pub(crate) sharing: Flights<Result<Grant>>,
 }
 
 impl Acquirer {
@@ -159,15 +166,19 @@ impl Acquirer {
     /// Adds to what an equal wish has come to what this one asks for besides.
     async fn add(&self, wish: &Wish, acquired: Arc<Acquired>) -> Result<Arc<Acquired>> {
         let Some(grant) = acquired.lease.grant() else { return Ok(acquired) };
-        let (id, device) = (acquired.lease.id.clone(), grant.device.clone());
-        let lease = self.ledger.keep(wish.ask(), id, device, self.clock.now()).await?;
+        let scratch = grant.scratch.as_ref().map(|scratch| scratch.device.clone());
+        let (id, seen) = (acquired.lease.id.clone(), Seen { root: grant.device.clone(), scratch });
+        let lease = self.ledger.keep(wish.ask(), id, seen, self.clock.now()).await?;
         Ok(Arc::new(Acquired { lease, ..Acquired::clone(&acquired) }))
     }
 
     /// How many are under way.
     pub fn under_way(&self) -> usize {
         // What was given up is off the map, and its maker may be at work still.
-        self.flights.count().max(self.making.now().len())
+        let making = self.making.now();
+        let of_vms =
+            |id: &&LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|lease| !lease.vm.is_image()));
+        self.flights.count().max(making.iter().filter(of_vms).count())
     }
 
     /// Gives back what `ask` says.
@@ -178,13 +189,17 @@ impl Acquirer {
         if !named && !repeated {
             self.flights.give_up(&ask.vm);
         }
-        let vm = ask.vm.clone();
+        let (vm, abandon) = (ask.vm.clone(), ask.abandon);
         let released = self.ledger.release(ask, self.clock.now()).await?;
         self.wake.now();
         if let Releasing::Now(lease) = &released {
             // One that began meanwhile may have found the lease as it was.
             self.flights.close(&vm);
-            tracing::info!(%vm, lease = %lease.id, "released");
+            if abandon {
+                tracing::warn!(%vm, lease = %lease.id, "given up by an operator");
+            } else {
+                tracing::info!(%vm, lease = %lease.id, "released");
+            }
         }
         Ok(released)
     }
@@ -217,7 +232,7 @@ impl Acquirer {
         (arrival, seat)
     }
 
-    async fn run(&self, wish: &Wish, given_up: GivenUp) -> Result<Acquired, Refusal> {
+    async fn run(self: &Arc<Self>, wish: &Wish, given_up: GivenUp) -> Result<Acquired, Refusal> {
         let mut stages = Stages::start();
         let ask = wish.ask();
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
@@ -231,13 +246,21 @@ impl Acquirer {
         let (image, cache) = self.image(wish, &mut stages).await?;
         let id = fresh();
         let maker = self.making.begin(id.clone());
+        let share = if is_shared(wish.mode) {
+            Some(Share { image: in_name_of(&image)?, fresh: fresh() })
+        } else {
+            None
+        };
+        // Whoever makes it: it has a maker from before its intent on.
+        let _shared = share.as_ref().map(|share| self.making.begin(share.fresh.clone()));
+        let ask = Ask { share, ..ask };
         let lease = match self.ledger.acquire(ask.clone(), id, self.clock.now(), given_up).await? {
             Acquisition::Existing(lease) => return Ok(self.existing(ask, *lease, stages).await?),
             Acquisition::New { lease, .. } => *lease,
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
-        match self.make(wish, &lease, image, &mut stages).await {
+        match self.make(Order { wish, lease: &lease, image }, &mut stages).await {
             Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false }),
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
@@ -251,33 +274,48 @@ impl Acquirer {
         Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true })
     }
 
-    /// The device of a lease that is held, as it is now, which is what was granted.
-    async fn seen(&self, lease: &Lease) -> Result<DeviceIdentity> {
+    /// The devices of a lease that is held, as they are now, which are what was granted.
+    pub(crate) async fn seen(&self, lease: &Lease) -> Result<Seen> {
         let Some(grant) = lease.grant() else {
             let message = format!("lease {} of VM {} is still being made; try again", lease.id, lease.vm);
             return Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id));
         };
-        self.identify(lease, &grant.device).await?.map_err(|what| {
+        let root = self.seen_of(lease, lease.root(), &grant.device).await?;
+        let scratch = match &grant.scratch {
+            Some(scratch) => Some(self.seen_of(lease, &lease.id, &scratch.device).await?),
+            None => None,
+        };
+        Ok(Seen { root, scratch })
+    }
+
+    async fn seen_of(
+        &self,
+        lease: &Lease,
+        snapshot: &LeaseId,
+        granted: &DeviceIdentity,
+    ) -> Result<DeviceIdentity> {
+        self.identify(lease, snapshot, granted).await?.map_err(|what| {
             let held = self.ledger.read(|book| book.get(&lease.id).is_some_and(Lease::is_held));
             if !held {
                 return crate::ledger::released(&lease.vm);
             }
             let message = format!(
                 "the device {} of lease {} is not what VM {} was granted: {what}; release it and acquire again",
-                grant.device.path, lease.id, lease.vm
+                granted.path, lease.id, lease.vm
             );
             Error::new(Reason::DeviceMismatch, message).with("lease_id", &lease.id)
         })
     }
 
-    /// The lease's device as it is now, or how it differs from what was granted. An error if that cannot be told: who
+    /// A lease's device, that of this lease's `snapshot`, as it is now, or how it differs from what was granted. An error if that cannot be told: who
     /// releases a disk because its device is not there *yet* (after a reboot, say) loses what is on it.
     pub(crate) async fn identify(
         &self,
         lease: &Lease,
+        snapshot: &LeaseId,
         granted: &DeviceIdentity,
     ) -> Result<Result<DeviceIdentity, String>> {
-        let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
+        let mounts = match self.snapshots.mounts(&snapshot.snapshot_key()).await {
             Ok(mounts) => mounts,
             Err(error) if error.is_not_found() => return Ok(Err(self.without_record(granted).await)),
             // Who has a disk keeps it while containerd is away, if the kernel knows it by all its marks.
@@ -331,79 +369,6 @@ impl Acquirer {
         Ok((image, Cache::Miss))
     }
 
-    /// From intent to confirmation.
-    async fn make(
-        &self,
-        wish: &Wish,
-        lease: &Lease,
-        image: ResolvedImage,
-        stages: &mut Stages,
-    ) -> Result<Lease> {
-        let key = lease.id.snapshot_key();
-        let labels = HashMap::from([
-            (LEASE_LABEL.to_owned(), lease.id.to_string()),
-            ("cowshed.io/vm".to_owned(), lease.vm.to_string()),
-        ]);
-        self.snapshots.create_lease(&key, labels).await.map_err(|e| self.snapshots.explain(e))?;
-        stages.done(Stage::Lease);
-        let (image, mounts) = self.prepare(wish, &key, image, stages).await?;
-        let (path, filesystem) = block_device(&mounts)?;
-        let device = self.verify(path).await?;
-        stages.done(Stage::Verify);
-        let grant = Grant {
-            device,
-            filesystem: filesystem.to_owned(),
-            image_digest: image.manifest.to_string(),
-            process: Process {
-                entrypoint: image.process.entrypoint,
-                cmd: image.process.cmd,
-                env: image.process.env,
-                user: image.process.user,
-                working_dir: image.process.working_dir,
-            },
-            at: crate::clock::wall(),
-        };
-        let granted = self.ledger.grant(lease.id.clone(), grant, self.clock.now()).await?;
-        stages.done(Stage::Confirm);
-        Ok(granted)
-    }
-
-    /// The snapshot. If the image was removed from containerd since it was resolved, gets it once more.
-    async fn prepare(
-        &self,
-        wish: &Wish,
-        key: &str,
-        mut image: ResolvedImage,
-        stages: &mut Stages,
-    ) -> Result<(ResolvedImage, Vec<Mount>)> {
-        let mut prepared = self.snapshots.prepare(key, key, &image.chain_id.to_string()).await;
-        if prepared.as_ref().is_err_and(crate::containerd::CallError::is_not_found) {
-            stages.done(Stage::Prepare);
-            image = self.images.ensure(&wish.image, &wish.platform).await?;
-            stages.done(Stage::Pull);
-            prepared = self.snapshots.prepare(key, key, &image.chain_id.to_string()).await;
-        }
-        let mounts = prepared.map_err(|e| self.snapshots.explain(e))?;
-        stages.done(Stage::Prepare);
-        Ok((image, mounts))
-    }
-
-    /// Looks at the device as soon as its node is there.
-    async fn verify(&self, path: &str) -> Result<DeviceIdentity> {
-        let deadline = Instant::now() + DEVICE_WAIT;
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match self.kernel.inspect(path).await {
-                Ok(device) => return Ok(device),
-                Err(KernelError::Missing(_)) if Instant::now() < deadline => {
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_millis(100));
-                }
-                Err(error) => return Err(unfit(path, &error.to_string())),
-            }
-        }
-    }
-
     /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be
     /// marked, the reclaimer does that too, as soon as it finds it without a maker.
     async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Refusal {
@@ -427,24 +392,6 @@ fn log(outcome: &Outcome) {
         Ok(done) => tracing::info!(cache = done.cache.as_str(), stages = %done.stages, "granted"),
         Err(Refusal { error, .. }) => tracing::warn!(reason = error.reason().as_str(), %error, "refused"),
     }
-}
-
-/// The device and filesystem of a snapshot's mounts.
-pub(crate) fn block_device(mounts: &[Mount]) -> Result<(&str, &str)> {
-    match mounts {
-        [mount] if mount.source.starts_with("/dev/") => Ok((&mount.source, &mount.r#type)),
-        [mount] => Err(unfit(&mount.source, &format!("it is mounted as {:?}", mount.r#type))),
-        [] => Err(unfit("", "it gave no mount")),
-        many => Err(unfit("", &format!("it gave {} mounts", many.len()))),
-    }
-}
-
-fn unfit(path: &str, what: &str) -> Error {
-    let message = format!(
-        "the snapshotter's snapshot {path} is no usable thin device: {what}; name one that hands out thin devices in \
-         [containerd] snapshotter, such as devmapper"
-    );
-    Error::new(Reason::SnapshotterUnfit, message).with("path", path)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::{collections::BTreeMap, sync::atomic::Ordering};
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
 use cowshed_leases::{Revision, State, Suspicion};
 
@@ -11,7 +11,7 @@ use crate::fakes::{Fault, Process_, Sight, State_, World, start, wish, world};
 
 /// Whatever the VM has.
 fn back(vm: &str) -> Release {
-    Release { vm: vm.parse().unwrap(), lease: None, generation: None, request: None }
+    Release { vm: vm.parse().unwrap(), lease: None, generation: None, request: None, abandon: false }
 }
 
 #[tokio::test]

@@ -86,7 +86,9 @@ impl Reclaimer {
             Repair::Nothing | Repair::Everything => self.inventory_with(Some(compared), Look::Only).await,
         };
         let leases: Vec<Lease> = self.ledger.read(|book| {
-            book.after(None).filter(|lease| lease.is_held() && lease.grant().is_some()).cloned().collect()
+            // What one of them shares has a lease of its own.
+            let has_disk = |lease: &&Lease| lease.is_held() && lease.own_device().is_some();
+            book.after(None).filter(has_disk).cloned().collect()
         });
         let mut held = Vec::new();
         for lease in leases {
@@ -102,9 +104,9 @@ impl Reclaimer {
     }
 
     async fn sight(&self, lease: &Lease) -> Sight {
-        let Some(grant) = lease.grant() else { return Sight::Absent };
-        match self.kernel.inspect(&grant.device.path).await {
-            Ok(now) => match grant.device.differs_from(&now) {
+        let Some(device) = lease.own_device() else { return Sight::Absent };
+        match self.kernel.inspect(&device.path).await {
+            Ok(now) => match device.differs_from(&now) {
                 None => Sight::Right,
                 Some((what, was, is)) => Sight::Wrong(format!("{what} was {was:?} and is {is:?}")),
             },

@@ -33,6 +33,8 @@ pub enum Reason {
     RequestIdInvalid,
     RequestIdReused,
     DeviceInvalid,
+    ModeInvalid,
+    ScratchInvalid,
     LeaseNotFound,
     ImageNotFound,
     PlatformNotFound,
@@ -76,7 +78,9 @@ impl Reason {
             | Self::TtlInvalid
             | Self::RequestIdInvalid
             | Self::RequestIdReused
-            | Self::DeviceInvalid => Code::InvalidArgument,
+            | Self::DeviceInvalid
+            | Self::ModeInvalid
+            | Self::ScratchInvalid => Code::InvalidArgument,
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
@@ -114,6 +118,8 @@ impl Reason {
             Self::RequestIdInvalid => "REQUEST_ID_INVALID",
             Self::RequestIdReused => "REQUEST_ID_REUSED",
             Self::DeviceInvalid => "DEVICE_INVALID",
+            Self::ModeInvalid => "MODE_INVALID",
+            Self::ScratchInvalid => "SCRATCH_INVALID",
             Self::LeaseNotFound => "LEASE_NOT_FOUND",
             Self::ImageNotFound => "IMAGE_NOT_FOUND",
             Self::PlatformNotFound => "PLATFORM_NOT_FOUND",

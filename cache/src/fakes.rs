@@ -14,7 +14,7 @@ use std::{
 };
 
 use cowshed_leases::{
-    BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Moment, State, Ttl, UnixMicros, Uptime,
+    BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Mode, Moment, Scratch, State, Ttl, UnixMicros, Uptime,
 };
 use tonic::Status;
 
@@ -99,6 +99,26 @@ pub(crate) struct State_ {
     /// The device that somebody opens when a snapshot is removed.
     pub(crate) opened_by_removal: Option<String>,
     pub(crate) parents: BTreeSet<String>,
+    /// Devices that the kernel keeps from being written.
+    pub(crate) read_only: BTreeSet<String>,
+    /// It keeps none: views are read-only by name.
+    pub(crate) all_writable: bool,
+    /// How many views were made.
+    pub(crate) views: usize,
+    /// Sizes of empty devices.
+    sizes: BTreeMap<String, u64>,
+}
+
+impl State_ {
+    /// A new snapshot and its device.
+    fn snapshot(&mut self, lease: &str, key: &str) -> String {
+        assert!(self.leases.contains(lease), "a snapshot that nothing holds");
+        self.next_device += 1;
+        let device = format!("snap-{}", self.next_device);
+        self.devices.insert(device.clone(), 0);
+        self.snapshots.insert(key.to_owned(), device.clone());
+        device
+    }
 }
 
 pub(crate) fn image() -> ResolvedImage {
@@ -214,14 +234,34 @@ impl Snapshots for World {
         // Not kept: a process that crashes in here would hold up the next one.
         drop(self.prepares.lock().await);
         self.effect(|s| {
-            assert!(s.leases.contains(lease), "a snapshot that nothing holds");
             if !s.parents.contains(parent) {
                 return Err(gone());
             }
-            s.next_device += 1;
-            let device = format!("snap-{}", s.next_device);
-            s.devices.insert(device.clone(), 0);
-            s.snapshots.insert(key.to_owned(), device.clone());
+            Ok(vec![mount(&s.snapshot(lease, key))])
+        })
+        .await
+    }
+
+    async fn view(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
+        drop(self.prepares.lock().await);
+        self.effect(|s| {
+            if !s.parents.contains(parent) {
+                return Err(gone());
+            }
+            s.views += 1;
+            let device = s.snapshot(lease, key);
+            if !s.all_writable {
+                s.read_only.insert(device.clone());
+            }
+            Ok(vec![mount(&device)])
+        })
+        .await
+    }
+
+    async fn empty(&self, lease: &str, key: &str, scratch: Scratch) -> Result<Vec<Mount>, CallError> {
+        self.effect(|s| {
+            let device = s.snapshot(lease, key);
+            s.sizes.insert(device.clone(), scratch.size_bytes);
             Ok(vec![mount(&device)])
         })
         .await
@@ -292,11 +332,12 @@ impl Kernel for World {
         Ok(DeviceIdentity {
             path: path.to_owned(),
             number: DeviceNumber { major: 253, minor: thin_id },
+            size_bytes: self.look(|s| s.sizes.get(&name).copied().unwrap_or(1 << 30)),
+            read_only: self.look(|s| s.read_only.contains(&name)),
             dm_name: name,
             dm_uuid: None,
             thin_id,
             pool: DeviceNumber { major: 253, minor: 0 },
-            size_bytes: 1 << 30,
         })
     }
 
@@ -361,17 +402,17 @@ pub(crate) mod book {
     }
 
     pub(crate) fn spec() -> Spec {
-        Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into() }
+        Spec { image: "registry.example/app:1".into(), platform: "linux/amd64".into(), ..Spec::default() }
     }
 
     pub(crate) fn ask(n: u32) -> Ask {
         let vm = format!("vm-{n}").parse().unwrap();
-        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None }
+        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None, share: None }
     }
 
     /// Whatever VM `n` has.
     pub(crate) fn back(n: u32) -> Release {
-        Release { vm: ask(n).vm, lease: None, generation: None, request: None }
+        Release { vm: ask(n).vm, lease: None, generation: None, request: None, abandon: false }
     }
 
     /// A new lease, in preparation.
@@ -413,6 +454,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         clock: clock.clone(),
         tasks: Tasks::default(),
         flights: Flights::default(),
+        sharing: Flights::default(),
     };
     let reclaimer = Reclaimer {
         ledger,
@@ -445,6 +487,8 @@ pub(crate) fn wish(vm: &str) -> Wish {
         vm: vm.parse().unwrap(),
         image: image().name,
         platform: Platform::host(),
+        mode: Mode::CopyOnWrite,
+        scratch: None,
         ttl: None,
         fresh: false,
         request: None,
@@ -459,13 +503,17 @@ impl Process_ {
         }
     }
 
-    /// Invariants 1 and 2: every granted lease has its own device, and there is nothing else.
+    /// Invariants 1 and 2: every granted lease has its own device, or shares that of one that has, and there is nothing else.
     pub(crate) fn audit(&self, world: &World, what: &str) {
         let granted: BTreeMap<String, String> = self.acquirer.ledger.read(|book| {
-            let of = |lease: &Lease| (lease.id.snapshot_key(), lease.grant().unwrap().device.dm_name.clone());
+            let of = |lease: &Lease| Some((lease.id.snapshot_key(), lease.own_device()?.dm_name.clone()));
             // Of what has failed nothing is left but the reason.
             let cleared = |lease: &&Lease| !matches!(lease.state, State::Failed { cleared: true, .. });
-            book.after(None).filter(cleared).map(of).collect()
+            for lease in book.after(None).filter(cleared) {
+                let root = book.get(lease.root()).and_then(Lease::grant).unwrap();
+                assert_eq!(root.device.dm_name, lease.grant().unwrap().device.dm_name, "{what}: shares");
+            }
+            book.after(None).filter(cleared).filter_map(of).collect()
         });
         world.look(|s| {
             assert_eq!(s.snapshots, granted, "{what}: snapshots");

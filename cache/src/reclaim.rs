@@ -20,9 +20,9 @@ use tokio::{
 };
 
 use crate::{
-    acquire::block_device,
     clock::Clock,
     containerd::Snapshots,
+    disks::block_device,
     error::{Reason, Result},
     image::RunningPulls,
     kernel::{Devices, KernelError},
@@ -314,9 +314,12 @@ impl Reclaimer {
         inventory.running_pulls = running;
         let now = self.clock.now();
         let (looked_at, others): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| {
-            let wanted = |lease: &&Lease| everything || lease.is_to_be_reclaimed() || lease.is_overdue(&now);
-            let leases = book.after(None).filter(wanted).cloned();
-            leases.partition(|lease| lease.is_to_be_reclaimed() || lease.is_overdue(&now))
+            // What is shared goes after all that name it.
+            let is_over = |lease: &Lease| {
+                lease.is_overdue(&now) || lease.is_to_be_reclaimed() && book.sharers(&lease.id) == 0
+            };
+            let leases = book.after(None).filter(|lease| everything || is_over(lease)).cloned();
+            leases.partition(|lease| is_over(lease))
         });
         let held = others.iter().chain(&looked_at).filter(|lease| lease.is_held());
         inventory.held = held.map(|lease| lease.id.clone()).collect();
@@ -336,8 +339,8 @@ impl Reclaimer {
     }
 
     async fn device_use(&self, lease: &Lease) -> DeviceUse {
-        let name = match lease.grant() {
-            Some(grant) => Ok(Some(grant.device.dm_name.clone())),
+        let name = match lease.own_device() {
+            Some(device) => Ok(Some(device.dm_name.clone())),
             None => self.device_of(&lease.id).await,
         };
         let open = match name {
@@ -518,7 +521,7 @@ impl Reclaimer {
             Err(error) => return Some(Remains::Other(error.to_string())),
         }
         let name =
-            self.ledger.read(|book| book.get(id).and_then(Lease::grant).map(|g| g.device.dm_name.clone()))?;
+            self.ledger.read(|book| book.get(id).and_then(Lease::own_device).map(|d| d.dm_name.clone()))?;
         match self.kernel.open_count(&name).await {
             Ok(None) => None,
             Ok(Some(_)) => Some(Remains::Device(name)),
@@ -532,8 +535,14 @@ impl Reclaimer {
         }
         let count = gone.len();
         self.collected().retain(|id, _| !gone.contains(id));
-        match self.ledger.remove_all(gone).await {
+        let shares = |id: &LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|l| l.shares.is_some()));
+        let shared = gone.iter().any(shares);
+        match self.ledger.remove_all(gone, self.clock.now()).await {
             Ok(()) => {
+                if shared {
+                    // Perhaps nobody has it any more.
+                    self.wake.now();
+                }
                 self.metrics.reclaimed(count);
                 tracing::info!(count, "released disks are gone");
             }

@@ -18,6 +18,8 @@ pub enum Stage {
     Intent,
     /// containerd's lease.
     Lease,
+    /// The device that VMs share: made, or looked at.
+    Share,
     /// The snapshot.
     Prepare,
     /// Checking the device.
@@ -35,6 +37,7 @@ impl Stage {
             Self::Pull => "pull",
             Self::Intent => "intent",
             Self::Lease => "lease",
+            Self::Share => "share",
             Self::Prepare => "prepare",
             Self::Verify => "verify",
             Self::Confirm => "confirm",

@@ -87,7 +87,7 @@ impl StatusSource {
 pub fn count_leases(ledger: &Ledger) -> v1::LeaseCounts {
     ledger.read(|book| {
         let mut counts = v1::LeaseCounts::default();
-        for lease in book.after(None) {
+        for lease in book.after(None).filter(|lease| !lease.vm.is_image()) {
             match lease.state {
                 State::Preparing => counts.preparing += 1,
                 State::Granted(_) => counts.granted += 1,

@@ -16,6 +16,8 @@ pub struct Book {
     failed: HashMap<VmId, LeaseId>,
     /// Whose each granted device is, by device-mapper name, until the lease is gone.
     devices: HashMap<String, LeaseId>,
+    /// How many leases share what each of these has.
+    sharers: HashMap<LeaseId, usize>,
     /// The leases by their last change.
     changed: BTreeMap<Revision, LeaseId>,
     /// Leases that are gone, by when they went.
@@ -89,6 +91,9 @@ impl Book {
             book.expect_fit(&lease)?;
             book.apply(Change::Put(Box::new(lease)));
         }
+        if let Some(lost) = book.sharers.keys().find(|id| !book.leases.contains_key(id)) {
+            return Err(format!("a lease shares the device of lease {lost}, which is not there"));
+        }
         for tombstone in stored.gone {
             if tombstone.revision > stored.last_revision {
                 return Err(format!(
@@ -109,7 +114,7 @@ impl Book {
         if let (true, Some(other)) = (lease.is_held(), self.held.get(&lease.vm)) {
             return Err(format!("VM {} is held by both lease {other} and lease {id}", lease.vm));
         }
-        if let Some(other) = lease.grant().and_then(|grant| self.devices.get(&grant.device.dm_name)) {
+        if let Some(other) = lease.own_device().and_then(|device| self.devices.get(&device.dm_name)) {
             return Err(format!("lease {other} and lease {id} have the same device"));
         }
         if lease.generation.0 > self.last_generation {
@@ -213,6 +218,11 @@ impl Book {
         (oldest, self.failed.len())
     }
 
+    /// How many leases share the device of this one.
+    pub fn sharers(&self, id: &LeaseId) -> usize {
+        self.sharers.get(id).copied().unwrap_or_default()
+    }
+
     /// Whose the device is.
     pub(crate) fn owner_of(&self, device: &str) -> Option<&LeaseId> {
         self.devices.get(device)
@@ -278,8 +288,11 @@ impl Book {
                     index.remove(&before.vm);
                 }
             }
-            if let Some(grant) = before.grant() {
-                self.devices.remove(&grant.device.dm_name);
+            if let Some(device) = before.own_device() {
+                self.devices.remove(&device.dm_name);
+            }
+            if let Some(shared) = &before.shares {
+                self.count_sharer(shared, false);
             }
             self.changed.remove(&before.revision);
         }
@@ -292,13 +305,24 @@ impl Book {
             if matches!(lease.state, crate::State::Failed { .. }) {
                 self.failed.insert(lease.vm.clone(), id.clone());
             }
-            if let Some(grant) = lease.grant() {
-                self.devices.insert(grant.device.dm_name.clone(), id.clone());
+            if let Some(device) = lease.own_device() {
+                self.devices.insert(device.dm_name.clone(), id.clone());
+            }
+            if let Some(shared) = &lease.shares {
+                self.count_sharer(shared, true);
             }
             self.changed.insert(lease.revision, id.clone());
             self.leases.insert(id.clone(), lease);
         }
         before
+    }
+
+    fn count_sharer(&mut self, shared: &LeaseId, more: bool) {
+        let count = self.sharers.entry(shared.clone()).or_default();
+        *count = if more { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.sharers.remove(shared);
+        }
     }
 
     fn replace_request(&mut self, id: &RequestId, now: Option<Request>) -> Option<Request> {

@@ -6,19 +6,28 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    Acquisition, Ask, BookError, BootId, DeviceIdentity, DeviceNumber, Failure, Grace, Grant, Kind, Moment,
-    Process, Release, Releasing, Spec, State, Suspicion, Ttl, UnixMicros, Uptime,
+    Acquisition, Ask, BookError, BootId, DeviceIdentity, DeviceNumber, Failure, Grace, Grant, Kind, Mode,
+    Moment, Process, Release, Releasing, Scratch, ScratchGrant, Seen, Share, Spec, State, Suspicion, Ttl,
+    UnixMicros, Uptime,
 };
 
 const SECOND: u64 = 1_000_000;
 
 pub(crate) fn vm(n: u8) -> VmId {
-    format!("vm{n}").parse().unwrap()
+    if n == IMAGE { VmId::of_image("sha256:0").unwrap() } else { format!("vm{n}").parse().unwrap() }
 }
 
+/// 10 is image 0 shared, 11 is the same with a scratch disk.
 pub(crate) fn spec(n: u8) -> Spec {
-    Spec { image: format!("registry.example/app:{n}"), platform: "linux/amd64".into() }
+    let image = format!("registry.example/app:{}", if n >= SHARED { 0 } else { n });
+    let mode = if n >= SHARED { Mode::SharedReadOnly } else { Mode::CopyOnWrite };
+    let scratch = (n == SHARED + 1).then_some(Scratch { size_bytes: 1 << 20, raw: false });
+    Spec { image, platform: "linux/amd64".into(), mode, scratch }
 }
+
+const SHARED: u8 = 10;
+/// In whose name what is shared is held, among VMs.
+const IMAGE: u8 = 200;
 
 pub(crate) fn id(n: u64) -> LeaseId {
     LeaseId::from_random(u128::from(n))
@@ -37,7 +46,7 @@ pub(crate) fn grace() -> Grace {
 }
 
 pub(crate) fn ask(n: u8, s: u8) -> Ask {
-    Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None }
+    Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None, share: None }
 }
 
 fn request(n: u8) -> RequestId {
@@ -45,7 +54,7 @@ fn request(n: u8) -> RequestId {
 }
 
 pub(crate) fn back(n: u8) -> Release {
-    Release { vm: vm(n), lease: None, generation: None, request: None }
+    Release { vm: vm(n), lease: None, generation: None, request: None, abandon: false }
 }
 
 fn failure() -> Failure {
@@ -62,15 +71,21 @@ pub(crate) fn grant(n: u32) -> Grant {
         thin_id: n,
         pool: DeviceNumber { major: 253, minor: 0 },
         size_bytes: 1 << 30,
+        read_only: false,
     };
-    let process = Process::default();
-    Grant { device, filesystem: "ext4".into(), image_digest: "sha256:0".into(), process, at: UnixMicros(1) }
+    let (filesystem, image_digest) = ("ext4".into(), "sha256:0".into());
+    Grant { device, filesystem, scratch: None, image_digest, process: Process::default(), at: UnixMicros(1) }
 }
 
 pub(crate) fn apply(book: &mut Book, changes: Vec<Change>) {
     for change in changes {
         book.apply(change);
     }
+}
+
+fn failed(book: &mut Book, id: &LeaseId, now: &Moment) {
+    let changes = book.fail(id, failure(), now);
+    apply(book, changes);
 }
 
 pub(crate) fn acquired(book: &mut Book, ask: &Ask, fresh: LeaseId, now: &Moment) -> Lease {
@@ -102,7 +117,7 @@ fn released(book: &mut Book, ask: &Release, now: &Moment) -> Releasing {
 }
 
 fn removed(book: &mut Book, id: &LeaseId) {
-    let changes = book.remove(id).unwrap();
+    let changes = book.remove(id, &at(1, 0)).unwrap();
     apply(book, changes);
 }
 
@@ -160,7 +175,7 @@ fn a_released_vm_gets_a_new_generation_and_the_old_one_can_do_nothing_to_it() {
     }
     removed(&mut book, &old.id);
     assert_eq!(book.renew(&old.id, None, None, &now), Err(BookError::Gone(old.id.clone())));
-    assert_eq!(book.remove(&old.id), Ok(Vec::new()));
+    assert_eq!(book.remove(&old.id, &now), Ok(Vec::new()));
     assert_eq!(book.of_vm(&vm(1)).unwrap().id, new.id);
 }
 
@@ -170,7 +185,7 @@ fn only_a_lease_in_preparation_is_granted_and_only_a_released_one_removed() {
     let now = at(1, 0);
     let lease = acquired(&mut book, &ask(1, 1), id(1), &now);
     assert_eq!(book.renew(&lease.id, None, None, &now), Err(BookError::StillPreparing(lease.id.clone())));
-    assert_eq!(book.remove(&lease.id), Err(BookError::NotReleasing(lease.id.clone())));
+    assert_eq!(book.remove(&lease.id, &now), Err(BookError::NotReleasing(lease.id.clone())));
     released(&mut book, &back(1), &now);
     assert_eq!(book.grant(&lease.id, grant(1), &now), Err(BookError::NotPreparing(lease.id.clone())));
     assert_eq!(book.grant(&id(7), grant(1), &now), Err(BookError::NotPreparing(id(7))));
@@ -247,7 +262,8 @@ fn an_earlier_boot_s_disk_is_got_back_or_replaced_by_a_fresh_one() {
     let again = acquired(&mut book, &ask(1, 1), id(10), &at(2, 3));
     assert_eq!((again.id, again.term.boot), (id(1), at(2, 0).boot));
     assert_eq!(again.state, State::Granted(Box::new(grant(1))));
-    let (again, changes) = book.renew(&id(1), None, Some(&moved), &at(2, 3)).unwrap();
+    let (again, changes) =
+        book.renew(&id(1), None, Some(&Seen { root: moved.clone(), scratch: None }), &at(2, 3)).unwrap();
     apply(&mut book, changes);
     assert_eq!(again.grant().unwrap().device, moved, "its numbers are those of this boot");
     let again = acquired(&mut book, &Ask { fresh: true, ..ask(1, 1) }, id(11), &at(2, 4));
@@ -287,6 +303,83 @@ fn what_failed_stays_until_it_is_seen_and_does_not_hold_its_vm() {
     assert!(matches!(book.get(&again.id).unwrap().state, State::Releasing { .. }));
     removed(&mut book, &again.id);
     assert_eq!(book.after(None).count(), 0);
+}
+
+/// Asks for image 0 shared.
+fn ask_shared(n: u8, fresh: u64) -> Ask {
+    Ask { share: Some(Share { image: vm(IMAGE), fresh: id(fresh) }), ..ask(n, SHARED) }
+}
+
+#[test]
+fn what_is_shared_is_there_as_long_as_somebody_shares_it() {
+    let (mut book, now) = (Book::default(), at(1, 0));
+    let [a, b] =
+        [1, 2].map(|n: u8| acquired(&mut book, &ask_shared(n, 100 + u64::from(n)), id(n.into()), &now));
+    assert_eq!((&a.shares, &b.shares, book.sharers(&id(101))), (&Some(id(101)), &Some(id(101)), 2));
+    let early = BookError::NotShared { device: "snap-7".into(), asked: a.id.clone() };
+    assert_eq!(book.grant(&a.id, grant(7), &now), Err(early), "nobody has made it");
+    let (shared, changes) = book.grant(&id(101), grant(7), &now).unwrap();
+    apply(&mut book, changes);
+    for lease in [&a, &b] {
+        let (lease, changes) = book.grant(&lease.id, grant(7), &now).unwrap();
+        apply(&mut book, changes);
+        assert_eq!((lease.own_device(), lease.root()), (None, &shared.id));
+    }
+    assert_eq!(shared.own_device(), Some(&grant(7).device));
+    let c = acquired(&mut book, &ask(3, 0), id(3), &now);
+    assert!(matches!(book.grant(&c.id, grant(7), &now), Err(BookError::DeviceTaken { .. })));
+
+    // It does not expire, nor does a boot make it doubtful.
+    let later = at(2, 1000);
+    suspected(&mut book, &later);
+    assert!(matches!(book.get(&a.id).unwrap().state, State::Suspect { .. }));
+    assert_eq!(book.get(&shared.id).unwrap(), &shared);
+    for (user, is_last) in [(1, false), (2, true)] {
+        released(&mut book, &back(user), &later);
+        assert!(book.get(&shared.id).unwrap().is_held(), "its device may be in use");
+        removed(&mut book, &id(user.into()));
+        assert_eq!(book.get(&shared.id).unwrap().is_held(), !is_last);
+    }
+    removed(&mut book, &shared.id);
+    assert_eq!(book.after(None).count(), 1);
+}
+
+#[test]
+fn what_cannot_be_shared_is_released_when_nobody_names_it() {
+    let (mut book, now) = (Book::default(), at(1, 0));
+    for n in 1..=3 {
+        acquired(&mut book, &ask_shared(n, 99 + u64::from(n)), id(n.into()), &now);
+    }
+    released(&mut book, &back(1), &now);
+    failed(&mut book, &id(2), &now);
+    assert_eq!((book.sharers(&id(100)), book.get(&id(2)).unwrap().shares.is_none()), (2, true));
+    failed(&mut book, &id(100), &now);
+    assert!(matches!(book.get(&id(100)).unwrap().state, State::Releasing { grant: None, .. }));
+    // One more comes: it shares something new.
+    assert_eq!(acquired(&mut book, &ask_shared(4, 101), id(4), &now).shares, Some(id(101)));
+    assert_eq!(book.remove(&id(100), &now), Ok(Vec::new()), "others name it");
+    assert!(Book::load(stored(&book)).is_ok());
+    failed(&mut book, &id(3), &now);
+    removed(&mut book, &id(1));
+    removed(&mut book, &id(100));
+    assert!(book.get(&id(100)).is_none());
+    // Who fails last, and alone, lets go of it too.
+    failed(&mut book, &id(4), &now);
+    assert!(!book.get(&id(101)).unwrap().is_held());
+    let mut lost = stored(&book);
+    lost.leases.retain(|lease| lease.id == id(3));
+    lost.leases[0].shares = Some(id(9));
+    assert!(Book::load(lost).unwrap_err().contains("which is not there"));
+}
+
+#[test]
+fn who_renews_what_an_operator_gave_up_is_told() {
+    let (mut book, now) = (Book::default(), at(1, 0));
+    let lease = granted(&mut book, &ask(1, 1), 1, &now);
+    released(&mut book, &Release { abandon: true, ..back(1) }, &now);
+    assert_eq!(book.renew(&lease.id, None, None, &now), Err(BookError::Abandoned(lease.id.clone())));
+    released(&mut book, &back(1), &now);
+    assert!(matches!(book.get(&lease.id).unwrap().state, State::Releasing { abandoned: true, .. }));
 }
 
 #[test]
@@ -385,8 +478,12 @@ struct Entry {
     vm: u8,
     spec: u8,
     ttl: Option<u64>,
+    shares: Option<u64>,
     stand: Stand,
 }
+
+/// What is shared has lease ids from here on.
+const BASES: u64 = 1000;
 
 /// The naive oracle: a list, searched from end to end, with the rules written down once more.
 #[derive(Clone, Debug, Default)]
@@ -429,11 +526,12 @@ enum Command {
 }
 
 fn command() -> impl Strategy<Value = Command> {
-    let n = || 0..24u64;
+    let n = || prop_oneof![3 => 0..24u64, 1 => BASES..BASES + 24];
+    let spec = || prop_oneof![3 => 0..2u8, 2 => SHARED..SHARED + 2];
     let request = || prop::option::weighted(0.3, 0..6u8);
     let time = || prop::option::of(1..40u64);
     prop_oneof![
-        6 => (0..3u8, 0..2u8, time(), any::<bool>(), request())
+        6 => (0..3u8, spec(), time(), any::<bool>(), request())
             .prop_map(|(vm, spec, ttl, fresh, request)| Command::Acquire { vm, spec, ttl, fresh, request }),
         5 => n().prop_map(Command::Grant),
         1 => n().prop_map(Command::Fail),
@@ -461,6 +559,27 @@ impl Oracle {
 
     fn holder(&self, vm: u8) -> Option<usize> {
         self.entries.iter().position(|entry| entry.vm == vm && entry.stand.holds())
+    }
+
+    /// Releases what only this lease shares, which is about not to share it any more.
+    fn unshare(&mut self, lease: u64) {
+        let Some(base) = self.entry(lease).and_then(|entry| entry.shares) else { return };
+        if self.entries.iter().any(|entry| entry.shares == Some(base) && entry.lease != lease) {
+            return;
+        }
+        if let Some(base) = self.entry(base).filter(|base| base.stand.holds()) {
+            base.stand = Stand::Releasing;
+        }
+    }
+
+    /// The lease that is to be shared, which is made if there is none.
+    fn share(&mut self, fresh_id: u64) -> u64 {
+        if let Some(base) = self.holder(IMAGE) {
+            return self.entries[base].lease;
+        }
+        let (lease, vm, spec) = (BASES + fresh_id, IMAGE, SHARED);
+        self.entries.push(Entry { lease, vm, spec, ttl: None, shares: None, stand: Stand::Preparing });
+        lease
     }
 
     fn see(&mut self, lease: u64) {
@@ -513,7 +632,8 @@ impl Oracle {
             .map(|e| e.lease)
             .collect();
         failed.into_iter().for_each(|lease| self.see(lease));
-        self.entries.push(Entry { lease: fresh_id, vm, spec, ttl, stand: Stand::Preparing });
+        let shares = (spec >= SHARED).then(|| self.share(fresh_id));
+        self.entries.push(Entry { lease: fresh_id, vm, spec, ttl, shares, stand: Stand::Preparing });
         self.note(request, true, vm, Some(fresh_id));
         Some(fresh_id)
     }
@@ -532,14 +652,39 @@ impl Oracle {
         if !matches!(entry.stand, Stand::Granted { .. } | Stand::Suspect { .. }) {
             return false;
         }
-        entry.ttl = ttl.or(entry.ttl);
+        entry.ttl = ttl.or(entry.ttl).filter(|_| entry.vm != IMAGE);
         entry.stand = Stand::Granted { boot, until: entry.ttl.map(|ttl| up + ttl) };
         true
     }
 
+    /// What the lease is to be granted, and whether what it shares is there.
+    fn grant_for(&mut self, lease: u64) -> (Grant, bool) {
+        let Some(entry) = self.entry(lease).map(|entry| entry.clone()) else {
+            return (grant(lease as u32), true);
+        };
+        let own = ScratchGrant { device: grant(lease as u32).device, filesystem: "ext4".into() };
+        let root = grant(entry.shares.unwrap_or(lease) as u32);
+        let base = entry.shares.and_then(|base| self.entry(base));
+        let is_there =
+            entry.shares.is_none() || base.is_some_and(|b| matches!(b.stand, Stand::Granted { .. }));
+        (Grant { scratch: (entry.spec == SHARED + 1).then_some(own), ..root }, is_there)
+    }
+
+    fn fail(&mut self, lease: u64) {
+        if self.entry(lease).is_none_or(|entry| entry.stand != Stand::Preparing) {
+            return;
+        }
+        self.unshare(lease);
+        self.requests.retain(|known| known.3 != Some(lease));
+        let entry = self.entry(lease).unwrap();
+        entry.shares = None;
+        entry.stand = if entry.vm == IMAGE { Stand::Releasing } else { Stand::Failed { cleared: false } };
+    }
+
     fn suspect(&mut self) {
         let (boot, up) = (self.boot, self.up);
-        let doubtful: Vec<bool> = self.entries.iter().map(|entry| self.is_doubtful(&entry.stand)).collect();
+        let doubtful: Vec<bool> =
+            self.entries.iter().map(|e| e.vm != IMAGE && self.is_doubtful(&e.stand)).collect();
         for (entry, doubtful) in self.entries.iter_mut().zip(doubtful) {
             match entry.stand {
                 Stand::Granted { boot: of, .. } if doubtful && of == boot => {
@@ -622,6 +767,7 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
                 ttl: time.map(ttl),
                 fresh: *anew,
                 request: name.map(request),
+                share: (*s >= SHARED).then(|| Share { image: vm(IMAGE), fresh: id(BASES + fresh) }),
             };
             let expected = oracle.acquire(command, fresh);
             match (expected, desk.book.acquire(&ask, id(fresh), &now)) {
@@ -643,9 +789,11 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
         }
         Command::Grant(n) => {
             let (boot, up) = (oracle.boot, oracle.up);
+            let (granted, is_there) = oracle.grant_for(*n);
             let entry = oracle.entry(*n).filter(|entry| entry.stand == Stand::Preparing);
-            match (entry, desk.book.grant(&id(*n), grant(*n as u32), &now)) {
-                (Some(entry), Ok((_, changes))) => {
+            match (entry, desk.book.grant(&id(*n), granted, &now)) {
+                (Some(_), Err(BookError::NotShared { .. })) if !is_there => {}
+                (Some(entry), Ok((_, changes))) if is_there => {
                     entry.stand = Stand::Granted { boot, until: entry.ttl.map(|ttl| up + ttl) };
                     desk.apply(changes);
                 }
@@ -654,10 +802,7 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
             }
         }
         Command::Fail(n) => {
-            if let Some(entry) = oracle.entry(*n).filter(|entry| entry.stand == Stand::Preparing) {
-                entry.stand = Stand::Failed { cleared: false };
-                oracle.requests.retain(|known| known.3 != Some(*n));
-            }
+            oracle.fail(*n);
             let changes = desk.book.fail(&id(*n), failure(), &now);
             desk.apply(changes);
         }
@@ -693,8 +838,11 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
             desk.apply(changes);
         }
         Command::Remove(n) => {
-            match (oracle.entry(*n).map(|entry| &mut entry.stand), desk.book.remove(&id(*n))) {
+            let shared = oracle.entries.iter().any(|entry| entry.shares == Some(*n));
+            match (oracle.entry(*n).map(|entry| &mut entry.stand), desk.book.remove(&id(*n), &now)) {
+                (Some(Stand::Releasing), Ok(changes)) if shared => assert!(changes.is_empty()),
                 (Some(Stand::Releasing), Ok(changes)) => {
+                    oracle.unshare(*n);
                     oracle.entries.retain(|entry| entry.lease != *n);
                     desk.apply(changes);
                 }
@@ -729,7 +877,8 @@ fn release(
     now: &Moment,
 ) {
     let generation = generation.map(Generation);
-    let ask = Release { vm: vm(v), lease: lease.map(id), generation, request: name.map(request) };
+    let ask =
+        Release { vm: vm(v), lease: lease.map(id), generation, request: name.map(request), abandon: false };
     let outcome = desk.book.release(&ask, now);
     if let Some(known) = name.and_then(|name| oracle.requests.iter().find(|known| known.0 == name)).copied() {
         let fits = !known.1 && known.2 == v;
@@ -770,11 +919,11 @@ fn release(
 }
 
 fn compare(book: &Book, oracle: &Oracle) {
-    let mut expected: Vec<_> =
-        oracle.entries.iter().map(|e| (id(e.lease), vm(e.vm), spec(e.spec), e.stand.clone())).collect();
+    let entry = |e: &Entry| (id(e.lease), vm(e.vm), spec(e.spec), e.shares.map(id), e.stand.clone());
+    let mut expected: Vec<_> = oracle.entries.iter().map(entry).collect();
     expected.sort_by(|a, b| a.0.cmp(&b.0));
-    let found: Vec<_> =
-        book.after(None).map(|l| (l.id.clone(), l.vm.clone(), l.spec.clone(), stand(l))).collect();
+    let lease = |l: &Lease| (l.id.clone(), l.vm.clone(), l.spec.clone(), l.shares.clone(), stand(l));
+    let found: Vec<_> = book.after(None).map(lease).collect();
     assert_eq!(found, expected);
     let mut requests: Vec<_> =
         oracle.requests.iter().map(|(r, a, v, l)| (request(*r), *a, vm(*v), l.map(id))).collect();

@@ -36,6 +36,18 @@ pub struct DeviceIdentity {
     pub pool: DeviceNumber,
     /// Its size, in bytes.
     pub size_bytes: u64,
+    /// Whether the kernel refuses every write to it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The devices of a lease as they are now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// What its VM boots from.
+    pub root: DeviceIdentity,
+    /// Its scratch device, if it has one.
+    pub scratch: Option<DeviceIdentity>,
 }
 
 impl DeviceIdentity {
@@ -54,6 +66,9 @@ impl DeviceIdentity {
         }
         if self.size_bytes != now.size_bytes {
             return Some(("size_bytes", self.size_bytes.to_string(), now.size_bytes.to_string()));
+        }
+        if self.read_only != now.read_only {
+            return Some(("read_only", self.read_only.to_string(), now.read_only.to_string()));
         }
         None
     }

@@ -10,6 +10,8 @@ pub const VM_ID_MAX_BYTES: usize = 128;
 
 /// A VM's name, chosen by its launcher: 1 to 128 bytes of ASCII letters, digits and `-_.:@`, the first a letter or a
 /// digit, without `..`. Safe in a log line, a label, a path component and a command line.
+///
+/// What all VMs of an image share is held in the name of that image: see [`VmId::of_image`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmId(String);
@@ -32,6 +34,32 @@ pub enum VmIdError {
     /// It contains `..`.
     #[error("\"..\" is not allowed")]
     DotDot,
+}
+
+impl VmId {
+    /// Who holds the device that all VMs of an image share: `@` and the digest of its manifest. No VM can be called so.
+    ///
+    /// # Errors
+    /// If the rest is nothing that a VM can be called.
+    pub fn of_image(digest: &str) -> Result<Self, VmIdError> {
+        let Self(rest) = digest.parse()?;
+        Ok(Self(format!("{IMAGE_PREFIX}{rest}")))
+    }
+
+    /// Whether it is an image, and no VM.
+    pub fn is_image(&self) -> bool {
+        self.0.starts_with(IMAGE_PREFIX)
+    }
+}
+
+const IMAGE_PREFIX: char = '@';
+
+/// Reads what was written down; a launcher's name is parsed, and can be no image.
+impl TryFrom<String> for VmId {
+    type Error = VmIdError;
+    fn try_from(text: String) -> Result<Self, VmIdError> {
+        text.strip_prefix(IMAGE_PREFIX).map_or_else(|| text.parse(), Self::of_image)
+    }
 }
 
 impl FromStr for VmId {
@@ -138,7 +166,7 @@ impl Revision {
 pub struct Generation(pub u64);
 
 macro_rules! string_newtype {
-    ($name:ident, $error:ident) => {
+    ($name:ident) => {
         impl $name {
             /// The text.
             pub fn as_str(&self) -> &str {
@@ -150,12 +178,6 @@ macro_rules! string_newtype {
                 f.write_str(&self.0)
             }
         }
-        impl TryFrom<String> for $name {
-            type Error = $error;
-            fn try_from(text: String) -> Result<Self, $error> {
-                text.parse()
-            }
-        }
         impl From<$name> for String {
             fn from(name: $name) -> String {
                 name.0
@@ -163,9 +185,21 @@ macro_rules! string_newtype {
         }
     };
 }
-string_newtype!(VmId, VmIdError);
-string_newtype!(LeaseId, LeaseIdError);
-string_newtype!(RequestId, RequestIdError);
+macro_rules! parsed_when_read {
+    ($name:ident, $error:ident) => {
+        impl TryFrom<String> for $name {
+            type Error = $error;
+            fn try_from(text: String) -> Result<Self, $error> {
+                text.parse()
+            }
+        }
+    };
+}
+string_newtype!(VmId);
+string_newtype!(LeaseId);
+string_newtype!(RequestId);
+parsed_when_read!(LeaseId, LeaseIdError);
+parsed_when_read!(RequestId, RequestIdError);
 
 #[cfg(test)]
 mod tests {
@@ -195,6 +229,15 @@ mod tests {
         for (bad, why) in table {
             assert_eq!(bad.parse::<VmId>(), Err(why), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn an_image_is_no_vm() {
+        let image = VmId::of_image("sha256:0a").unwrap();
+        assert!(image.is_image() && !"sha256:0a".parse::<VmId>().unwrap().is_image());
+        assert_eq!(VmId::try_from(String::from(image.clone())), Ok(image.clone()), "as it is written down");
+        assert_eq!(image.as_str().parse::<VmId>(), Err(VmIdError::BadFirst('@')), "as a launcher says it");
+        assert!(VmId::of_image("@sha256:0a").is_err() && VmId::try_from("@".to_owned()).is_err());
     }
 
     #[test]

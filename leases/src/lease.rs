@@ -18,20 +18,67 @@
 //! Nothing comes back from Releasing or Failed: a VM that asks again gets a new lease, of a new generation. A lease that
 //! is Preparing, Granted or Suspect is the one that its VM holds; there is one at the most.
 //!
+//! What VMs share has a lease of its own, in the name of the image: it is there as long as another lease shares it, and is
+//! then released. It neither expires nor becomes Suspect, and what cannot be made of it is released at once.
+//!
 //! Deadlines are those of the host's own clock ([`Uptime`]), which does not jump; each is of one boot. A lease that was
 //! acquired or renewed in an earlier boot is Suspect: no VM of that boot is alive, but what is on its disk may be wanted.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{BootId, DeviceIdentity, Generation, LeaseId, Moment, Revision, Ttl, UnixMicros, Uptime, VmId};
 
 /// What a VM asked for, in full form, so that equal wishes compare equal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// Image reference with registry and tag or digest.
     pub image: String,
     /// os/architecture[/variant].
     pub platform: String,
+    /// What the VM may do with the image's disk.
+    #[serde(default)]
+    pub mode: Mode,
+    /// An empty disk of its own, beside a shared one.
+    #[serde(default)]
+    pub scratch: Option<Scratch>,
+}
+
+/// What a VM may do with its image's disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// It has a writable snapshot of its own.
+    #[default]
+    CopyOnWrite,
+    /// It reads the one device that all such VMs of the image have.
+    SharedReadOnly,
+}
+
+impl Mode {
+    /// As it is shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::CopyOnWrite => "copy-on-write",
+            Self::SharedReadOnly => "shared-read-only",
+        }
+    }
+}
+
+/// An empty disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Scratch {
+    /// Its size, in bytes.
+    pub size_bytes: u64,
+    /// Whether it has no filesystem.
+    pub raw: bool,
+}
+
+impl fmt::Display for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes, {}", self.size_bytes, if self.raw { "raw" } else { "formatted" })
+    }
 }
 
 /// How an image wants its process started; the fields of an OCI image configuration.
@@ -52,12 +99,24 @@ pub struct Grant {
     pub device: DeviceIdentity,
     /// The filesystem on it, by mount(8)'s name.
     pub filesystem: String,
+    /// The VM's own disk beside it, if it asked for one.
+    #[serde(default)]
+    pub scratch: Option<ScratchGrant>,
     /// Digest of the image's manifest.
     pub image_digest: String,
     /// How to start what is in it.
     pub process: Process,
     /// When.
     pub at: UnixMicros,
+}
+
+/// An empty disk that a launcher is given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScratchGrant {
+    /// The device.
+    pub device: DeviceIdentity,
+    /// The filesystem on it, by mount(8)'s name; empty if it is raw.
+    pub filesystem: String,
 }
 
 /// How long a lease holds.
@@ -116,6 +175,9 @@ pub enum State {
         grant: Option<Box<Grant>>,
         /// Since when.
         since: UnixMicros,
+        /// Whether an operator has given it up for its launcher.
+        #[serde(default)]
+        abandoned: bool,
     },
     /// Could not be made. Kept until somebody has seen why.
     Failed {
@@ -145,6 +207,9 @@ pub struct Lease {
     pub term: Term,
     /// Of its last change.
     pub revision: Revision,
+    /// The lease, in the name of its image, whose device it shares.
+    #[serde(default)]
+    pub shares: Option<LeaseId>,
     /// Where it stands.
     pub state: State,
 }
@@ -157,6 +222,20 @@ impl Lease {
             State::Granted(grant) | State::Suspect { grant, .. } => Some(grant),
             State::Releasing { grant, .. } => grant.as_deref(),
         }
+    }
+
+    /// The device that is nobody else's, and that goes with the lease.
+    pub fn own_device(&self) -> Option<&DeviceIdentity> {
+        let grant = self.grant()?;
+        match self.shares {
+            Some(_) => grant.scratch.as_ref().map(|scratch| &scratch.device),
+            None => Some(&grant.device),
+        }
+    }
+
+    /// The lease whose snapshot its VM boots from.
+    pub fn root(&self) -> &LeaseId {
+        self.shares.as_ref().unwrap_or(&self.id)
     }
 
     /// Whether its VM has it, or is to have it.
@@ -173,6 +252,8 @@ impl Lease {
     pub fn suspicion(&self, now: &Moment) -> Option<Suspicion> {
         match &self.state {
             State::Suspect { why, .. } => Some(*why),
+            // It is wanted as long as somebody shares it.
+            State::Granted(_) if self.vm.is_image() => None,
             State::Granted(_) if self.term.boot != now.boot => Some(Suspicion::EarlierBoot),
             State::Granted(_) => self.term.until.filter(|until| *until <= now.up).map(|_| Suspicion::Expired),
             State::Preparing | State::Releasing { .. } | State::Failed { .. } => None,

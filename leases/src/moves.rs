@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    Book, Change, DeviceIdentity, Failure, Generation, Grant, Lease, LeaseId, Moment, RequestId, Revision,
-    Spec, State, Suspicion, Term, Tombstone, Ttl, VmId,
+    Book, Change, Failure, Generation, Grant, Lease, LeaseId, Moment, RequestId, Revision, Seen, Spec, State,
+    Suspicion, Term, Tombstone, Ttl, VmId,
 };
 
 /// So many answered requests are remembered, the latest ones.
@@ -28,6 +28,17 @@ pub struct Ask {
     pub fresh: bool,
     /// The client's name for this request.
     pub request: Option<RequestId>,
+    /// What it is to share, once that is known: without it, nothing is.
+    pub share: Option<Share>,
+}
+
+/// A device that VMs share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// The image in whose name it is held.
+    pub image: VmId,
+    /// The lease that it gets if there is none.
+    pub fresh: LeaseId,
 }
 
 /// What an acquire comes to.
@@ -77,6 +88,8 @@ pub struct Release {
     pub generation: Option<Generation>,
     /// The client's name for this request.
     pub request: Option<RequestId>,
+    /// Whether it is an operator who gives it up for the launcher.
+    pub abandon: bool,
 }
 
 /// What a release comes to.
@@ -154,6 +167,17 @@ pub enum BookError {
     /// It has become Suspect.
     #[error("lease {0} has become suspect")]
     Doubtful(LeaseId),
+    /// An operator has given it up.
+    #[error("lease {0} was given up by an operator (release --abandon)")]
+    Abandoned(LeaseId),
+    /// The device is not what the lease was to share.
+    #[error("device {device} is not held by what lease {asked} shares")]
+    NotShared {
+        /// The device.
+        device: String,
+        /// Who was to be granted it.
+        asked: LeaseId,
+    },
     /// The lease that this request has acquired was released since.
     #[error("request {request} acquired lease {lease}, which has been released since")]
     RequestOver {
@@ -176,17 +200,60 @@ pub enum BookError {
 struct Draft<'a> {
     book: &'a Book,
     revision: Revision,
+    generation: u64,
     changes: Vec<Change>,
 }
 
 impl<'a> Draft<'a> {
     fn on(book: &'a Book) -> Self {
-        Self { book, revision: book.last_revision(), changes: Vec::new() }
+        let (revision, generation) = (book.last_revision(), book.last_generation());
+        Self { book, revision, generation, changes: Vec::new() }
     }
 
     fn next(&mut self) -> Revision {
         self.revision = self.revision.next();
         self.revision
+    }
+
+    /// A lease that is to be made.
+    fn intend(
+        &mut self,
+        id: LeaseId,
+        vm: VmId,
+        (spec, ttl): (Spec, Option<Ttl>),
+        shares: Option<LeaseId>,
+        now: &Moment,
+    ) -> Lease {
+        self.generation += 1;
+        let lease = Lease {
+            id,
+            vm,
+            generation: Generation(self.generation),
+            spec,
+            created_at: now.wall,
+            term: Term { ttl, boot: now.boot, until: None },
+            revision: Revision::default(),
+            shares,
+            state: State::Preparing,
+        };
+        self.put(&lease, State::Preparing)
+    }
+
+    /// The lease of what is to be shared: the one that there is, or a new one.
+    fn share(&mut self, share: &Share, spec: &Spec, now: &Moment) -> LeaseId {
+        if let Some(held) = self.book.held_by(&share.image) {
+            return held.id.clone();
+        }
+        let (id, spec) = (share.fresh.clone(), Spec { scratch: None, ..spec.clone() });
+        self.intend(id, share.image.clone(), (spec, None), None, now).id
+    }
+
+    /// `user` shares nothing any more. Who was the last to share something has it released.
+    fn unshare(&mut self, user: &Lease, now: &Moment) {
+        let Some(shared) = user.shares.as_ref().and_then(|id| self.book.get(id)) else { return };
+        if shared.is_held() && self.book.sharers(&shared.id) == 1 {
+            self.release(shared, false, now);
+        }
     }
 
     fn put(&mut self, lease: &Lease, state: State) -> Lease {
@@ -195,7 +262,8 @@ impl<'a> Draft<'a> {
         lease
     }
 
-    fn delete(&mut self, lease: &Lease) {
+    fn delete(&mut self, lease: &Lease, now: &Moment) {
+        self.unshare(lease, now);
         let tombstone = Tombstone {
             id: lease.id.clone(),
             vm: lease.vm.clone(),
@@ -222,17 +290,15 @@ impl<'a> Draft<'a> {
     /// Failed → gone, or to be cleared away first.
     fn see(&mut self, lease: &Lease, now: &Moment) {
         match &lease.state {
-            State::Failed { cleared: true, .. } => self.delete(lease),
-            State::Failed { cleared: false, .. } => {
-                self.put(lease, State::Releasing { grant: None, since: now.wall });
-            }
+            State::Failed { cleared: true, .. } => self.delete(lease, now),
+            State::Failed { cleared: false, .. } => drop(self.release(lease, false, now)),
             _ => {}
         }
     }
 
-    fn release(&mut self, lease: &Lease, now: &Moment) -> Lease {
+    fn release(&mut self, lease: &Lease, abandoned: bool, now: &Moment) -> Lease {
         let grant = lease.grant().cloned().map(Box::new);
-        self.put(lease, State::Releasing { grant, since: now.wall })
+        self.put(lease, State::Releasing { grant, since: now.wall, abandoned })
     }
 }
 
@@ -254,25 +320,17 @@ impl Book {
                 }
                 return Err(BookError::Conflict { vm: ask.vm.clone(), lease: held.id.clone(), differences });
             }
-            draft.release(held, now);
+            draft.release(held, false, now);
         }
-        if self.get(&id).is_some() {
-            return Err(BookError::Reused(id));
+        let fresh = [Some(&id), ask.share.as_ref().map(|share| &share.fresh)];
+        if let Some(used) = fresh.into_iter().flatten().find(|id| self.get(id).is_some()) {
+            return Err(BookError::Reused(used.clone()));
         }
         if let Some(failed) = self.failed_of(&ask.vm) {
             draft.see(failed, now);
         }
-        let lease = Lease {
-            id,
-            vm: ask.vm.clone(),
-            generation: Generation(self.last_generation() + 1),
-            spec: ask.spec.clone(),
-            created_at: now.wall,
-            term: Term { ttl: ask.ttl, boot: now.boot, until: None },
-            revision: Revision::default(),
-            state: State::Preparing,
-        };
-        let lease = draft.put(&lease, State::Preparing);
+        let shares = ask.share.as_ref().map(|share| draft.share(share, &ask.spec, now));
+        let lease = draft.intend(id, ask.vm.clone(), (ask.spec.clone(), ask.ttl), shares, now);
         draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(&lease.id));
         Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes })
     }
@@ -297,7 +355,7 @@ impl Book {
         }
     }
 
-    /// Confirms that the VM has the lease that it was found to hold, with `seen`, its device as it is now: a Suspect one is
+    /// Confirms that the VM has the lease that it was found to hold, with `seen`, its devices as they are now: a Suspect one is
     /// Granted again, its time begins anew, the request is remembered. Nothing is to be written if all is so already.
     ///
     /// # Errors
@@ -306,7 +364,7 @@ impl Book {
         &self,
         ask: &Ask,
         id: &LeaseId,
-        seen: Option<&DeviceIdentity>,
+        seen: Option<&Seen>,
         now: &Moment,
     ) -> Result<(Lease, Vec<Change>), BookError> {
         self.expect_open(ask)?;
@@ -319,8 +377,8 @@ impl Book {
         Ok((lease, draft.changes))
     }
 
-    /// Granted or Suspect → Granted, with `ttl` (the one that it has, if `None`) from now on, and with `seen`, its device as
-    /// it is now. Nothing is to be written if nothing changes by it.
+    /// Granted or Suspect → Granted, with `ttl` (the one that it has, if `None`) from now on, and with `seen`, its devices as
+    /// they are now. Nothing is to be written if nothing changes by it.
     ///
     /// # Errors
     /// If it is gone, was released, has failed, or is not granted yet.
@@ -328,7 +386,7 @@ impl Book {
         &self,
         id: &LeaseId,
         ttl: Option<Ttl>,
-        seen: Option<&DeviceIdentity>,
+        seen: Option<&Seen>,
         now: &Moment,
     ) -> Result<(Lease, Vec<Change>), BookError> {
         let mut draft = Draft::on(self);
@@ -341,19 +399,24 @@ impl Book {
         draft: &mut Draft<'_>,
         id: &LeaseId,
         ttl: Option<Ttl>,
-        seen: Option<&DeviceIdentity>,
+        seen: Option<&Seen>,
         now: &Moment,
     ) -> Result<Lease, BookError> {
         let lease = self.get(id).ok_or_else(|| BookError::Gone(id.clone()))?;
         let mut grant = match &lease.state {
             State::Preparing => return Err(BookError::StillPreparing(id.clone())),
+            State::Releasing { abandoned: true, .. } => return Err(BookError::Abandoned(id.clone())),
             State::Releasing { .. } | State::Failed { .. } => return Err(BookError::Released(id.clone())),
             State::Granted(grant) | State::Suspect { grant, .. } => grant.clone(),
         };
-        let term = Term { ttl: ttl.or(lease.term.ttl), boot: now.boot, until: None }.begun(now);
+        let ttl = ttl.or(lease.term.ttl).filter(|_| !lease.vm.is_image());
+        let term = Term { ttl, boot: now.boot, until: None }.begun(now);
         // Numbers change when a device is activated again.
         if let Some(seen) = seen {
-            grant.device = seen.clone();
+            grant.device = seen.root.clone();
+            if let (Some(scratch), Some(seen)) = (&mut grant.scratch, &seen.scratch) {
+                scratch.device = seen.clone();
+            }
         }
         let state = State::Granted(grant);
         if state == lease.state && term == lease.term {
@@ -362,36 +425,49 @@ impl Book {
         Ok(draft.put(&Lease { term, ..lease.clone() }, state))
     }
 
-    /// Preparing → Granted. Not if it was released meanwhile, nor if the device is still another lease's.
+    /// Preparing → Granted. Not if it was released meanwhile, nor if a device is another lease's and not shared, or not the
+    /// one that is.
     ///
     /// # Errors
-    /// In these two cases.
+    /// In these cases.
     pub fn grant(&self, id: &LeaseId, grant: Grant, now: &Moment) -> Result<(Lease, Vec<Change>), BookError> {
-        if let Some(owner) = self.owner_of(&grant.device.dm_name).filter(|owner| *owner != id) {
-            let (owner, asked) = (owner.clone(), id.clone());
-            return Err(BookError::DeviceTaken { device: grant.device.dm_name, owner, asked });
-        }
-        match self.get(id) {
-            Some(lease) if lease.state == State::Preparing => {
-                let mut draft = Draft::on(self);
-                let begun = Lease { term: lease.term.begun(now), ..lease.clone() };
-                let lease = draft.put(&begun, State::Granted(Box::new(grant)));
-                Ok((lease, draft.changes))
+        let preparing = self.get(id).filter(|lease| lease.state == State::Preparing);
+        let lease = preparing.ok_or_else(|| BookError::NotPreparing(id.clone()))?;
+        let root = Some((&grant.device.dm_name, lease.root()));
+        let scratch = grant.scratch.as_ref().map(|scratch| (&scratch.device.dm_name, id));
+        for (device, whose) in root.into_iter().chain(scratch) {
+            let owner = self.owner_of(device);
+            if owner.is_none() && whose != id {
+                return Err(BookError::NotShared { device: device.clone(), asked: id.clone() });
             }
-            _ => Err(BookError::NotPreparing(id.clone())),
+            if let Some(owner) = owner.filter(|owner| *owner != whose) {
+                let (device, owner, asked) = (device.clone(), owner.clone(), id.clone());
+                return Err(BookError::DeviceTaken { device, owner, asked });
+            }
         }
+        let mut draft = Draft::on(self);
+        let begun = Lease { term: lease.term.begun(now), ..lease.clone() };
+        let lease = draft.put(&begun, State::Granted(Box::new(grant)));
+        Ok((lease, draft.changes))
     }
 
-    /// Preparing → Failed, and its request may be made again. Nothing if it was released meanwhile, or is gone.
+    /// Preparing → Failed, and its request may be made again; what was to be shared is released, for nobody asks after it.
+    /// Nothing if it was released meanwhile, or is gone.
     pub fn fail(&self, id: &LeaseId, failure: Failure, now: &Moment) -> Vec<Change> {
         let Some(lease) = self.get(id).filter(|lease| lease.state == State::Preparing) else {
             return Vec::new();
         };
         let mut draft = Draft::on(self);
+        if lease.vm.is_image() {
+            draft.release(lease, false, now);
+            return draft.changes;
+        }
         if let (Some(oldest), FAILURES_KEPT..) = self.failures() {
             draft.see(oldest, now);
         }
-        draft.put(lease, State::Failed { failure, since: now.wall, cleared: false });
+        draft.unshare(lease, now);
+        let alone = Lease { shares: None, ..lease.clone() };
+        draft.put(&alone, State::Failed { failure, since: now.wall, cleared: false });
         if let Some(request) = self.request_of(id) {
             draft.changes.push(Change::Request(request.clone(), None));
         }
@@ -433,7 +509,9 @@ impl Book {
         let mut draft = Draft::on(self);
         let outcome = match found {
             None => Releasing::Nothing,
-            Some(lease) if lease.is_held() => Releasing::Now(Box::new(draft.release(lease, now))),
+            Some(lease) if lease.is_held() => {
+                Releasing::Now(Box::new(draft.release(lease, ask.abandon, now)))
+            }
             Some(lease) => {
                 draft.see(lease, now);
                 Releasing::Again(Box::new(lease.clone()))
@@ -474,20 +552,23 @@ impl Book {
     pub fn give_up_on(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
         let mut draft = Draft::on(self);
         if let Some(lease) = self.get(id).filter(|lease| lease.is_overdue(now)) {
-            draft.release(lease, now);
+            draft.release(lease, false, now);
         }
         draft.changes
     }
 
-    /// Its remains are cleared away: Releasing → gone; of a Failed one the record stays. Nothing if it is so already.
+    /// Its remains are cleared away: Releasing → gone; of a Failed one the record stays. Nothing if it is so already, or
+    /// others share it still. What nobody shares any more is released.
     ///
     /// # Errors
     /// If it is held.
-    pub fn remove(&self, id: &LeaseId) -> Result<Vec<Change>, BookError> {
+    pub fn remove(&self, id: &LeaseId, now: &Moment) -> Result<Vec<Change>, BookError> {
         let mut draft = Draft::on(self);
         let Some(lease) = self.get(id) else { return Ok(Vec::new()) };
         match &lease.state {
-            State::Releasing { .. } => draft.delete(lease),
+            // Those that share it name it until they are gone themselves.
+            State::Releasing { .. } if self.sharers(id) > 0 => {}
+            State::Releasing { .. } => draft.delete(lease, now),
             State::Failed { cleared: true, .. } => {}
             State::Failed { failure, since, cleared: false } => {
                 draft.put(lease, State::Failed { failure: failure.clone(), since: *since, cleared: true });
@@ -508,10 +589,16 @@ impl Term {
 }
 
 fn differences(held: &Spec, asked: &Spec) -> Vec<Difference> {
-    let fields = [("image", &held.image, &asked.image), ("platform", &held.platform, &asked.platform)];
+    let scratch = |spec: &Spec| spec.scratch.map_or_else(|| "none".to_owned(), |scratch| scratch.to_string());
+    let fields = [
+        ("image", held.image.clone(), asked.image.clone()),
+        ("platform", held.platform.clone(), asked.platform.clone()),
+        ("mode", held.mode.as_str().to_owned(), asked.mode.as_str().to_owned()),
+        ("scratch", scratch(held), scratch(asked)),
+    ];
     fields
         .into_iter()
         .filter(|(_, held, asked)| held != asked)
-        .map(|(field, held, asked)| Difference { field, held: held.clone(), asked: asked.clone() })
+        .map(|(field, held, asked)| Difference { field, held, asked })
         .collect()
 }

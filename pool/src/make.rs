@@ -216,7 +216,7 @@ impl Inner {
         Ok(made)
     }
 
-    /// Makes a base: a blank by mkfs, or a grown copy by resize2fs.
+    /// Makes a base: a blank by mkfs, unless it is to be raw, or a grown copy by resize2fs.
     async fn make_base(&self, base: Base, now: UnixNanos) -> Result<()> {
         let lock = self.bases.lock().unwrap_or_else(PoisonError::into_inner).entry(base).or_default().clone();
         let _alone = lock.lock().await;
@@ -241,13 +241,13 @@ impl Inner {
 
     async fn make_base_of(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<(), Failed> {
         self.effect(new, origin).await?;
-        let (name, filesystem, grows) = (self.name(new.id), self.filesystem.clone(), origin.is_some());
+        let (name, filesystem, kind) = (self.name(new.id), self.filesystem.clone(), new.kind);
         let mapped = self
             .on_pool(move |pool| {
-                if grows {
-                    filesystem.grow(&name.path())?;
-                } else {
-                    filesystem.make(&name.path(), pool.facts()?.usage.zeroing)?;
+                match kind {
+                    Kind::Raw => {}
+                    Kind::Grown => filesystem.grow(&name.path())?,
+                    _ => filesystem.make(&name.path(), pool.facts()?.usage.zeroing)?,
                 }
                 Ok(pool.look(&name)?.and_then(|live| live.mapped))
             })
@@ -333,5 +333,5 @@ fn mount(filesystem: &dyn Filesystem, snapshot: &Snapshot, path: String) -> Resu
             options.extend(["noload", "nobarrier"].map(str::to_owned));
         }
     }
-    Ok(Mount { kind: filesystem.name(), source: path, options })
+    Ok(Mount { kind: if snapshot.is_raw() { "raw" } else { filesystem.name() }, source: path, options })
 }

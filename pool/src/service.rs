@@ -190,7 +190,7 @@ fn info(snapshot: &Snapshot, parent: &str) -> api::Info {
         Kind::Active => api::Kind::Active,
         Kind::View => api::Kind::View,
         Kind::Committed => api::Kind::Committed,
-        Kind::Blank | Kind::Grown => api::Kind::Unknown,
+        Kind::Blank | Kind::Raw | Kind::Grown => api::Kind::Unknown,
     };
     api::Info {
         name: snapshot.key.clone(),

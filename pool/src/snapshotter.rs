@@ -368,9 +368,9 @@ impl Snapshotter {
     pub(crate) async fn usage(&self, key: &str) -> Result<u64> {
         let (snapshot, below) = self.0.store.read(|tree| {
             let snapshot = tree.ready(key)?.clone();
-            let blank = |bytes| {
-                tree.all().find(|s| s.kind == Kind::Blank && s.state == State::Ready && s.bytes == bytes)
-            };
+            let kind = if snapshot.is_raw() { Kind::Raw } else { Kind::Blank };
+            let blank =
+                |bytes| tree.all().find(|s| s.kind == kind && s.state == State::Ready && s.bytes == bytes);
             let below = match snapshot.parent {
                 Some(parent) => tree.get(parent),
                 None => blank(snapshot.bytes),

@@ -31,7 +31,7 @@ pub struct ThinId(pub u32);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnixNanos(pub i64);
 
-/// What a snapshot is. The last two are ours, and never listed.
+/// What a snapshot is. The last three are ours, and never listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Writable, on its way to be committed, or a VM's.
@@ -42,6 +42,8 @@ pub enum Kind {
     Committed,
     /// A formatted, empty filesystem, the origin of what has no parent.
     Blank,
+    /// The same without a filesystem.
+    Raw,
     /// Its parent, grown to another size.
     Grown,
 }
@@ -65,13 +67,14 @@ impl Kind {
             Self::View => "view",
             Self::Committed => "committed",
             Self::Blank => "blank",
+            Self::Raw => "raw",
             Self::Grown => "grown",
         }
     }
 
     /// Reads what [`Self::as_str`] wrote.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Active, Self::View, Self::Committed, Self::Blank, Self::Grown]
+        [Self::Active, Self::View, Self::Committed, Self::Blank, Self::Raw, Self::Grown]
             .into_iter()
             .find(|kind| kind.as_str() == text)
     }
@@ -134,6 +137,13 @@ pub struct Snapshot {
     pub updated: UnixNanos,
 }
 
+impl Snapshot {
+    /// Whether it was to have no filesystem.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.labels.get(FORMAT_LABEL).is_some_and(|format| format == RAW)
+    }
+}
+
 /// A change of the tree, and of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
@@ -185,10 +195,18 @@ pub(crate) struct Wish {
 /// A snapshot of ours that others are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Base {
-    /// Grown from this; a blank if `None`.
+    /// Grown from this; empty if `None`.
     pub of: Option<SnapshotId>,
     /// Size.
     pub bytes: Bytes,
+    /// Whether it has no filesystem.
+    pub raw: bool,
+}
+
+impl Base {
+    fn of(snapshot: &Snapshot) -> Self {
+        Self { of: snapshot.parent, bytes: snapshot.bytes, raw: snapshot.kind == Kind::Raw }
+    }
 }
 
 /// What is to be done for a [`Wish`].
@@ -252,6 +270,9 @@ impl Default for Tree {
 }
 
 const SIZE_LABELS: [&str; 2] = ["containerd.io/snapshot/cowshed.size", "containerd.io/snapshot/max-size"];
+/// Of what has no parent: "raw" if it is to have no filesystem.
+const FORMAT_LABEL: &str = "containerd.io/snapshot/cowshed.format";
+const RAW: &str = "raw";
 /// containerd and Cowshed set it on what a layer is unpacked into.
 const LAYER_LABEL: &str = "containerd.io/snapshot.ref";
 /// containerd's name for what a layer is unpacked into begins so (its `snapshots.UnpackKeyPrefix`), and ends with the
@@ -355,9 +376,9 @@ impl Tree {
                 format!("there is a snapshot {:?} already", wish.key),
             ));
         }
-        let wanted = wanted_size(wish)?;
+        let (wanted, raw) = (wanted_size(wish)?, wants_raw(wish)?);
         let (base, parent) = if wish.parent.is_empty() {
-            (Base { of: None, bytes: wanted.unwrap_or(wish.base_size) }, None)
+            (Base { of: None, bytes: wanted.unwrap_or(wish.base_size), raw }, None)
         } else {
             let parent = self.ready(&wish.parent)?;
             if parent.kind != Kind::Committed {
@@ -372,7 +393,7 @@ impl Tree {
                 );
                 return Err(Error::new(Code::InvalidArgument, what));
             }
-            (Base { of: Some(parent.id), bytes }, Some(parent))
+            (Base { of: Some(parent.id), bytes, raw: false }, Some(parent))
         };
         let origin = match parent {
             // Never is a filesystem grown that a guest has written; the guest can do it.
@@ -405,7 +426,11 @@ impl Tree {
             Some(id) => Some(self.get(id).filter(|p| p.state == State::Ready).ok_or_else(gone)?),
             None => None,
         };
-        let kind = if parent.is_some() { Kind::Grown } else { Kind::Blank };
+        let kind = match parent {
+            Some(_) => Kind::Grown,
+            None if base.raw => Kind::Raw,
+            None => Kind::Blank,
+        };
         let new = Snapshot { kind, created: now, updated: now, ..self.intent(base.of, base.bytes)? };
         let left = self.bases.get(&base).and_then(|id| self.get(*id)).cloned().map(Box::new);
         Ok(Some(BasePlan { new: Box::new(new), origin: parent.cloned().map(Box::new), left }))
@@ -598,7 +623,7 @@ impl Tree {
                 *self.children.entry(parent).or_default() += 1;
             }
         } else {
-            self.bases.insert(Base { of: snapshot.parent, bytes: snapshot.bytes }, snapshot.id);
+            self.bases.insert(Base::of(snapshot), snapshot.id);
         }
     }
 
@@ -622,7 +647,7 @@ impl Tree {
             }
         } else {
             // One that could not be given up in time may have a successor.
-            let base = Base { of: snapshot.parent, bytes: snapshot.bytes };
+            let base = Base::of(snapshot);
             if self.bases.get(&base) == Some(&snapshot.id) {
                 self.bases.remove(&base);
             }
@@ -658,6 +683,17 @@ fn wanted_size(wish: &Wish) -> Result<Option<Bytes>> {
     };
     let bad = |what: String| Error::new(Code::InvalidArgument, format!("label {label}: {what}"));
     text.parse::<Bytes>().and_then(Bytes::of_disk).map(Some).map_err(bad)
+}
+
+/// What has a parent has its filesystem.
+fn wants_raw(wish: &Wish) -> Result<bool> {
+    let bad = |what: &str| Err(Error::new(Code::InvalidArgument, format!("label {FORMAT_LABEL}: {what}")));
+    match wish.labels.get(FORMAT_LABEL).map(String::as_str) {
+        None => Ok(false),
+        Some(RAW) if wish.parent.is_empty() => Ok(true),
+        Some(RAW) => bad("what has a parent has that one's filesystem; leave the label out"),
+        Some(other) => bad(&format!("{other:?} is not known; it is \"raw\", or leave the label out")),
+    }
 }
 
 #[cfg(test)]

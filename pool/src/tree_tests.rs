@@ -181,7 +181,7 @@ fn what_is_given_up_takes_the_bases_grown_from_it_along() {
     make(&mut tree, &layer).unwrap();
     commit(&mut tree, "layer", "l", BTreeMap::new()).unwrap();
     let parent = tree.ready("layer").unwrap().id;
-    let base = Base { of: Some(parent), bytes: Bytes(2 << 30) };
+    let base = Base { of: Some(parent), bytes: Bytes(2 << 30), raw: false };
     let plan = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let grown = plan.new.id;
     apply_all(&mut tree, plan.changes(&HashMap::new()));
@@ -240,6 +240,22 @@ fn what_the_pool_has_is_avoided() {
 }
 
 #[test]
+fn what_is_empty_has_a_base_for_each_format() {
+    let mut tree = Tree::default();
+    make(&mut tree, &wish("l", "")).unwrap();
+    commit(&mut tree, "layer", "l", BTreeMap::new()).unwrap();
+    let raw = |key, parent, format| Wish { labels: label(FORMAT_LABEL, format), ..wish(key, parent) };
+    let scratch = make(&mut tree, &raw("scratch", "", "raw")).unwrap();
+    assert!(tree.get(scratch).unwrap().is_raw());
+    make(&mut tree, &wish("formatted", "")).unwrap();
+    let bases = |kind| tree.all().filter(|s| s.kind == kind).count();
+    assert_eq!((bases(Kind::Blank), bases(Kind::Raw)), (1, 1));
+    for refused in [raw("x", "layer", "raw"), raw("x", "", "xfs")] {
+        assert_eq!(tree.prepare(&refused).unwrap_err().code, Code::InvalidArgument);
+    }
+}
+
+#[test]
 fn sizes_and_bases() {
     let mut tree = Tree::default();
     let layer = Wish { labels: label(LAYER_LABEL, "sha256:1"), ..wish("l", "") };
@@ -247,7 +263,10 @@ fn sizes_and_bases() {
     commit(&mut tree, "layer", "l", BTreeMap::new()).unwrap();
     let large = Wish { labels: label(SIZE_LABELS[1], "2G"), ..wish("vm", "layer") };
     let parent = tree.ready("layer").unwrap().id;
-    assert_eq!(tree.prepare(&large), Ok(Plan::Needs(Base { of: Some(parent), bytes: Bytes(2 << 30) })));
+    assert_eq!(
+        tree.prepare(&large),
+        Ok(Plan::Needs(Base { of: Some(parent), bytes: Bytes(2 << 30), raw: false }))
+    );
     let vm = make(&mut tree, &large).unwrap();
     assert_eq!(tree.get(vm).unwrap().bytes, Bytes(2 << 30));
     assert_eq!(tree.get(vm).unwrap().parent, Some(parent), "containerd sees the layer as its parent");

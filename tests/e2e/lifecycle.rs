@@ -112,7 +112,7 @@ fn another_image_is_a_conflict() -> Outcome {
     let held = acquire("life-1", &image("tiny:1"))?;
     let (tiny, app) = (image("tiny:1"), image("app:1"));
     refused("life-1", &app, 4, "SPEC_CONFLICT", &["life-1", &held.lease, "image", &tiny, &app])?;
-    let spec = v1::DiskSpec { image: app, platform: None };
+    let spec = v1::DiskSpec { image: app, platform: None, ..Default::default() };
     let request =
         v1::AcquireRequest { vm_id: "life-1".into(), spec: Some(spec), ..v1::AcquireRequest::default() };
     let refused = block_on(async { refusal(client().await?.acquire(request).await) })?;
@@ -158,7 +158,7 @@ fn leases_are_found_and_paged() -> Outcome {
     let (mut listed, mut pages, mut token) = (BTreeSet::new(), 0, String::new());
     loop {
         let states = vec![v1::LeaseState::Granted.into()];
-        let request = v1::ListLeasesRequest { page_size: 2, page_token: token, states };
+        let request = v1::ListLeasesRequest { page_size: 2, page_token: token, states, shared: false };
         let page =
             block_on(async { Ok::<_, libtest_mimic::Failed>(client().await?.list_leases(request).await?) })?;
         let page = page.into_inner();

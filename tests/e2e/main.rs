@@ -12,6 +12,7 @@ mod odd_registries;
 mod pulls;
 mod release;
 mod service;
+mod shared;
 mod snapshotter;
 mod stampede;
 mod support;
@@ -33,12 +34,13 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 16] = [
+    let groups: [(&str, &[Test]); 17] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("terms", terms::TESTS),
         ("identity", identity::TESTS),
+        ("shared", shared::TESTS),
         ("watching", watching::TESTS),
         ("upkeep", upkeep::TESTS),
         ("images", images::TESTS),

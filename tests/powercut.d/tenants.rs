@@ -98,7 +98,7 @@ impl Tenant {
         }
         let request = v1::AcquireRequest {
             vm_id: vm.to_owned(),
-            spec: Some(v1::DiskSpec { image: IMAGE.to_owned(), platform: None }),
+            spec: Some(v1::DiskSpec { image: IMAGE.to_owned(), platform: None, ..Default::default() }),
             request_id: Some(format!("{vm}-{}-{}", self.run, self.count)),
             ..v1::AcquireRequest::default()
         };

@@ -13,7 +13,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Claim, Command, Failure, Output, Reach, print, pull, show};
+use super::{Claim, Command, DiskMode, Failure, Output, Reach, print, pull, show};
 use crate::exit;
 
 /// The API's largest page is far below this, in bytes.
@@ -44,19 +44,32 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
 
 async fn ask(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Acquire { vm, image, platform, ttl, fresh, request_id, reach } => {
-            let spec = Some(v1::DiskSpec { image, platform });
+        Command::Acquire {
+            vm,
+            image,
+            platform,
+            mode,
+            scratch,
+            scratch_raw,
+            ttl,
+            fresh,
+            request_id,
+            reach,
+        } => {
+            let scratch = scratch.map(|size| v1::ScratchSpec { size_bytes: size.0, raw: scratch_raw });
+            let spec = Some(v1::DiskSpec { image, platform, mode: disk_mode(mode).into(), scratch });
             let request = v1::AcquireRequest { vm_id: vm, spec, request_id, ttl: ttl.map(seconds), fresh };
             let reply = connect(&reach.socket).await?.acquire(request).await.map_err(|s| refused(&s))?;
             print(&show::acquired(&reply.into_inner(), reach.output))
         }
-        Command::Release { vm, lease, generation, request_id, wait, reach } => {
+        Command::Release { vm, lease, generation, request_id, wait, abandon, reach } => {
             let request = v1::ReleaseRequest {
                 vm_id: vm,
                 lease_id: lease,
                 generation,
                 request_id,
                 wait: wait.is_some(),
+                abandon,
             };
             release(request, wait.map(Duration::from_secs), &reach).await
         }
@@ -77,12 +90,14 @@ async fn ask(command: Command) -> Result<(), Failure> {
         Command::Watch { after, reach } => watch(after, &reach).await,
         Command::Audit { repair, reach } => audit(repair, &reach).await,
         Command::Drain { leases, undo, reach } => drain(v1::DrainRequest { undo, leases }, &reach).await,
-        Command::Leases { vm: Some(vm), reach } => {
+        Command::Leases { vm: Some(vm), shared: _, reach } => {
             let request = v1::GetLeaseRequest { by: Some(v1::get_lease_request::By::VmId(vm)) };
             let reply = connect(&reach.socket).await?.get_lease(request).await.map_err(|s| refused(&s))?;
             print(&show::lease(&reply.into_inner().lease.unwrap_or_default(), reach.output))
         }
-        Command::Leases { vm: None, reach } => print(&show::leases(&all_leases(&reach).await?, reach.output)),
+        Command::Leases { vm: None, shared, reach } => {
+            print(&show::leases(&all_leases(shared, &reach).await?, reach.output))
+        }
         Command::Pull { image, platform, reach } => {
             let request = v1::PullImageRequest { image: image.clone(), platform };
             let stream = connect(&reach.socket).await?.pull_image(request).await.map_err(|s| refused(&s))?;
@@ -99,6 +114,13 @@ async fn ask(command: Command) -> Result<(), Failure> {
         | Command::Snapshotter { .. }
         | Command::Ledger { .. }
         | Command::Version { .. } => Ok(()),
+    }
+}
+
+fn disk_mode(mode: DiskMode) -> v1::DiskMode {
+    match mode {
+        DiskMode::CopyOnWrite => v1::DiskMode::CopyOnWrite,
+        DiskMode::SharedReadOnly => v1::DiskMode::SharedReadOnly,
     }
 }
 
@@ -137,6 +159,7 @@ async fn verify(claim: Claim, socket: &Path) -> Result<v1::VerifyDeviceResponse,
         thin_id: claim.thin_id,
         generation: claim.generation,
         image_digest: claim.image_digest,
+        scratch: claim.scratch,
     };
     let reply = connect(socket).await?.verify_device(request).await.map_err(|s| refused(&s))?;
     Ok(reply.into_inner())
@@ -210,10 +233,10 @@ async fn status(reach: &Reach) -> Result<(), Failure> {
     Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) })
 }
 
-async fn all_leases(reach: &Reach) -> Result<Vec<v1::Lease>, Failure> {
+async fn all_leases(shared: bool, reach: &Reach) -> Result<Vec<v1::Lease>, Failure> {
     let mut client = connect(&reach.socket).await?;
     let mut leases = Vec::new();
-    let mut request = v1::ListLeasesRequest::default();
+    let mut request = v1::ListLeasesRequest { shared, ..v1::ListLeasesRequest::default() };
     loop {
         let page = client.list_leases(request.clone()).await.map_err(|s| refused(&s))?.into_inner();
         leases.extend(page.leases);

@@ -80,6 +80,18 @@ struct Claim {
     /// The image's digest.
     #[arg(long)]
     image_digest: Option<String>,
+    /// What is said is said of its scratch device.
+    #[arg(long)]
+    scratch: bool,
+}
+
+/// What a VM may do with its image's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DiskMode {
+    /// It has a writable snapshot of its own.
+    CopyOnWrite,
+    /// All such VMs of the image have one device, which the kernel keeps read-only.
+    SharedReadOnly,
 }
 
 fn number(text: &str) -> Result<(u32, u32), String> {
@@ -114,6 +126,15 @@ enum Command {
         /// os/architecture[/variant]; the host's if absent.
         #[arg(long)]
         platform: Option<String>,
+        /// What the VM may do with the image's disk.
+        #[arg(long, value_enum, default_value = "copy-on-write")]
+        mode: DiskMode,
+        /// Beside a shared disk, an empty one of this size, such as 10GiB.
+        #[arg(long, value_name = "SIZE")]
+        scratch: Option<cowshed_pool::Bytes>,
+        /// Without a filesystem.
+        #[arg(long, requires = "scratch")]
+        scratch_raw: bool,
         /// How long the lease holds unless it is renewed, in seconds; without limit if absent.
         #[arg(long, value_name = "SECONDS")]
         ttl: Option<u64>,
@@ -142,6 +163,9 @@ enum Command {
         /// Return when the disk is gone, or fail (with status 9) after so many seconds; it is released all the same.
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "86400")]
         wait: Option<u64>,
+        /// Give the disk up for a launcher that does not give it back: whoever renews the lease is told so. Forces nothing.
+        #[arg(long)]
+        abandon: bool,
         #[command(flatten)]
         reach: Reach,
     },
@@ -185,6 +209,9 @@ enum Command {
     Leases {
         /// The VM's id.
         vm: Option<String>,
+        /// List the leases of what VMs share, too.
+        #[arg(long, conflicts_with = "vm")]
+        shared: bool,
         #[command(flatten)]
         reach: Reach,
     },

@@ -185,17 +185,10 @@ fn lease_json(lease: &v1::Lease) -> Value {
         "image": lease.spec.as_ref().map(|s| s.image.clone()),
         "platform": lease.spec.as_ref().and_then(|s| s.platform.clone()),
         "image_digest": lease.image_digest,
-        "device": lease.device.as_ref().map(|d| json!({
-            "path": d.path,
-            "major": d.major,
-            "minor": d.minor,
-            "dm_name": d.dm_name,
-            "dm_uuid": d.dm_uuid,
-            "thin_id": d.thin_id,
-            "pool_device": d.pool_device,
-            "size_bytes": d.size_bytes,
-            "filesystem": d.filesystem,
-        })),
+        "mode": lease.spec.as_ref().map(|s| mode_name(s.mode())),
+        "device": lease.device.as_ref().map(device_json),
+        "scratch": lease.scratch.as_ref().map(device_json),
+        "shares": lease.shares,
         "process": lease.process.as_ref().map(|p| json!({
             "entrypoint": p.entrypoint,
             "cmd": p.cmd,
@@ -206,6 +199,7 @@ fn lease_json(lease: &v1::Lease) -> Value {
         "created_at": lease.created_at.map(|at| at.to_string()),
         "granted_at": lease.granted_at.map(|at| at.to_string()),
         "released_at": lease.released_at.map(|at| at.to_string()),
+        "abandoned": lease.abandoned,
         "waiting_for": lease.waiting_for,
         "ttl": lease.ttl.map(|time| time.to_string()),
         "expires_in": lease.expires_in.map(|time| time.to_string()),
@@ -218,6 +212,28 @@ fn lease_json(lease: &v1::Lease) -> Value {
         "revision": lease.revision,
         "holders": lease.holders.iter().map(|h| json!({ "pid": h.pid, "what": h.what })).collect::<Vec<_>>(),
     })
+}
+
+fn device_json(device: &v1::Device) -> Value {
+    json!({
+        "path": device.path,
+        "major": device.major,
+        "minor": device.minor,
+        "dm_name": device.dm_name,
+        "dm_uuid": device.dm_uuid,
+        "thin_id": device.thin_id,
+        "pool_device": device.pool_device,
+        "size_bytes": device.size_bytes,
+        "filesystem": device.filesystem,
+        "read_only": device.read_only,
+    })
+}
+
+fn mode_name(mode: v1::DiskMode) -> &'static str {
+    match mode {
+        v1::DiskMode::Unspecified | v1::DiskMode::CopyOnWrite => "copy-on-write",
+        v1::DiskMode::SharedReadOnly => "shared-read-only",
+    }
 }
 
 pub(super) fn failure_json(failure: &v1::Failure) -> Value {
@@ -251,6 +267,7 @@ fn note(lease: &v1::Lease) -> String {
         notes.push(format!("{why}{}", left.unwrap_or_default()));
     }
     notes.extend(lease.failure.as_ref().map(|failure| format!("[{}] {}", failure.reason, failure.message)));
+    notes.extend(lease.abandoned.then(|| "given up by an operator".to_owned()));
     notes.extend(lease.waiting_for.clone());
     notes.extend(lease.holders.iter().map(|holder| match holder.pid {
         Some(pid) => format!("held by {} (pid {pid})", holder.what),
@@ -263,19 +280,14 @@ fn lease_text(lease: &v1::Lease) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "vm        {} ({})", lease.vm_id, state_name(lease.state()));
     let _ = writeln!(text, "lease     {}, generation {}", lease.lease_id, lease.generation);
-    if let Some(device) = &lease.device {
-        let _ = writeln!(text, "device    {}", device.path);
-        let uuid = device.dm_uuid.as_ref().map(|uuid| format!(", uuid {uuid}")).unwrap_or_default();
-        let _ = writeln!(
-            text,
-            "          {}:{}, thin id {} in pool {}{uuid}, {}, {}",
-            device.major,
-            device.minor,
-            device.thin_id,
-            device.pool_device,
-            bytes(device.size_bytes),
-            device.filesystem
-        );
+    for (what, device) in [("device ", &lease.device), ("scratch", &lease.scratch)] {
+        if let Some(device) = device {
+            let _ = writeln!(text, "{what}   {}", device.path);
+            let _ = writeln!(text, "          {}", device_text(device));
+        }
+    }
+    if let Some(shared) = &lease.shares {
+        let _ = writeln!(text, "          shared with other VMs, under lease {shared}");
     }
     if let Some(spec) = &lease.spec {
         let _ = writeln!(text, "image     {} ({})", spec.image, spec.platform.clone().unwrap_or_default());
@@ -294,6 +306,17 @@ fn lease_text(lease: &v1::Lease) -> String {
         let _ = writeln!(text, "note      {note}");
     }
     text
+}
+
+fn device_text(device: &v1::Device) -> String {
+    let uuid = device.dm_uuid.as_ref().map(|uuid| format!(", uuid {uuid}")).unwrap_or_default();
+    let filesystem = if device.filesystem.is_empty() { "raw" } else { &device.filesystem };
+    let v1::Device { major, minor, thin_id, pool_device, .. } = device;
+    let read_only = if device.read_only { ", read-only" } else { "" };
+    format!(
+        "{major}:{minor}, thin id {thin_id} in pool {pool_device}{uuid}, {}, {filesystem}{read_only}",
+        bytes(device.size_bytes)
+    )
 }
 
 pub(super) fn verified(reply: &v1::VerifyDeviceResponse, output: Output) -> String {

@@ -6,6 +6,7 @@ use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
 };
+use cowshed_leases::Scratch;
 use tonic::transport::Channel;
 
 use super::{CallError, Containerd};
@@ -25,11 +26,15 @@ pub trait Snapshots: Send + Sync {
     async fn our_leases(&self) -> Result<Vec<String>, CallError>;
     /// Makes a writable snapshot of `parent`, held by `lease`.
     async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError>;
+    /// Makes a read-only snapshot of `parent`, held by `lease`.
+    async fn view(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError>;
+    /// Makes an empty writable snapshot, held by `lease`. Only Cowshed's own snapshotter heeds what is asked for.
+    async fn empty(&self, lease: &str, key: &str, scratch: Scratch) -> Result<Vec<Mount>, CallError>;
     /// How the snapshot `key` is mounted.
     async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError>;
     /// Removes the snapshot `key`'s record; its device goes at containerd's next collection. Succeeds if not there.
     async fn remove(&self, key: &str) -> Result<(), CallError>;
-    /// Keys of the active snapshots that begin with `prefix`.
+    /// Keys of the active snapshots and views that begin with `prefix`.
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError>;
     /// Lets the containerd lease `lease` hold the snapshot `key`, which is there.
     async fn hold(&self, lease: &str, key: &str) -> Result<(), CallError>;
@@ -44,6 +49,14 @@ pub const LEASE_LABEL: &str = "cowshed.io/lease";
 
 /// What has this label is not collected, whatever its value.
 const GC_ROOT: &str = "containerd.io/gc.root";
+/// Cowshed's snapshotter's labels for a snapshot without a parent: its size in bytes, and "raw" for no filesystem.
+const SIZE: &str = "containerd.io/snapshot/cowshed.size";
+const FORMAT: &str = "containerd.io/snapshot/cowshed.format";
+
+/// Held by itself as well: a lease is deleted by hand more easily than a snapshot is removed.
+fn kept(key: &str) -> HashMap<String, String> {
+    HashMap::from([(GC_ROOT.to_owned(), key.to_owned())])
+}
 
 impl Containerd {
     fn snapshots(&self) -> SnapshotsClient<Channel> {
@@ -71,15 +84,21 @@ impl Containerd {
     }
 
     /// Makes a read-only snapshot of `parent`, held by `lease`.
-    pub async fn view_snapshot(&self, lease: &str, key: &str, parent: &str) -> Result<(), CallError> {
+    pub async fn view_snapshot(
+        &self,
+        lease: &str,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, CallError> {
         let message = ViewSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
             parent: parent.to_owned(),
-            labels: HashMap::new(),
+            labels,
         };
         let request = self.leased(lease, message);
-        self.call("Snapshots.View", self.snapshots().view(request)).await.map(drop)
+        Ok(self.call("Snapshots.View", self.snapshots().view(request)).await?.mounts)
     }
 
     /// The name of a committed snapshot, if there is one.
@@ -140,9 +159,20 @@ impl Snapshots for Containerd {
     }
 
     async fn prepare(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
-        // Held by itself as well: a lease is deleted by hand more easily than a snapshot is removed.
-        let labels = HashMap::from([(GC_ROOT.to_owned(), key.to_owned())]);
-        self.prepare_snapshot(lease, key, parent, labels).await
+        self.prepare_snapshot(lease, key, parent, kept(key)).await
+    }
+
+    async fn view(&self, lease: &str, key: &str, parent: &str) -> Result<Vec<Mount>, CallError> {
+        self.view_snapshot(lease, key, parent, kept(key)).await
+    }
+
+    async fn empty(&self, lease: &str, key: &str, scratch: Scratch) -> Result<Vec<Mount>, CallError> {
+        let mut labels = kept(key);
+        labels.insert(SIZE.to_owned(), scratch.size_bytes.to_string());
+        if scratch.raw {
+            labels.insert(FORMAT.to_owned(), "raw".to_owned());
+        }
+        self.prepare_snapshot(lease, key, "", labels).await
     }
 
     async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {
@@ -162,7 +192,7 @@ impl Snapshots for Containerd {
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError> {
         let message = ListSnapshotsRequest {
             snapshotter: self.snapshotter.clone(),
-            filters: vec![format!("kind==active,name~=\"^{prefix}\"")],
+            filters: ["active", "view"].map(|kind| format!("kind=={kind},name~=\"^{prefix}\"")).to_vec(),
         };
         let mut stream = self.call("Snapshots.List", self.snapshots().list(self.request(message))).await?;
         let mut keys = Vec::new();

@@ -24,7 +24,7 @@ impl Containerd {
         let lease = format!("{NAME}-{}", uuid::Uuid::new_v4().simple());
         self.create_lease(&lease, HashMap::from([(LABEL.to_owned(), "start".to_owned())])).await?;
         let made = match &parent {
-            Some(parent) => self.view_snapshot(&lease, &lease, parent).await,
+            Some(parent) => self.view_snapshot(&lease, &lease, parent, HashMap::new()).await.map(drop),
             None => self.prepare_snapshot(&lease, &lease, "", HashMap::new()).await.map(drop),
         };
         let removed = Snapshots::delete_lease(self, &lease, true).await;

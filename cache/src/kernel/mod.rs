@@ -168,6 +168,7 @@ impl Kernel for DeviceMapper {
             thin_id: thin.id,
             pool: DeviceNumber { major: thin.pool.major, minor: thin.pool.minor },
             size_bytes: thin.size_bytes,
+            read_only: attribute("ro").is_ok_and(|ro| ro == "1"),
         })
     }
 

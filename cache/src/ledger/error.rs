@@ -63,6 +63,17 @@ impl From<BookError> for Error {
                 format!("{message}, so it cannot be renewed; acquire again if a disk is wanted still"),
             )
             .with("lease_id", id),
+            BookError::Abandoned(id) => Self::new(
+                Reason::LeaseReleased,
+                format!("{message}: its disk goes when its device is closed; acquire again if one is wanted still"),
+            )
+            .with("lease_id", id),
+            BookError::NotShared { device, asked } => Self::new(
+                Reason::NotReady,
+                format!("{message}: it was removed while the lease was being made; acquire again"),
+            )
+            .with("device", device)
+            .with("lease_id", asked),
             BookError::Doubtful(id) => Self::new(
                 Reason::NotReady,
                 format!("{message}, and its device was not looked at; renew it once more"),

@@ -9,8 +9,8 @@ pub mod tools;
 use std::{collections::BTreeMap, path::Path};
 
 use cowshed_leases::{
-    Acquisition, Ask, Book, BookError, DeviceIdentity, Failure, Grace, Grant, Lease, LeaseId, Moment,
-    Release, Releasing, Ttl, VmId,
+    Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
+    Seen, Ttl, VmId,
 };
 use cowshed_pool::store::{Batch, Store, file::OpenError};
 use tokio::sync::watch;
@@ -79,11 +79,11 @@ impl Ledger {
     }
 
     /// Confirms that the VM has the lease that it was found to hold; see [`Book::keep`].
-    pub async fn keep(&self, ask: Ask, id: LeaseId, seen: DeviceIdentity, now: Moment) -> Result<Lease> {
+    pub async fn keep(&self, ask: Ask, id: LeaseId, seen: Seen, now: Moment) -> Result<Lease> {
         let decide = move |book: &Book| {
             book.keep(&ask, &id, Some(&seen), &now).map_err(|error| match error {
                 // It was found to be held a moment ago.
-                BookError::Gone(_) | BookError::Released(_) => released(&ask.vm),
+                BookError::Gone(_) | BookError::Released(_) | BookError::Abandoned(_) => released(&ask.vm),
                 error => Error::from(error),
             })
         };
@@ -104,7 +104,7 @@ impl Ledger {
         &self,
         id: LeaseId,
         ttl: Option<Ttl>,
-        seen: Option<DeviceIdentity>,
+        seen: Option<Seen>,
         now: Moment,
     ) -> Result<Lease> {
         let mut renewed = self.renew_all(vec![(id.clone(), ttl, seen)], now).await?;
@@ -114,11 +114,11 @@ impl Ledger {
     /// The same for many, with one write.
     pub async fn renew_all(
         &self,
-        leases: Vec<(LeaseId, Option<Ttl>, Option<DeviceIdentity>)>,
+        leases: Vec<(LeaseId, Option<Ttl>, Option<Seen>)>,
         now: Moment,
     ) -> Result<Vec<Result<Lease, BookError>>> {
         self.write(move |batch| {
-            let mut renew = |(id, ttl, seen): &(LeaseId, Option<Ttl>, Option<DeviceIdentity>)| {
+            let mut renew = |(id, ttl, seen): &(LeaseId, Option<Ttl>, Option<Seen>)| {
                 let doubtful = |lease: &Lease| lease.suspicion(&now).is_some();
                 if seen.is_none() && book(batch).get(id).is_some_and(doubtful) {
                     return Err(BookError::Doubtful(id.clone()));
@@ -188,8 +188,8 @@ impl Ledger {
     }
 
     /// Forgets leases whose disks are gone; of failed ones, that there is something to clear away.
-    pub async fn remove_all(&self, ids: Vec<LeaseId>) -> Result<()> {
-        self.change_each(ids, |book, id| book.remove(id).map_err(Error::from)).await.map(drop)
+    pub async fn remove_all(&self, ids: Vec<LeaseId>, now: Moment) -> Result<()> {
+        self.change_each(ids, move |book, id| book.remove(id, &now).map_err(Error::from)).await.map(drop)
     }
 
     /// One write with a decision about each; says how many came to something.

@@ -219,7 +219,7 @@ fn tombstones(connection: &Connection, path: &Path) -> Result<Vec<Tombstone>, Op
         let wrong = |error: String| FORMAT.damaged(path, format!("the lease {id} that has gone: {error}"));
         Ok(Tombstone {
             id: id.parse().map_err(|e: cowshed_leases::LeaseIdError| wrong(e.to_string()))?,
-            vm: vm.parse::<VmId>().map_err(|e| wrong(e.to_string()))?,
+            vm: VmId::try_from(vm).map_err(|e| wrong(e.to_string()))?,
             generation: Generation(generation.unsigned_abs()),
             revision: Revision(revision.unsigned_abs()),
         })

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cowshed_leases::{DeviceNumber, Process, Spec, State, UnixMicros, Uptime};
+use cowshed_leases::{DeviceIdentity, DeviceNumber, Process, Spec, State, UnixMicros, Uptime};
 
 use super::*;
 use crate::fakes::book::{ask, back, id, now, spec};
@@ -35,7 +35,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     assert_eq!(ledger.read(Clone::clone), before);
     assert_eq!(ledger.pulls().keys().collect::<Vec<_>>(), ["cowshed-pull-1"]);
     assert!(matches!(ledger.read(|b| b.get(&some.id).unwrap().state.clone()), State::Releasing { .. }));
-    ledger.remove_all(vec![some.id.clone()]).await.unwrap();
+    ledger.remove_all(vec![some.id.clone()], now()).await.unwrap();
     ledger.end_pull("cowshed-pull-1".into()).await.unwrap();
     drop(ledger);
 
@@ -176,7 +176,8 @@ async fn what_has_become_doubtful_is_not_renewed_unseen_with_others() {
     let renewed = ledger.renew_all(both(), later).await.unwrap();
     assert_eq!(renewed[0], Err(BookError::Doubtful(id(1))));
     assert_eq!(renewed[1].as_ref().unwrap().term.until, Some(Uptime(3_060_000_000)));
-    let seen = ledger.renew(id(1), None, Some(grant(1).device), later).await.unwrap();
+    let seen =
+        ledger.renew(id(1), None, Some(Seen { root: grant(1).device, scratch: None }), later).await.unwrap();
     assert_eq!(seen.term.until, Some(Uptime(90_000_000)));
 }
 
@@ -190,7 +191,8 @@ fn grant(n: u32) -> Grant {
         thin_id: n,
         pool: number(0),
         size_bytes: 1 << 30,
+        read_only: false,
     };
     let (filesystem, image_digest) = ("ext4".into(), "sha256:0".into());
-    Grant { device, filesystem, image_digest, process: Process::default(), at: UnixMicros(0) }
+    Grant { device, filesystem, scratch: None, image_digest, process: Process::default(), at: UnixMicros(0) }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use cowshed_leases::{
-    DeviceIdentity, Grant, Lease, Moment, Process, State, Suspicion, Ttl, UnixMicros, Uptime,
+    DeviceIdentity, Lease, Mode, Moment, Process, State, Suspicion, Ttl, UnixMicros, Uptime,
 };
 use cowshed_proto::v1;
 use prost_types::Timestamp;
@@ -29,9 +29,11 @@ pub(super) fn lease(lease: &Lease, waiting: Option<String>, now: &Moment) -> v1:
         spec: Some(v1::DiskSpec {
             image: lease.spec.image.clone(),
             platform: Some(lease.spec.platform.clone()),
+            mode: mode(lease.spec.mode).into(),
+            scratch: lease.spec.scratch.map(|s| v1::ScratchSpec { size_bytes: s.size_bytes, raw: s.raw }),
         }),
         image_digest: grant.map(|grant| grant.image_digest.clone()),
-        device: grant.map(|grant| device(&grant.device, grant)),
+        device: grant.map(|grant| device(&grant.device, &grant.filesystem)),
         process: grant.map(|grant| process(&grant.process)),
         created_at: Some(timestamp(lease.created_at)),
         granted_at: grant.map(|grant| timestamp(grant.at)),
@@ -48,6 +50,16 @@ pub(super) fn lease(lease: &Lease, waiting: Option<String>, now: &Moment) -> v1:
         },
         revision: lease.revision.0,
         holders: Vec::new(),
+        scratch: grant.and_then(|grant| grant.scratch.as_ref()).map(|s| device(&s.device, &s.filesystem)),
+        shares: lease.shares.as_ref().map(ToString::to_string),
+        abandoned: matches!(lease.state, State::Releasing { abandoned: true, .. }),
+    }
+}
+
+fn mode(mode: Mode) -> v1::DiskMode {
+    match mode {
+        Mode::CopyOnWrite => v1::DiskMode::CopyOnWrite,
+        Mode::SharedReadOnly => v1::DiskMode::SharedReadOnly,
     }
 }
 
@@ -91,7 +103,7 @@ fn duration(micros: u64) -> prost_types::Duration {
     prost_types::Duration { seconds, nanos }
 }
 
-fn device(device: &DeviceIdentity, grant: &Grant) -> v1::Device {
+fn device(device: &DeviceIdentity, filesystem: &str) -> v1::Device {
     v1::Device {
         path: device.path.clone(),
         major: device.number.major,
@@ -101,7 +113,8 @@ fn device(device: &DeviceIdentity, grant: &Grant) -> v1::Device {
         thin_id: device.thin_id,
         pool_device: device.pool.to_string(),
         size_bytes: device.size_bytes,
-        filesystem: grant.filesystem.clone(),
+        filesystem: filesystem.to_owned(),
+        read_only: device.read_only,
     }
 }
 

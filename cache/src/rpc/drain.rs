@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cowshed_leases::Lease;
 use cowshed_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +27,10 @@ pub(super) struct Rest {
 impl Rest {
     fn look(&self) -> v1::DrainResponse {
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        let leases = self.acquirer.ledger.read(|book| book.after(None).filter(|l| Lease::is_held(l)).count());
+        let leases = self
+            .acquirer
+            .ledger
+            .read(|book| book.after(None).filter(|l| l.is_held() && !l.vm.is_image()).count());
         let (acquires, pulls) = (self.acquirer.under_way(), self.images.pulls_in_flight());
         v1::DrainResponse {
             acquires: count(acquires),

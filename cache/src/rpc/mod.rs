@@ -262,6 +262,7 @@ impl Api {
             lease: request.lease_id.as_deref().map(parse::lease_id).transpose()?,
             generation: request.generation.map(Generation),
             request: request.request_id.as_deref().map(parse::request_id).transpose()?,
+            abandon: request.abandon,
         };
         let lease = match self.acquirer.release(ask).await? {
             Releasing::Nothing => return Ok(None),
@@ -317,7 +318,9 @@ impl Api {
             })?),
         };
         let wanted = |lease: &&Lease| {
-            request.states.is_empty() || request.states.contains(&i32::from(convert::state(&lease.state)))
+            (request.shared || !lease.vm.is_image())
+                && (request.states.is_empty()
+                    || request.states.contains(&i32::from(convert::state(&lease.state))))
         };
         let now = self.acquirer.clock.now();
         let mut page = self
@@ -350,9 +353,10 @@ impl Api {
     /// The same, with who has its device open.
     async fn with_holders(&self, lease: &Lease) -> v1::Lease {
         let mut shown = self.lease(lease);
-        let Some(grant) = lease.grant() else { return shown };
-        if let Ok(Some(1..)) = self.kernel.open_count(&grant.device.dm_name).await
-            && let Ok(holders) = self.kernel.holders(&grant.device.path).await
+        // Who has open what is shared is said of that.
+        let Some(device) = lease.own_device() else { return shown };
+        if let Ok(Some(1..)) = self.kernel.open_count(&device.dm_name).await
+            && let Ok(holders) = self.kernel.holders(&device.path).await
         {
             shown.holders = holders.into_iter().map(convert::holder).collect();
         }

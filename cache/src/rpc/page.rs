@@ -54,10 +54,11 @@ mod tests {
             id: LeaseId::from_random(n),
             vm: format!("vm-{n}").parse().unwrap(),
             generation: Generation(1),
-            spec: Spec { image: "x".repeat(bytes), platform: String::new() },
+            spec: Spec { image: "x".repeat(bytes), platform: String::new(), ..Spec::default() },
             created_at: UnixMicros(0),
             term: Term { ttl: None, boot: BootId::from_bits(0), until: None },
             revision: Revision(0),
+            shares: None,
             state: State::Preparing,
         }
     }

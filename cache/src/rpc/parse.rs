@@ -1,6 +1,7 @@
 //! Fields of requests, parsed: what comes out of here is valid.
 
-use cowshed_leases::{LeaseId, RequestId, Ttl, VmId};
+use cowshed_leases::{LeaseId, Mode, RequestId, Scratch, Ttl, VmId};
+use cowshed_pool::Bytes;
 use cowshed_proto::v1;
 
 use crate::{
@@ -14,14 +15,41 @@ const SHOWN: usize = 140;
 
 pub(super) fn wish(request: v1::AcquireRequest) -> Result<Wish> {
     let spec = request.spec.unwrap_or_default();
+    let mode = mode(spec.mode)?;
     Ok(Wish {
         vm: vm_id(&request.vm_id)?,
         image: image_reference(&spec.image)?,
         platform: platform(spec.platform.as_deref())?,
+        mode,
+        scratch: spec.scratch.map(|wanted| scratch(wanted, mode)).transpose()?,
         ttl: request.ttl.as_ref().map(ttl).transpose()?,
         fresh: request.fresh,
         request: request.request_id.as_deref().map(request_id).transpose()?,
     })
+}
+
+fn mode(mode: i32) -> Result<Mode> {
+    match v1::DiskMode::try_from(mode) {
+        Ok(v1::DiskMode::Unspecified | v1::DiskMode::CopyOnWrite) => Ok(Mode::CopyOnWrite),
+        Ok(v1::DiskMode::SharedReadOnly) => Ok(Mode::SharedReadOnly),
+        Err(_) => {
+            let message =
+                format!("mode {mode} is not known to this version: COPY_ON_WRITE is 1, SHARED_READ_ONLY 2");
+            Err(Error::new(Reason::ModeInvalid, message).with("field", "spec.mode"))
+        }
+    }
+}
+
+fn scratch(wanted: v1::ScratchSpec, mode: Mode) -> Result<Scratch> {
+    let bad = |what: String| Error::new(Reason::ScratchInvalid, what).with("field", "spec.scratch");
+    if mode == Mode::CopyOnWrite {
+        let what = "a scratch disk goes with mode SHARED_READ_ONLY: a COPY_ON_WRITE disk is writable itself";
+        return Err(bad(what.to_owned()));
+    }
+    let bytes = Bytes(wanted.size_bytes)
+        .of_disk()
+        .map_err(|error| bad(format!("the scratch disk's size_bytes: {error}")))?;
+    Ok(Scratch { size_bytes: bytes.0, raw: wanted.raw })
 }
 
 pub(super) fn vm_id(text: &str) -> Result<VmId> {
@@ -73,6 +101,31 @@ fn wrong(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn what_a_vm_wants_is_checked_and_named() {
+        let spec = |mode: i32, scratch: Option<u64>| v1::AcquireRequest {
+            vm_id: "vm-1".into(),
+            spec: Some(v1::DiskSpec {
+                image: "app".into(),
+                mode,
+                scratch: scratch.map(|size_bytes| v1::ScratchSpec { size_bytes, raw: true }),
+                ..v1::DiskSpec::default()
+            }),
+            ..v1::AcquireRequest::default()
+        };
+        assert_eq!(wish(spec(0, None)).unwrap().mode, Mode::CopyOnWrite);
+        let wanted = wish(spec(2, Some((16 << 20) + 1))).unwrap().scratch;
+        assert_eq!(wanted, Some(Scratch { size_bytes: 17 << 20, raw: true }));
+        for (request, reason) in [
+            (spec(3, None), Reason::ModeInvalid),
+            (spec(1, Some(1 << 30)), Reason::ScratchInvalid),
+            (spec(2, Some(0)), Reason::ScratchInvalid),
+            (spec(2, Some(u64::MAX)), Reason::ScratchInvalid),
+        ] {
+            assert_eq!(wish(request.clone()).unwrap_err().reason(), reason, "{request:?}");
+        }
+    }
 
     #[test]
     fn times_are_checked_and_named() {

@@ -1,6 +1,6 @@
 //! `VerifyDevice`: whether a device is, now, the one that a lease was granted.
 
-use cowshed_leases::{DeviceIdentity, Grant, Lease, State};
+use cowshed_leases::{DeviceIdentity, Lease, LeaseId, State};
 use cowshed_proto::v1;
 
 use super::parse;
@@ -23,11 +23,11 @@ pub(super) async fn verify(
         || Error::new(Reason::LeaseNotFound, format!("there is no lease {id}")).with("lease_id", &id);
     let read = || acquirer.ledger.read(|book| book.get(&id).cloned()).ok_or_else(missing);
     let before = read()?;
-    let device = match before.grant() {
-        // Also of a lease that is released: its disk may be there still.
-        Some(grant) => Some(acquirer.identify(&before, &grant.device).await?),
-        None => None,
-    };
+    // Also of a lease that is released: its disk may be there still.
+    let mut looked = Vec::new();
+    for part in parts(&before) {
+        looked.push(acquirer.identify(&before, part.snapshot, part.granted).await?);
+    }
     // As it is now: it may have been released meanwhile.
     let lease = read()?;
     let mut differences = Vec::new();
@@ -44,20 +44,47 @@ pub(super) async fn verify(
     if let Some(generation) = request.generation {
         expect("generation", lease.generation.0.to_string(), generation.to_string());
     }
-    match (lease.grant(), device) {
-        (Some(grant), Some(Ok(now))) => compare(request, grant, &now, &mut expect),
-        (Some(grant), Some(Err(what))) => {
-            expect("device", format!("{} as it was granted", grant.device.path), what);
+    for (part, now) in parts(&before).into_iter().zip(looked) {
+        match now {
+            Ok(now) if part.is_scratch == request.scratch => compare(request, &now, &mut expect),
+            Ok(_) => {}
+            Err(what) => expect(part.name(), format!("{} as it was granted", part.granted.path), what),
         }
-        (_, None) | (None, _) => {}
+    }
+    if let (Some(grant), Some(digest)) = (before.grant(), &request.image_digest) {
+        expect("image_digest", grant.image_digest.clone(), digest.clone());
+    }
+    if request.scratch && before.grant().is_some_and(|grant| grant.scratch.is_none()) {
+        expect("scratch", "none".to_owned(), "a scratch device".to_owned());
     }
     Ok((differences, lease))
+}
+
+/// A device of a lease.
+struct Part<'a> {
+    /// Whose snapshot it is.
+    snapshot: &'a LeaseId,
+    granted: &'a DeviceIdentity,
+    is_scratch: bool,
+}
+
+impl Part<'_> {
+    fn name(&self) -> &'static str {
+        if self.is_scratch { "scratch" } else { "device" }
+    }
+}
+
+fn parts(lease: &Lease) -> Vec<Part<'_>> {
+    let Some(grant) = lease.grant() else { return Vec::new() };
+    let root = Part { snapshot: lease.root(), granted: &grant.device, is_scratch: false };
+    let scratch = grant.scratch.as_ref().map(|scratch| &scratch.device);
+    let scratch = scratch.map(|granted| Part { snapshot: &lease.id, granted, is_scratch: true });
+    [root].into_iter().chain(scratch).collect()
 }
 
 /// What the caller has in hand with what is there.
 fn compare(
     request: &v1::VerifyDeviceRequest,
-    grant: &Grant,
     now: &DeviceIdentity,
     expect: &mut impl FnMut(&str, String, String),
 ) {
@@ -72,8 +99,5 @@ fn compare(
     }
     if let Some(thin) = request.thin_id {
         expect("thin_id", now.thin_id.to_string(), thin.to_string());
-    }
-    if let Some(digest) = &request.image_digest {
-        expect("image_digest", grant.image_digest.clone(), digest.clone());
     }
 }

@@ -122,12 +122,13 @@ fn news(book: &Book, after: Revision, begun: Option<Revision>, clock: &Clock) ->
     let now = clock.now();
     let mut events: Vec<(Revision, Event)> = book
         .changed_after(after)
+        .filter(|lease| !lease.vm.is_image())
         .take(AT_ONCE)
         .map(|lease| (lease.revision, Event::Lease(convert::lease(lease, None, &now))))
         .collect();
     let complete_changes = events.len() < AT_ONCE;
     if let Some(mirrored) = mirrored {
-        let gone = book.gone_after(mirrored).take(AT_ONCE).map(|gone| {
+        let gone = book.gone_after(mirrored).filter(|gone| !gone.vm.is_image()).take(AT_ONCE).map(|gone| {
             let event = v1::LeaseGone {
                 lease_id: gone.id.to_string(),
                 vm_id: gone.vm.to_string(),
@@ -210,7 +211,7 @@ mod tests {
 
     async fn forget(ledger: &Ledger, n: u32) {
         ledger.release(back(n), now()).await.unwrap();
-        ledger.remove_all(vec![id(n)]).await.unwrap();
+        ledger.remove_all(vec![id(n)], now()).await.unwrap();
     }
 
     /// A watch whose reader takes one message after the other, and what it was told by then.

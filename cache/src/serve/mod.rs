@@ -264,6 +264,7 @@ fn assemble(
         clock,
         tasks: tasks.clone(),
         flights: Flights::default(),
+        sharing: Flights::default(),
     };
     let status = Arc::new(StatusSource {
         ledger: ledger.clone(),

@@ -47,6 +47,7 @@ impl Wish {
             ttl: (self.vm == 0).then(|| steps(TTL_STEPS)),
             fresh: self.fresh,
             request: self.named.then(|| request("acquire", self.vm)),
+            share: None,
         }
     }
 }
@@ -188,7 +189,7 @@ impl Desk {
             Op::Release(back) => done(book.release(&back.release(), now)),
             Op::Suspect => changed(book.suspect(grace(), now)),
             Op::GiveUpOn(n) => changed(book.give_up_on(&id(n.into()), now)),
-            Op::Remove(n) => book.remove(&id(n.into())).map_or((Answer::Refused, Vec::new()), changed),
+            Op::Remove(n) => book.remove(&id(n.into()), now).map_or((Answer::Refused, Vec::new()), changed),
             Op::Load => (Answer::Done, Vec::new()),
         };
         let mut after = None;
@@ -229,6 +230,7 @@ impl Return {
             lease: if let Which::Lease(n) = self.which { Some(id(n.into())) } else { None },
             generation: if let Which::Generation(n) = self.which { Some(generation_of(n)) } else { None },
             request: self.named.then(|| request("release", self.vm)),
+            abandon: false,
         }
     }
 }

@@ -66,8 +66,8 @@ impl View {
 
 impl LeaseView {
     fn of(lease: &Lease) -> Self {
-        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, state } = lease;
-        let (Term { ttl, boot, until }, Spec { image, platform: _ }) = (*term, spec);
+        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, shares: _, state } = lease;
+        let (Term { ttl, boot, until }, Spec { image, platform: _, mode: _, scratch: _ }) = (*term, spec);
         let stand = match state {
             State::Preparing => Stand::Preparing,
             State::Granted(grant) => Stand::Granted(Granted::of(grant)),
@@ -77,7 +77,9 @@ impl LeaseView {
                 boot: *boot,
                 until: *until,
             },
-            State::Releasing { grant, since: _ } => Stand::Releasing(grant.as_deref().map(Granted::of)),
+            State::Releasing { grant, since: _, abandoned: _ } => {
+                Stand::Releasing(grant.as_deref().map(Granted::of))
+            }
             State::Failed { failure: _, since: _, cleared } => Stand::Failed { cleared: *cleared },
         };
         let vm = last_digit(vm.as_str());

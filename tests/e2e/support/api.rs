@@ -30,7 +30,7 @@ pub(crate) async fn client() -> Outcome<CowshedClient<Channel>> {
 }
 
 pub(crate) fn acquire_request(vm: &str, image: &str) -> v1::AcquireRequest {
-    let spec = v1::DiskSpec { image: image.to_owned(), platform: None };
+    let spec = v1::DiskSpec { image: image.to_owned(), platform: None, ..Default::default() };
     v1::AcquireRequest { vm_id: vm.to_owned(), spec: Some(spec), ..v1::AcquireRequest::default() }
 }
 

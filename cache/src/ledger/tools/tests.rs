@@ -44,8 +44,13 @@ fn place() -> (TempDir, PathBuf) {
 }
 
 async fn release(ledger: &Ledger, lease: &Lease) {
-    let ask =
-        Release { vm: lease.vm.clone(), lease: Some(lease.id.clone()), generation: None, request: None };
+    let ask = Release {
+        vm: lease.vm.clone(),
+        lease: Some(lease.id.clone()),
+        generation: None,
+        request: None,
+        abandon: false,
+    };
     ledger.release(ask, now()).await.unwrap();
 }
 
@@ -241,7 +246,7 @@ async fn backups_of_a_ledger_that_is_being_written_are_of_one_moment() {
                     break;
                 }
                 release(&ledger, &lease).await;
-                ledger.remove_all(vec![lease.id]).await.unwrap();
+                ledger.remove_all(vec![lease.id], now()).await.unwrap();
             }
         }
     });
