@@ -15,6 +15,8 @@ use crate::{
 /// VMs of one launcher.
 const VMS: usize = 2;
 const IMAGE: &str = "127.0.0.1:5000/cowshed/tiny:1";
+/// Room for the mark.
+const SCRATCH_BYTES: u64 = 400 << 20;
 /// How their ids begin, in the service and among the promises.
 const PREFIX: &str = "tenant-";
 
@@ -49,14 +51,42 @@ fn marks_of(vm: &str, lease: &str) -> Vec<u8> {
     mark(&format!("{vm}-{lease}"))
 }
 
+/// The VM's own disk: beside a shared one its scratch disk.
 fn path_of(lease: &v1::Lease) -> Outcome<&str> {
-    Ok(lease.device.as_ref().ok_or_else(|| format!("lease {} has no device", lease.lease_id))?.path.as_str())
+    let own = lease.scratch.as_ref().or(lease.device.as_ref());
+    Ok(own.ok_or_else(|| format!("lease {} has no device", lease.lease_id))?.path.as_str())
+}
+
+fn read_at_mark(path: &str) -> Outcome<Vec<u8>> {
+    let mut found = vec![0; MARK_BYTES];
+    File::open(path)?.read_exact_at(&mut found, MARK_AT)?;
+    Ok(found)
 }
 
 fn read_marks(lease: &v1::Lease) -> Outcome<Vec<u8>> {
-    let mut found = vec![0; MARK_BYTES];
-    File::open(path_of(lease)?)?.read_exact_at(&mut found, MARK_AT)?;
-    Ok(found)
+    read_at_mark(path_of(lease)?)
+}
+
+/// Every other VM shares the image's disk and writes on one of its own beside it.
+fn spec_of(vm: &str) -> v1::DiskSpec {
+    let spec = v1::DiskSpec { image: IMAGE.to_owned(), ..v1::DiskSpec::default() };
+    if !vm.ends_with('1') {
+        return spec;
+    }
+    let scratch = Some(v1::ScratchSpec { size_bytes: SCRATCH_BYTES, raw: true });
+    v1::DiskSpec { mode: v1::DiskMode::SharedReadOnly.into(), scratch, ..spec }
+}
+
+/// What is shared has nobody's marks, and nobody can make any.
+fn shared_is_untouched(lease: &v1::Lease) -> Outcome {
+    let Some(shared) = lease.device.as_ref().filter(|_| lease.shares.is_some()) else { return Ok(()) };
+    if read_at_mark(&shared.path)?.iter().any(|byte| *byte != 0) {
+        return Err(format!("somebody has written on {}, which is shared", shared.path).into());
+    }
+    if File::options().write(true).open(&shared.path).is_ok_and(|f| f.write_all_at(&[1], MARK_AT).is_ok()) {
+        return Err(format!("{}, which is shared, can be written to", shared.path).into());
+    }
+    Ok(())
 }
 
 impl Tenant {
@@ -98,7 +128,7 @@ impl Tenant {
         }
         let request = v1::AcquireRequest {
             vm_id: vm.to_owned(),
-            spec: Some(v1::DiskSpec { image: IMAGE.to_owned(), platform: None, ..Default::default() }),
+            spec: Some(spec_of(vm)),
             request_id: Some(format!("{vm}-{}-{}", self.run, self.count)),
             ..v1::AcquireRequest::default()
         };
@@ -111,6 +141,7 @@ impl Tenant {
             return Ok(());
         }
         self.promise(vm, &lease.lease_id, false)?;
+        shared_is_untouched(&lease)?;
         let file = File::options().write(true).open(path_of(&lease)?)?;
         file.write_all_at(&marks_of(vm, &lease.lease_id), MARK_AT)?;
         file.sync_all()?;
@@ -146,7 +177,17 @@ impl Tenant {
             image_digest: lease.image_digest.clone(),
             ..v1::VerifyDeviceRequest::default()
         };
-        let reply = self.client.verify_device(request).await?.into_inner();
+        let mut reply = self.client.verify_device(request).await?.into_inner();
+        if let (true, Some(scratch)) = (reply.verified, &lease.scratch) {
+            let request = v1::VerifyDeviceRequest {
+                lease_id: lease.lease_id.clone(),
+                path: Some(scratch.path.clone()),
+                thin_id: Some(scratch.thin_id),
+                scratch: true,
+                ..v1::VerifyDeviceRequest::default()
+            };
+            reply = self.client.verify_device(request).await?.into_inner();
+        }
         if reply.verified { Ok(()) } else { Err(format!("{:?}", reply.differences).into()) }
     }
 }
@@ -184,6 +225,7 @@ pub(crate) async fn audit(lines: &str) -> Outcome<usize> {
                 return Err(format!("VM {vm} has released, and has lease {}", lease.lease_id).into());
             }
             (Some((what, id)), Some(lease)) if lease.lease_id == id => {
+                shared_is_untouched(&lease)?;
                 if what == "written" && read_marks(&lease)? != marks_of(vm, id) {
                     return Err(
                         format!("the disk of VM {vm}, lease {id}, has not what it has written").into()
