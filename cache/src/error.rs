@@ -40,8 +40,10 @@ pub enum Reason {
     RegistryDenied,
     SnapshotterMissing,
     SnapshotterUnfit,
+    SnapshotterUnusable,
     PoolMissing,
     PoolUnusable,
+    PoolUnzeroed,
     ImageUnsupported,
     DeviceMismatch,
     LeaseReleased,
@@ -54,6 +56,7 @@ pub enum Reason {
     ContainerdUnavailable,
     RegistryUnavailable,
     RegistryConfiguration,
+    LedgerUnusable,
     NotReady,
     Draining,
     Stopping,
@@ -80,10 +83,8 @@ impl Reason {
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
-            Self::SnapshotterMissing
-            | Self::SnapshotterUnfit
-            | Self::PoolMissing
-            | Self::PoolUnusable
+            Self::SnapshotterUnfit
+            | Self::PoolUnzeroed
             | Self::ImageUnsupported
             | Self::RegistryConfiguration
             | Self::LeaseReleased
@@ -93,6 +94,11 @@ impl Reason {
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable
             | Self::RegistryUnavailable
+            | Self::SnapshotterMissing
+            | Self::SnapshotterUnusable
+            | Self::PoolMissing
+            | Self::PoolUnusable
+            | Self::LedgerUnusable
             | Self::NotReady
             | Self::Draining
             | Self::Stopping => Code::Unavailable,
@@ -121,8 +127,10 @@ impl Reason {
             Self::RegistryDenied => "REGISTRY_DENIED",
             Self::SnapshotterMissing => "SNAPSHOTTER_MISSING",
             Self::SnapshotterUnfit => "SNAPSHOTTER_UNFIT",
+            Self::SnapshotterUnusable => "SNAPSHOTTER_UNUSABLE",
             Self::PoolMissing => "POOL_MISSING",
             Self::PoolUnusable => "POOL_UNUSABLE",
+            Self::PoolUnzeroed => "POOL_UNZEROED",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
             Self::LeaseReleased => "LEASE_RELEASED",
@@ -135,6 +143,7 @@ impl Reason {
             Self::ContainerdUnavailable => "CONTAINERD_UNAVAILABLE",
             Self::RegistryUnavailable => "REGISTRY_UNAVAILABLE",
             Self::RegistryConfiguration => "REGISTRY_CONFIGURATION",
+            Self::LedgerUnusable => "LEDGER_UNUSABLE",
             Self::NotReady => "NOT_READY",
             Self::Draining => "DRAINING",
             Self::Stopping => "STOPPING",
