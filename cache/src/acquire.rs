@@ -24,7 +24,7 @@ use tracing::Instrument as _;
 use crate::{
     admission::Admission,
     clock::Clock,
-    containerd::{LEASE_LABEL, Mount, Snapshots},
+    containerd::{CallError, LEASE_LABEL, Mount, Snapshots},
     drain::Drain,
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
@@ -39,6 +39,9 @@ use crate::{
 
 /// How long a device node may take to appear after its snapshot was made (udev makes it).
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
+
+/// How long containerd is waited for when the kernel can tell as well.
+const CONTAINERD_WAIT: Duration = Duration::from_secs(5);
 
 /// What a launcher wants, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -277,13 +280,13 @@ impl Acquirer {
         lease: &Lease,
         granted: &DeviceIdentity,
     ) -> Result<Result<DeviceIdentity, String>> {
-        let mounts = match self.snapshots.mounts(&lease.id.snapshot_key()).await {
-            Ok(mounts) => mounts,
-            Err(error) if error.is_not_found() => return Ok(Err(self.without_record(granted).await)),
+        let mounts = match self.recorded(lease).await {
+            Ok(Some(mounts)) => mounts,
+            Ok(None) => return Ok(Err(self.without_record(granted).await)),
             // Who has a disk keeps it while containerd is away, if the kernel knows it by all its marks.
             Err(error) => match self.kernel.inspect(&granted.path).await {
                 Ok(now) if granted.differs_from(&now).is_none() => return Ok(Ok(now)),
-                _ => return Err(self.snapshots.explain(error).with("lease_id", &lease.id)),
+                _ => return Err(error.with("lease_id", &lease.id)),
             },
         };
         let path = mounts.first().map_or("", |mount| &mount.source);
@@ -303,6 +306,23 @@ impl Acquirer {
                     lease.id, lease.vm
                 );
                 Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id))
+            }
+        }
+    }
+
+    /// The mounts of the lease's snapshot, if containerd knows it, and says so within a few seconds.
+    async fn recorded(&self, lease: &Lease) -> Result<Option<Vec<Mount>>> {
+        if let Some(hung) = self.admission.hindrances.hung() {
+            return Err(hung);
+        }
+        let key = lease.id.snapshot_key();
+        match tokio::time::timeout(CONTAINERD_WAIT, self.snapshots.mounts(&key)).await {
+            Ok(Ok(mounts)) => Ok(Some(mounts)),
+            Ok(Err(error)) if error.is_not_found() => Ok(None),
+            Ok(Err(error)) => Err(self.snapshots.explain(error)),
+            Err(_) => {
+                let timeout = CallError::Timeout { call: "Snapshots.Mounts", after: CONTAINERD_WAIT };
+                Err(self.snapshots.explain(timeout))
             }
         }
     }
@@ -377,7 +397,7 @@ impl Acquirer {
         stages: &mut Stages,
     ) -> Result<(ResolvedImage, Vec<Mount>)> {
         let mut prepared = self.snapshots.prepare(key, key, &image.chain_id.to_string()).await;
-        if prepared.as_ref().is_err_and(crate::containerd::CallError::is_not_found) {
+        if prepared.as_ref().is_err_and(CallError::is_not_found) {
             stages.done(Stage::Prepare);
             image = self.images.ensure(&wish.image, &wish.platform).await?;
             stages.done(Stage::Pull);

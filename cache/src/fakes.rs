@@ -32,6 +32,7 @@ use crate::{
     making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
+    rescue::Hindrances,
     tasks::Tasks,
 };
 
@@ -406,6 +407,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
             data_headroom_percent: 5,
             metadata_headroom_percent: 5,
             allow_unzeroed: false,
+            hindrances: Hindrances::default(),
         },
         drain: Drain::default(),
         wake: wake.clone(),

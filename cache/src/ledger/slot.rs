@@ -37,18 +37,19 @@ impl LedgerSlot {
 
     /// It is open.
     pub fn put(&self, ledger: Ledger) {
-        self.0.send_replace(Ok(ledger));
+        // What was there before was an error.
+        let _before = self.0.send_replace(Ok(ledger));
     }
 
     /// It cannot be opened, because of `what`. Nothing if it is open.
     pub fn refuse(&self, what: impl Into<String>) {
         let why = Error::new(Reason::LedgerUnusable, what);
         self.0.send_if_modified(|now| {
-            let waits = now.is_err();
-            if waits {
+            let is_news = matches!(now, Err(before) if before.to_string() != why.to_string());
+            if is_news {
                 *now = Err(why);
             }
-            waits
+            is_news
         });
     }
 
