@@ -44,6 +44,8 @@ pub(crate) struct World {
     pub(crate) looks: AtomicUsize,
     /// The image has to be pulled.
     pub(crate) absent: AtomicBool,
+    /// containerd does not say how snapshots are mounted.
+    pub(crate) hangs: AtomicBool,
     /// Pulls fail.
     pub(crate) pulls_fail: AtomicBool,
     /// Which boot it is, and how many seconds it is old.
@@ -229,6 +231,9 @@ impl Snapshots for World {
     }
 
     async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {
+        if self.hangs.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         self.look(|s| s.snapshots.get(key).map(|device| vec![mount(device)]).ok_or_else(gone))
     }
 

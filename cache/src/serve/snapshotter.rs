@@ -129,11 +129,32 @@ impl Served {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::Ledger;
 
     fn waited_for() -> (watch::Sender<bool>, Connected, Instant) {
         let ((connects, seen), begun) = (watch::channel(false), Instant::now());
         let socket = "/run/cow/snapshotter".into();
         (connects, Connected { socket, seen, until: begun + CONNECT }, begun)
+    }
+
+    /// Whether a snapshot of the key is held, before the ledger is known and when it is.
+    #[tokio::test]
+    async fn everything_is_held_until_the_ledger_says_what_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let slot = LedgerSlot::default();
+        let is_held = held_in(slot.clone());
+        let id = LeaseId::from_random(7);
+        for refused in [false, true] {
+            if refused {
+                slot.refuse("it is damaged");
+            }
+            for key in [format!("default/1/{}", id.snapshot_key()), "default/2/sha256:layer".to_owned()] {
+                assert!(is_held(&key), "{key}");
+            }
+        }
+        slot.put(Ledger::open(directory.path()).unwrap());
+        slot.refuse("too late");
+        assert!(!is_held(&format!("default/1/{}", id.snapshot_key())));
     }
 
     #[tokio::test(start_paused = true)]
