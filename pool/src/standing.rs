@@ -119,8 +119,9 @@ impl Standing {
             let (settings_, metrics) = (settings.clone(), self.0.metrics.clone());
             let tried = tokio::task::spawn_blocking(move || {
                 let opened = tries.is_due().then(|| open(&settings_, &metrics, &mut tries));
-                let opened = opened.map(|o| o.or_else(|e| Err((meanwhile(&settings_, &metrics, &e), e))));
-                (opened, tries)
+                let told =
+                    opened.map(|o| o.map_err(|error| (meanwhile(&settings_, &metrics, &error), error)));
+                (told, tries)
             });
             let Ok((opened, left)) = tried.await else {
                 tracing::error!("opening the snapshot store panicked; it is not tried again");
