@@ -9,7 +9,7 @@
 //! The work runs in a task of its own: a caller that goes away stops nothing, and one that asks again meanwhile joins.
 //! A release ends that: it gives up what is under way, whatever it has come to.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cowshed_leases::{
     Acquisition, Ask, DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
@@ -20,7 +20,7 @@ use tracing::Instrument as _;
 use crate::{
     admission::Admission,
     clock::Clock,
-    containerd::Snapshots,
+    containerd::{CallError, Mount, Snapshots},
     disks::{Order, in_name_of, is_shared},
     drain::Drain,
     error::{Error, Reason, Result},
@@ -33,6 +33,9 @@ use crate::{
     stages::{Stage, Stages},
     tasks::Tasks,
 };
+
+/// How long containerd is waited for when the kernel can tell as well.
+const CONTAINERD_WAIT: Duration = Duration::from_secs(5);
 
 /// What a launcher wants, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -315,13 +318,13 @@ impl Acquirer {
         snapshot: &LeaseId,
         granted: &DeviceIdentity,
     ) -> Result<Result<DeviceIdentity, String>> {
-        let mounts = match self.snapshots.mounts(&snapshot.snapshot_key()).await {
-            Ok(mounts) => mounts,
-            Err(error) if error.is_not_found() => return Ok(Err(self.without_record(granted).await)),
+        let mounts = match self.recorded(snapshot).await {
+            Ok(Some(mounts)) => mounts,
+            Ok(None) => return Ok(Err(self.without_record(granted).await)),
             // Who has a disk keeps it while containerd is away, if the kernel knows it by all its marks.
             Err(error) => match self.kernel.inspect(&granted.path).await {
                 Ok(now) if granted.differs_from(&now).is_none() => return Ok(Ok(now)),
-                _ => return Err(self.snapshots.explain(error).with("lease_id", &lease.id)),
+                _ => return Err(error.with("lease_id", &lease.id)),
             },
         };
         let path = mounts.first().map_or("", |mount| &mount.source);
@@ -341,6 +344,23 @@ impl Acquirer {
                     lease.id, lease.vm
                 );
                 Err(Error::new(Reason::NotReady, message).with("lease_id", &lease.id))
+            }
+        }
+    }
+
+    /// The mounts of this lease's snapshot, if containerd knows it, and says so within a few seconds.
+    async fn recorded(&self, lease: &LeaseId) -> Result<Option<Vec<Mount>>> {
+        if let Some(hung) = self.admission.hindrances.hung() {
+            return Err(hung);
+        }
+        let key = lease.snapshot_key();
+        match tokio::time::timeout(CONTAINERD_WAIT, self.snapshots.mounts(&key)).await {
+            Ok(Ok(mounts)) => Ok(Some(mounts)),
+            Ok(Err(error)) if error.is_not_found() => Ok(None),
+            Ok(Err(error)) => Err(self.snapshots.explain(error)),
+            Err(_) => {
+                let timeout = CallError::Timeout { call: "Snapshots.Mounts", after: CONTAINERD_WAIT };
+                Err(self.snapshots.explain(timeout))
             }
         }
     }

@@ -49,6 +49,32 @@ async fn a_caller_that_goes_away_stops_nothing() {
     assert_eq!(lease.generation.0, 1);
 }
 
+/// Who has a disk keeps it while containerd hangs, and hardly waits.
+#[tokio::test(start_paused = true)]
+async fn a_containerd_that_hangs_is_waited_for_a_few_seconds_and_then_not_at_all() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    world.hangs.store(true, Ordering::SeqCst);
+    let begun = tokio::time::Instant::now();
+    assert_eq!(process.acquirer.renew(lease.id.clone(), None).await.unwrap().id, lease.id);
+    let took = begun.elapsed();
+    assert!((CONTAINERD_WAIT..CONTAINERD_WAIT * 2).contains(&took), "{took:?}");
+    // The kernel alone does not do if it does not know the disk.
+    world.state.lock().unwrap().sight = Sight::NotThin;
+    let refused = process.acquirer.renew(lease.id.clone(), None).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::ContainerdUnavailable);
+    world.state.lock().unwrap().sight = Sight::Clear;
+    // The monitor has noticed.
+    let hindrances = process.acquirer.admission.hindrances.clone();
+    hindrances.set_hung(Some(&Error::new(Reason::ContainerdTimeout, "it hangs")));
+    let begun = tokio::time::Instant::now();
+    process.acquirer.renew(lease.id, None).await.unwrap();
+    assert!(process.acquirer.acquire(wish("vm-1")).await.unwrap().existing);
+    let refused = process.acquirer.acquire(wish("vm-2")).await.unwrap_err();
+    assert_eq!((refused.reason(), begun.elapsed()), (Reason::ContainerdUnavailable, Duration::ZERO));
+}
+
 #[tokio::test]
 async fn an_image_that_vanished_meanwhile_is_pulled_again() {
     let (world, directory) = (Arc::new(World::default()), tempfile::tempdir().unwrap());

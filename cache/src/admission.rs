@@ -1,12 +1,13 @@
-//! Whether the pool has room for another disk: refused at once, with the reason, never queued into a timeout.
+//! Whether another disk can be made, and the pool has room for it: refused at once, with the reason, never queued into a timeout.
 
 use crate::{
     error::{Error, Reason, Result},
     kernel::{Devices, KernelError, PoolMode, PoolUsage},
+    rescue::Hindrances,
 };
 
 /// What has to stay free.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct Admission {
     /// Of the pool's data, in percent.
     pub data_headroom_percent: u8,
@@ -14,20 +15,23 @@ pub struct Admission {
     pub metadata_headroom_percent: u8,
     /// Whether a pool that does not zero new blocks is used all the same.
     pub allow_unzeroed: bool,
+    /// What else has to do its work.
+    pub hindrances: Hindrances,
 }
 
 impl Admission {
     /// Asks the kernel and decides.
-    pub async fn admit(self, kernel: &Devices) -> Result<()> {
-        self.judge(&kernel.pool().await)
+    pub async fn admit(&self, kernel: &Devices) -> Result<()> {
+        self.judge(&kernel.pool().await)?;
+        self.hindrances.admit()
     }
 
     /// Decides on what the kernel has said.
-    pub fn judge(self, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
+    pub fn judge(&self, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
         self.decide(pool.as_ref().map_err(unknown)?)
     }
 
-    fn decide(self, pool: &PoolUsage) -> Result<()> {
+    fn decide(&self, pool: &PoolUsage) -> Result<()> {
         let name = &pool.name;
         match pool.mode {
             PoolMode::ReadWrite => {}
@@ -48,12 +52,12 @@ impl Admission {
                 "the thin pool {name} does not zero new blocks, so bytes of one disk could be read from another: \
                  `lvchange --zero y`, or allow it with [pool] allow_unzeroed"
             );
-            return Err(Error::new(Reason::PoolUnusable, message).with("pool", name));
+            return Err(Error::new(Reason::PoolUnzeroed, message).with("pool", name));
         }
         self.room(pool)
     }
 
-    fn room(self, pool: &PoolUsage) -> Result<()> {
+    fn room(&self, pool: &PoolUsage) -> Result<()> {
         let parts = [
             ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),
             (
@@ -106,8 +110,14 @@ mod tests {
 
     #[test]
     fn room_and_no_room() {
-        let admission =
-            Admission { data_headroom_percent: 5, metadata_headroom_percent: 10, allow_unzeroed: false };
+        let admission = |data_headroom_percent, metadata_headroom_percent, allow_unzeroed| Admission {
+            data_headroom_percent,
+            metadata_headroom_percent,
+            allow_unzeroed,
+            hindrances: Hindrances::default(),
+        };
+        let none = admission(0, 0, true);
+        let admission = admission(5, 10, false);
         let pool = |data_used, metadata_used, mode| PoolUsage {
             name: "vg-pool".into(),
             data_used,
@@ -137,13 +147,12 @@ mod tests {
         assert_eq!(admission.judge(&Err(slow)).unwrap_err().reason(), Reason::NotReady);
         let gone = KernelError::NoPool("there is no thin pool".into());
         assert_eq!(admission.judge(&Err(gone)).unwrap_err().reason(), Reason::PoolMissing);
-        let none = Admission { data_headroom_percent: 0, metadata_headroom_percent: 0, allow_unzeroed: true };
         assert_eq!(none.decide(&pool(1000, 0, rw)).unwrap_err().reason(), Reason::PoolFull);
         assert!(none.decide(&pool(999, 99, rw)).is_ok());
 
         let careless = PoolUsage { zeroing: false, ..pool(0, 0, rw) };
         let refused = admission.decide(&careless).unwrap_err();
-        assert_eq!(refused.reason(), Reason::PoolUnusable);
+        assert_eq!(refused.reason(), Reason::PoolUnzeroed);
         assert!(refused.to_string().contains("allow_unzeroed"), "{refused}");
         assert!(none.decide(&careless).is_ok());
     }

@@ -32,6 +32,11 @@ impl Drain {
         *self.0.borrow()
     }
 
+    /// Told of each change.
+    pub fn changes(&self) -> watch::Receiver<bool> {
+        self.0.subscribe()
+    }
+
     /// Refuses what is new while it is on.
     ///
     /// # Errors

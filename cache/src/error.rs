@@ -42,8 +42,10 @@ pub enum Reason {
     RegistryDenied,
     SnapshotterMissing,
     SnapshotterUnfit,
+    SnapshotterUnusable,
     PoolMissing,
     PoolUnusable,
+    PoolUnzeroed,
     ImageUnsupported,
     DeviceMismatch,
     LeaseReleased,
@@ -56,6 +58,7 @@ pub enum Reason {
     ContainerdUnavailable,
     RegistryUnavailable,
     RegistryConfiguration,
+    LedgerUnusable,
     NotReady,
     Draining,
     Stopping,
@@ -84,10 +87,8 @@ impl Reason {
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
-            Self::SnapshotterMissing
-            | Self::SnapshotterUnfit
-            | Self::PoolMissing
-            | Self::PoolUnusable
+            Self::SnapshotterUnfit
+            | Self::PoolUnzeroed
             | Self::ImageUnsupported
             | Self::RegistryConfiguration
             | Self::LeaseReleased
@@ -97,6 +98,11 @@ impl Reason {
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable
             | Self::RegistryUnavailable
+            | Self::SnapshotterMissing
+            | Self::SnapshotterUnusable
+            | Self::PoolMissing
+            | Self::PoolUnusable
+            | Self::LedgerUnusable
             | Self::NotReady
             | Self::Draining
             | Self::Stopping => Code::Unavailable,
@@ -127,8 +133,10 @@ impl Reason {
             Self::RegistryDenied => "REGISTRY_DENIED",
             Self::SnapshotterMissing => "SNAPSHOTTER_MISSING",
             Self::SnapshotterUnfit => "SNAPSHOTTER_UNFIT",
+            Self::SnapshotterUnusable => "SNAPSHOTTER_UNUSABLE",
             Self::PoolMissing => "POOL_MISSING",
             Self::PoolUnusable => "POOL_UNUSABLE",
+            Self::PoolUnzeroed => "POOL_UNZEROED",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
             Self::LeaseReleased => "LEASE_RELEASED",
@@ -141,6 +149,7 @@ impl Reason {
             Self::ContainerdUnavailable => "CONTAINERD_UNAVAILABLE",
             Self::RegistryUnavailable => "REGISTRY_UNAVAILABLE",
             Self::RegistryConfiguration => "REGISTRY_CONFIGURATION",
+            Self::LedgerUnusable => "LEDGER_UNUSABLE",
             Self::NotReady => "NOT_READY",
             Self::Draining => "DRAINING",
             Self::Stopping => "STOPPING",

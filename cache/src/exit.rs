@@ -12,9 +12,9 @@ pub const NO_SERVICE: u8 = 20;
 pub const CONFIGURATION: u8 = 21;
 /// `serve`, `ledger`: another `cowshed serve` has the state directory.
 pub const STATE_IN_USE: u8 = 22;
-/// `serve`, `ledger`: the state directory cannot be used (missing, read-only, full).
+/// `snapshotter`, `ledger`: the state directory cannot be used (missing, read-only, full).
 pub const STATE_UNUSABLE: u8 = 23;
-/// `serve`, `ledger`: the ledger is damaged or newer.
+/// `ledger`: the ledger is damaged or newer. (`serve` stays up, in rescue mode.)
 pub const LEDGER_DAMAGED: u8 = 24;
 /// `serve`: the ledger's disk failed while running.
 pub const LEDGER_FAILED: u8 = cowshed_pool::store::DISK_FAILED;

@@ -32,6 +32,7 @@ use crate::{
     making::Making,
     metrics::Metrics,
     reclaim::{Reclaimer, Waiting, Wake},
+    rescue::Hindrances,
     tasks::Tasks,
 };
 
@@ -43,6 +44,8 @@ pub(crate) struct World {
     pub(crate) looks: AtomicUsize,
     /// The image has to be pulled.
     pub(crate) absent: AtomicBool,
+    /// containerd does not say how snapshots are mounted.
+    pub(crate) hangs: AtomicBool,
     /// Pulls fail.
     pub(crate) pulls_fail: AtomicBool,
     /// Which boot it is, and how many seconds it is old.
@@ -268,6 +271,9 @@ impl Snapshots for World {
     }
 
     async fn mounts(&self, key: &str) -> Result<Vec<Mount>, CallError> {
+        if self.hangs.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         self.look(|s| s.snapshots.get(key).map(|device| vec![mount(device)]).ok_or_else(gone))
     }
 
@@ -447,6 +453,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
             data_headroom_percent: 5,
             metadata_headroom_percent: 5,
             allow_unzeroed: false,
+            hindrances: Hindrances::default(),
         },
         drain: Drain::default(),
         wake: wake.clone(),

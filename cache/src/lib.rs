@@ -22,6 +22,7 @@ pub mod making;
 pub mod metrics;
 pub mod reclaim;
 pub mod registry;
+pub mod rescue;
 pub mod rpc;
 pub mod serve;
 pub mod stages;

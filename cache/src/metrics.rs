@@ -16,6 +16,7 @@ use crate::{
     image::{Cache, PullObserver},
     kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
+    rescue::Cause,
 };
 
 /// From half a millisecond (a spare on a fast disk) to minutes (a large image over a slow line), in seconds.
@@ -43,6 +44,7 @@ struct Inner {
     layer_unpack_seconds: HistogramVec,
     reclaimed: IntCounter,
     reclaim_failures: IntCounter,
+    rescue: IntGaugeVec,
     pool_up: IntGauge,
     pool_bytes: GaugeVec,
     grpc_calls: IntCounterVec,
@@ -117,6 +119,12 @@ impl Metrics {
                     "Removals of released disks that have to be tried again",
                 )?,
             )?,
+            rescue: int_gauges(
+                &r,
+                "cowshed_rescue",
+                "1 while this cause keeps the service from all of its work: ledger, snapshotter, containerd or pool",
+                &["cause"],
+            )?,
             pool_up: register(&r, IntGauge::new("cowshed_pool_up", "1 if the thin pool reads and writes")?)?,
             pool_bytes: gauges(
                 &r,
@@ -161,6 +169,9 @@ impl Metrics {
             inner.pulls.with_label_values(&[cache]);
             inner.pull_seconds.with_label_values(&[cache]);
         }
+        for cause in Cause::ALL {
+            inner.rescue.with_label_values(&[cause.as_str()]);
+        }
         inner.releases.with_label_values(&["ok"]);
         inner.layer_unpack_seconds.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
@@ -201,6 +212,11 @@ impl Metrics {
         self.0.reclaim_failures.inc_by(disks as u64);
     }
 
+    /// Whether this keeps the service from all of its work.
+    pub fn rescue(&self, cause: Cause, does: bool) {
+        self.0.rescue.with_label_values(&[cause.as_str()]).set(i64::from(does));
+    }
+
     /// A gRPC call has been answered.
     pub fn called(&self, method: &str, code: tonic::Code, took: Duration) {
         let code = format!("{code:?}");
@@ -208,12 +224,19 @@ impl Metrics {
         self.0.grpc_seconds.with_label_values(&[method]).observe(took.as_secs_f64());
     }
 
-    /// What a scrape gets, in Prometheus' text format; `pool` as the kernel has just said.
+    /// What a scrape gets, in Prometheus' text format; `pool` as the kernel has just said, `ledger` if it is open.
     ///
     /// # Errors
     /// If a metric cannot be encoded.
-    pub fn scrape(&self, ledger: &Ledger, pool: Option<&PoolUsage>) -> prometheus::Result<Vec<u8>> {
-        let m = &self.0;
+    pub fn scrape(&self, ledger: Option<&Ledger>, pool: Option<&PoolUsage>) -> prometheus::Result<Vec<u8>> {
+        if let Some(ledger) = ledger {
+            self.read_ledger(ledger);
+        }
+        self.read_pool(pool);
+        encode(&self.0.registry)
+    }
+
+    fn read_ledger(&self, ledger: &Ledger) {
         let counts = crate::status::count_leases(ledger);
         for (state, count) in [
             ("preparing", counts.preparing),
@@ -222,10 +245,8 @@ impl Metrics {
             ("releasing", counts.releasing),
             ("failed", counts.failed),
         ] {
-            m.leases.with_label_values(&[state]).set(i64::from(count));
+            self.0.leases.with_label_values(&[state]).set(i64::from(count));
         }
-        self.read_pool(pool);
-        encode(&m.registry)
     }
 
     /// For the metrics of other parts.

@@ -1,24 +1,32 @@
 //! What the service says of itself: versions, problems, pool, counts.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
 
 use cowshed_leases::State;
 use cowshed_proto::v1;
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     admission::Admission,
-    containerd::Containerd,
+    containerd::{CallError, Containerd},
     drain::Drain,
+    error::{Error, Reason},
     image::Images,
     kernel::{Devices, PoolUsage},
-    ledger::Ledger,
+    ledger::{Ledger, LedgerSlot},
     serve::Connected,
 };
+
+/// containerd has so long to say how it is.
+const CONTAINERD_LIMIT: Duration = Duration::from_secs(4);
 
 /// What `GetStatus` asks.
 pub struct StatusSource {
     /// Who holds what.
-    pub ledger: Ledger,
+    pub ledger: LedgerSlot,
     /// The containerd in use.
     pub containerd: Arc<Containerd>,
     /// The devices.
@@ -27,52 +35,70 @@ pub struct StatusSource {
     pub admission: Admission,
     /// Whether anything new is taken on.
     pub drain: Drain,
-    /// The images.
-    pub images: Images,
+    /// The images; not before the ledger is open.
+    pub images: OnceLock<Images>,
     /// Whether containerd has found the snapshotter that this process serves, if it does.
     pub(crate) connected: Option<Connected>,
     /// Start of this process.
     pub started_at: SystemTime,
 }
 
+/// What everybody has said.
+pub struct Look {
+    /// What keeps Acquire from being served.
+    pub problems: Vec<Error>,
+    containerd: Option<v1::ContainerdStatus>,
+    pool: Option<PoolUsage>,
+}
+
 impl StatusSource {
     /// Asks everybody. Never fails: what does not answer is a problem in the answer.
     pub async fn look(&self) -> v1::GetStatusResponse {
-        let mut problems = Vec::new();
-        let containerd = self.containerd_status(&mut problems).await;
-        let pool = self.kernel.pool().await;
-        if let Err(error) = self.admission.judge(&pool) {
-            problems.push(error.to_string());
-        }
-        if let Err(error) = self.drain.admit() {
-            problems.push(error.to_string());
-        }
+        let look = self.ask().await;
+        let pulls = self.images.get().map_or(0, Images::pulls_in_flight);
         v1::GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            serving: problems.is_empty(),
-            problems,
-            containerd,
-            pool: pool.ok().map(pool_status),
-            leases: Some(count_leases(&self.ledger)),
-            pulls_in_flight: u32::try_from(self.images.pulls_in_flight()).unwrap_or(u32::MAX),
+            serving: look.problems.is_empty(),
+            problems: look.problems.iter().map(ToString::to_string).collect(),
+            containerd: look.containerd,
+            pool: look.pool.map(pool_status),
+            leases: self.ledger.get().ok().map(|ledger| count_leases(&ledger)),
+            pulls_in_flight: u32::try_from(pulls).unwrap_or(u32::MAX),
             started_at: Some(self.started_at.into()),
         }
     }
 
-    async fn containerd_status(&self, problems: &mut Vec<String>) -> Option<v1::ContainerdStatus> {
-        let version = match self.containerd.version().await {
+    /// The same for the service itself. Takes seconds at the most.
+    pub async fn ask(&self) -> Look {
+        let mut problems: Vec<Error> = self.ledger.get().err().into_iter().collect();
+        let containerd = self.containerd_status(&mut problems).await;
+        problems.extend(self.admission.hindrances.snapshotter());
+        let pool = self.kernel.pool().await;
+        problems.extend(self.admission.judge(&pool).err());
+        problems.extend(self.drain.admit().err());
+        Look { problems, containerd, pool: pool.ok() }
+    }
+
+    async fn containerd_status(&self, problems: &mut Vec<Error>) -> Option<v1::ContainerdStatus> {
+        let deadline = Instant::now() + CONTAINERD_LIMIT;
+        let late = |call| self.containerd.explain(CallError::Timeout { call, after: CONTAINERD_LIMIT });
+        let version = timeout_at(deadline, self.containerd.version()).await;
+        let version = match version.unwrap_or_else(|_| Err(late("Version"))) {
             Ok(version) => version,
             Err(error) => {
-                problems.push(error.to_string());
+                problems.push(error);
                 return None;
             }
         };
         // Any call that names the snapshotter tells whether it is there.
-        if let Err(error) = self.containerd.has_snapshot("cowshed-status").await {
-            problems.push(self.containerd.explain(error).to_string());
+        match timeout_at(deadline, self.containerd.has_snapshot("cowshed-status")).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => problems.push(self.containerd.explain(error)),
+            Err(_) => problems.push(late("Snapshots.Stat")),
         }
         if let Some(connected) = &self.connected {
-            problems.extend(connected.problem().await);
+            let problem = connected.problem().await;
+            problems.extend(problem.map(|problem| Error::new(Reason::SnapshotterMissing, problem)));
         }
         Some(v1::ContainerdStatus {
             address: self.containerd.address().display().to_string(),

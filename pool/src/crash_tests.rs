@@ -21,7 +21,7 @@ use crate::{
     size::Bytes,
     snapshotter::{Inner, Settings, Snapshotter},
     start::{Found, reconcile},
-    store::{self, Store},
+    store::{self, Store, again::IfMissing},
     tree::{Kind, Snapshot, State, ThinId},
 };
 
@@ -31,7 +31,7 @@ const LAYER: &str = "containerd.io/snapshot.ref";
 /// Not started yet.
 pub(crate) fn inner(directory: &Path, pool: &FakePool) -> Inner {
     let path = directory.join("snapshots.db");
-    let (connection, tree, store_id) = store::open(&path).unwrap();
+    let (connection, tree, store_id) = store::open(&path, IfMissing::Make).unwrap();
     let settings = Settings {
         store: path.clone(),
         pool: String::new(),

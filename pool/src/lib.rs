@@ -2,7 +2,7 @@
 //!
 //! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
 //! intent → effect → confirmation (`make` for Prepare and View), `service` speaks containerd's Snapshots API. Beside them
-//! `start` compares and repairs, `rest` deactivates what was committed, `reclaim` deletes what was removed, and leaves
+//! `standing` opens the store, when it can be, `start` compares and repairs, `rest` deactivates what was committed, `reclaim` deletes what was removed, and leaves
 //! alone what is `busy`.
 
 mod busy;
@@ -21,6 +21,7 @@ mod rest;
 mod service;
 mod size;
 mod snapshotter;
+mod standing;
 mod start;
 #[cfg(test)]
 mod start_tests;
@@ -33,4 +34,5 @@ pub use metrics::Metrics;
 pub use service::{Api, IsHeld, SnapshotsServer};
 pub use size::Bytes;
 pub use snapshotter::{Health, Settings, Snapshotter};
+pub use standing::Standing;
 pub use tree::{Kind, Snapshot, SnapshotId, ThinId};

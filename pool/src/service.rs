@@ -11,7 +11,8 @@ use tonic::{Request, Response, Status};
 use crate::{
     error::{Code, Error},
     filter::Filters,
-    snapshotter::{Mount, Snapshotter, timed},
+    snapshotter::{Mount, timed},
+    standing::Standing,
     tree::{Kind, Snapshot, UnixNanos},
 };
 
@@ -33,17 +34,12 @@ pub type IsHeld = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// The API of a snapshotter.
 #[derive(Clone)]
-pub struct Api(Snapshotter, IsHeld);
+pub struct Api(Standing, IsHeld);
 
 impl Api {
-    /// Serves `snapshotter`.
-    pub fn new(snapshotter: Snapshotter) -> Self {
-        Self::guarded(snapshotter, Arc::new(|_| false))
-    }
-
     /// Serves `snapshotter`, and does not let containerd remove what is held: a containerd whose own store was lost takes
     /// all that it does not know for garbage.
-    pub fn guarded(snapshotter: Snapshotter, is_held: IsHeld) -> Self {
+    pub fn guarded(snapshotter: Standing, is_held: IsHeld) -> Self {
         Self(snapshotter, is_held)
     }
 
@@ -55,8 +51,17 @@ impl Api {
         kind: Kind,
         labels: Labels,
     ) -> Result<Vec<ApiMount>, Status> {
-        let making = self.0.make(key, parent, kind, labels.into_iter().collect());
-        Ok(mounts(timed(&self.0.0.metrics, operation, making).await?))
+        let labels = labels.into_iter().collect();
+        let making = async { self.0.answering()?.make(key, parent, kind, labels).await };
+        Ok(mounts(self.timed(operation, making).await?))
+    }
+
+    async fn timed<T>(
+        &self,
+        operation: &str,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        timed(self.0.metrics(), operation, work).await
     }
 }
 
@@ -86,14 +91,14 @@ impl Snapshots for Api {
 
     async fn mounts(&self, request: Request<api::MountsRequest>) -> Reply<api::MountsResponse> {
         let key = request.into_inner().key;
-        let mount = timed(&self.0.0.metrics, "mounts", self.0.mounts(&key)).await?;
+        let mount = self.timed("mounts", async { self.0.answering()?.mounts(&key).await }).await?;
         Ok(Response::new(api::MountsResponse { mounts: mounts(mount) }))
     }
 
     async fn commit(&self, request: Request<api::CommitSnapshotRequest>) -> Reply<()> {
         let r = request.into_inner();
-        let committing = self.0.commit(r.name, r.key, r.labels.into_iter().collect());
-        timed(&self.0.0.metrics, "commit", committing).await?;
+        let labels = r.labels.into_iter().collect();
+        self.timed("commit", async { self.0.answering()?.commit(r.name, r.key, labels).await }).await?;
         Ok(Response::new(()))
     }
 
@@ -105,15 +110,15 @@ impl Snapshots for Api {
                 let message = format!("snapshot {key:?} is held by a lease: release that first");
                 return Err(Error::new(Code::FailedPrecondition, message));
             }
-            self.0.remove(&key)
+            self.0.answering()?.remove(&key)
         };
-        timed(&self.0.0.metrics, "remove", removing).await?;
+        self.timed("remove", removing).await?;
         Ok(Response::new(()))
     }
 
     async fn stat(&self, request: Request<api::StatSnapshotRequest>) -> Reply<api::StatSnapshotResponse> {
         let key = request.into_inner().key;
-        let (snapshot, parent) = timed(&self.0.0.metrics, "stat", async { self.0.stat(&key) }).await?;
+        let (snapshot, parent) = self.timed("stat", async { self.0.answering()?.stat(&key) }).await?;
         Ok(Response::new(api::StatSnapshotResponse { info: Some(info(&snapshot, &parent)) }))
     }
 
@@ -125,8 +130,8 @@ impl Snapshots for Api {
         let wanted = r.info.ok_or_else(|| Status::invalid_argument("info: it is missing"))?;
         let paths = r.update_mask.map(|mask| mask.paths).unwrap_or_default();
         let labels: BTreeMap<_, _> = wanted.labels.into_iter().collect();
-        let updating = self.0.update(wanted.name, labels, paths);
-        let (snapshot, parent) = timed(&self.0.0.metrics, "update", updating).await?;
+        let updating = async { self.0.answering()?.update(wanted.name, labels, paths).await };
+        let (snapshot, parent) = self.timed("update", updating).await?;
         Ok(Response::new(api::UpdateSnapshotResponse { info: Some(info(&snapshot, &parent)) }))
     }
 
@@ -134,29 +139,29 @@ impl Snapshots for Api {
         let wanted = request.into_inner().filters;
         let listing = async {
             let filters = Filters::parse(&wanted)?;
-            Ok(self.0.0.store.read(|tree| {
+            Ok(self.0.answering()?.0.store.read(|tree| {
                 let all = tree.listed().map(|snapshot| (snapshot, tree.parent_key(snapshot)));
                 let matching = all.filter(|(snapshot, parent)| filters.match_snapshot(snapshot, parent));
                 matching.map(|(snapshot, parent)| info(snapshot, parent)).collect::<Vec<_>>()
             }))
         };
-        let found = timed(&self.0.0.metrics, "list", listing).await?;
+        let found = self.timed("list", listing).await?;
         Ok(Response::new(Box::pin(futures_util::stream::iter(pages(found).map(Ok)))))
     }
 
     async fn usage(&self, request: Request<api::UsageRequest>) -> Reply<api::UsageResponse> {
         let key = request.into_inner().key;
-        let bytes = timed(&self.0.0.metrics, "usage", self.0.usage(&key)).await?;
+        let bytes = self.timed("usage", async { self.0.answering()?.usage(&key).await }).await?;
         // Which inodes are in use only the filesystem knows, and that may be a guest's.
         Ok(Response::new(api::UsageResponse { size: i64::try_from(bytes).unwrap_or(i64::MAX), inodes: 0 }))
     }
 
     async fn cleanup(&self, _request: Request<api::CleanupRequest>) -> Reply<()> {
         let waking = async {
-            self.0.cleanup();
+            self.0.answering()?.cleanup();
             Ok(())
         };
-        timed(&self.0.0.metrics, "cleanup", waking).await?;
+        self.timed("cleanup", waking).await?;
         Ok(Response::new(()))
     }
 }

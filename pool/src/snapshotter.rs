@@ -44,7 +44,7 @@ pub enum Health {
     Serving,
     /// Not yet, or not at the moment: it is tried again.
     Waiting(String),
-    /// Not before somebody has done something and restarted it.
+    /// Not before somebody has done something; that is looked for.
     Refusing(String),
 }
 
@@ -222,18 +222,18 @@ impl Inner {
 
 impl Snapshotter {
     /// Whether snapshots can be made.
-    pub fn health(&self) -> Health {
+    pub(crate) fn health(&self) -> Health {
         self.0.health.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Brings the metrics up to date; to be called before a scrape.
-    pub fn look(&self) {
+    pub(crate) fn look(&self) {
         self.0.metrics.healthy(self.health() == Health::Serving);
         self.0.store.read(|tree| self.0.metrics.look_at(tree, now().0));
     }
 
     /// Finishes what has begun, and closes the store.
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         self.0.store.close().await;
     }
 

@@ -18,7 +18,7 @@ use std::{
     collections::BTreeSet,
     path::Path,
     sync::{Arc, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -30,7 +30,7 @@ use crate::{
     metrics::Metrics,
     reclaim,
     snapshotter::{Health, Inner, Settings, Snapshotter},
-    store::{self, Store, file::OpenError},
+    store::{self, Store, again::IfMissing, file::OpenError},
     tree::{Change, Kind, Snapshot, SnapshotId, State, ThinId, Traces, Tree},
 };
 
@@ -44,49 +44,39 @@ enum Hindrance {
     Passing(String),
     /// Somebody has to do something.
     Lasting(String),
+    /// The same, and to look again is work: the metadata are checked.
+    Damaged(String),
 }
 
 impl Snapshotter {
     /// Opens the store, and starts to look for the pool; answers reads from now on, and writes when all is reconciled.
     ///
     /// # Errors
-    /// If there is no store and none can be made, or not even reading it is possible. Nothing was changed then.
-    pub fn start(settings: Settings, metrics: Metrics) -> Result<Self, OpenError> {
-        let (inner, damaged) = match store::open(&settings.store) {
-            Ok((connection, tree, store_id)) => {
-                let path = settings.store.clone();
-                let store = start_writer(connection, tree, &path)?;
-                (Inner::new(settings, store_id, store, metrics), None)
-            }
-            Err(damage @ OpenError::Damaged { .. }) => {
-                tracing::error!(%damage, "nothing is changed; what can be read is answered");
-                // No writer of the damaged file; the gate in front of every write is `Health::Refusing`.
-                let (tree, store_id) =
-                    store::open_for_reading(&settings.store).map_err(|_| damage.clone())?;
-                let nowhere = Connection::open_in_memory().map_err(|_| damage.clone())?;
-                let store = start_writer(nowhere, tree, &settings.store)?;
-                (Inner::new(settings, store_id, store, metrics), Some(damage.to_string()))
-            }
-            Err(error) => return Err(error),
-        };
-        let inner = Arc::new(inner);
-        match damaged {
-            Some(why) => set(&inner, Health::Refusing(why)),
-            None => drop(tokio::spawn(bring_up(inner.clone(), DeviceMapper::new))),
-        }
+    /// If it cannot be opened. Nothing was changed then.
+    pub(crate) fn open(
+        settings: Settings,
+        metrics: Metrics,
+        if_missing: IfMissing,
+    ) -> Result<Self, OpenError> {
+        let (connection, tree, store_id) = store::open(&settings.store, if_missing)?;
+        let store = start_writer(connection, tree, &settings.store)?;
+        let inner = Arc::new(Inner::new(settings, store_id, store, metrics));
+        tokio::spawn(bring_up(inner.clone(), DeviceMapper::new));
         tokio::spawn(reclaim::run(inner.clone()));
         Ok(Self(inner))
     }
 
-    /// Waits until it serves, or refuses to.
-    pub async fn settled(&self, limit: Duration) -> Health {
-        let settle = async {
-            while matches!(self.health(), Health::Waiting(_)) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        let _timed_out = tokio::time::timeout(limit, settle).await;
-        self.health()
+    /// Answers what can be read of a damaged store, if anything can.
+    pub(crate) fn reader(settings: Settings, metrics: Metrics, damage: &OpenError) -> Option<Self> {
+        if !matches!(damage, OpenError::Damaged { .. }) {
+            return None;
+        }
+        // No writer of the damaged file; the gate in front of every write is `Health::Refusing`.
+        let (tree, store_id) = store::open_for_reading(&settings.store).ok()?;
+        let store = start_writer(Connection::open_in_memory().ok()?, tree, &settings.store).ok()?;
+        let inner = Inner::new(settings, store_id, store, metrics);
+        set(&inner, Health::Refusing(damage.to_string()));
+        Some(Self(Arc::new(inner)))
     }
 }
 
@@ -109,23 +99,45 @@ pub(crate) async fn bring_up<P: Pool + 'static>(
     find: impl Fn(&str) -> Result<P, DeviceError> + Clone + Send + 'static,
 ) {
     let mut said = String::new();
-    loop {
-        match attempt(&inner, find.clone()).await {
-            Ok(()) => return,
-            Err(Hindrance::Lasting(why)) => {
+    while let Err(hindrance) = attempt(&inner, find.clone()).await {
+        let is_damaged = matches!(hindrance, Hindrance::Damaged(_));
+        let health = match hindrance {
+            Hindrance::Passing(why) => Health::Waiting(why),
+            Hindrance::Lasting(why) | Hindrance::Damaged(why) => Health::Refusing(why),
+        };
+        match &health {
+            Health::Waiting(why) if *why != said => {
+                tracing::warn!(why, "no snapshots yet; trying again");
+                said.clone_from(why);
+            }
+            Health::Refusing(why) if *why != said => {
                 tracing::error!(why, "the snapshotter changes nothing; it answers reads");
-                set(&inner, Health::Refusing(why));
-                return;
+                said.clone_from(why);
             }
-            Err(Hindrance::Passing(why)) => {
-                if why != said {
-                    tracing::warn!(why, "no snapshots yet; trying again");
-                    said.clone_from(&why);
-                }
-                set(&inner, Health::Waiting(why));
-            }
+            _ => {}
         }
+        set(&inner, health);
+        if is_damaged {
+            until_taken_away(&inner, find.clone()).await;
+        } else {
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+/// A damaged pool has to be deactivated to be repaired. In case that was not seen, this ends after a while.
+async fn until_taken_away<P: Pool + 'static>(
+    inner: &Inner,
+    find: impl Fn(&str) -> Result<P, DeviceError> + Clone + Send + 'static,
+) {
+    let is_there = move |name: String| find(&name).and_then(|pool| pool.facts()).is_ok();
+    let deadline = Instant::now() + LONGEST_RETRY;
+    while Instant::now() < deadline {
         tokio::time::sleep(RETRY).await;
+        let (is_there, name) = (is_there.clone(), inner.settings.pool.clone());
+        if !tokio::task::spawn_blocking(move || is_there(name)).await.unwrap_or(false) {
+            return;
+        }
     }
 }
 
@@ -173,7 +185,7 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
             return Err(Hindrance::Lasting(format!(
                 "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses \
                  the pool, deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and \
-                 start again"
+                 activate it"
             )));
         }
     }
@@ -202,9 +214,9 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
         Err(error) => {
             // What cannot be listed may be damaged, and every change would make it worse; so would not knowing.
             if let Some(said) = pool.damage().map_err(passing)? {
-                return Err(Hindrance::Lasting(format!(
+                return Err(Hindrance::Damaged(format!(
                     "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. Stop \
-                     what uses the pool, deactivate it, repair it with lvconvert --repair, and start again"
+                     what uses the pool, deactivate it, repair it with lvconvert --repair, and activate it"
                 )));
             }
             tracing::warn!(%error, "what else is in the pool cannot be told");

@@ -58,7 +58,7 @@ fn a_pool_that_is_read_only_at_first_is_served_when_it_writes_again() {
 }
 
 #[test]
-fn a_pool_that_has_to_be_repaired_is_refused_until_a_restart() {
+fn a_pool_that_has_to_be_repaired_is_refused_until_it_was() {
     for mode in [PoolMode::NeedsCheck, PoolMode::Failed] {
         let (directory, pool) = (tempfile::tempdir().unwrap(), FakePool::new());
         runtime().block_on(async {
@@ -66,10 +66,12 @@ fn a_pool_that_has_to_be_repaired_is_refused_until_a_restart() {
             let s = start_looking(directory.path(), &pool);
             let Health::Refusing(why) = first_word(&s).await else { panic!("{:?}", s.health()) };
             assert!(why.contains(&format!("mode {mode}")) && why.contains("lvconvert --repair"), "{why}");
-            s.close().await;
+            let refused = make(&s, "a", "", Kind::Active, &[]).await.unwrap_err();
+            assert_eq!(refused.code, Code::FailedPrecondition);
+            assert!(pool.thins().is_empty(), "it was written to");
             pool.set_mode(PoolMode::ReadWrite);
-            let s = start_looking(directory.path(), &pool);
-            assert_eq!(first_word(&s).await, Health::Serving);
+            until(|| s.health() == Health::Serving).await;
+            make(&s, "a", "", Kind::Active, &[]).await.unwrap();
         });
     }
 }

@@ -27,7 +27,7 @@ fn snapshotter_missing() -> Outcome {
     let second = Plan::new("[containerd]\nsnapshotter = \"nothere\"\n")?.start()?;
     let status = second.cowshed(&["status"])?;
     status.fails(8, &["nothere"])?;
-    second.refuses("pool-1", &image("tiny:1"), 6, "SNAPSHOTTER_MISSING", &["nothere"])?;
+    second.refuses("pool-1", &image("tiny:1"), 8, "SNAPSHOTTER_MISSING", &["nothere"])?;
     same!(second.stop()?, 0, "the exit status");
     Ok(())
 }
@@ -50,10 +50,10 @@ fn snapshotter_unfit() -> Outcome {
 
 fn pool_missing() -> Outcome {
     let second = Plan::new("[pool]\nname = \"vg-nothere\"\n")?.start()?;
-    second.refuses("pool-3", &image("tiny:1"), 6, "POOL_MISSING", &["vg-nothere"])?;
+    second.refuses("pool-3", &image("tiny:1"), 8, "POOL_MISSING", &["vg-nothere"])?;
     second.cowshed(&["status"])?.fails(8, &["vg-nothere"])?;
     let pulled = second.cowshed(&["pull", &image("tiny:1")])?;
-    pulled.fails(6, &["[POOL_MISSING]"])?;
+    pulled.fails(8, &["[POOL_MISSING]"])?;
     same!(second.stop()?, 0, "the exit status");
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! State directories, configurations and sockets that cannot be used, each with an exit status of its own.
+//! Configurations and sockets that cannot be used, each with an exit status of its own, and a full state directory.
 
-use std::{fs, os::unix::fs::FileExt as _, path::Path};
+use std::{fs, path::Path};
 
 use crate::{
     Test,
@@ -14,21 +14,18 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("read_only", read_only),
     ("full_and_free_again", full_and_free_again),
     ("taken_by_another_service", taken_by_another_service),
-    ("ledger_of_garbage_is_left_alone", ledger_of_garbage_is_left_alone),
-    ("damaged_ledger_is_left_alone", damaged_ledger_is_left_alone),
     ("bad_configuration", bad_configuration),
     ("socket_in_use", socket_in_use),
     ("metrics_address_in_use", metrics_address_in_use),
 ];
 
 /// A tmpfs, unmounted when dropped.
-struct Tmpfs<'a>(&'a Path);
+pub(crate) struct Tmpfs<'a>(&'a Path);
 
 impl<'a> Tmpfs<'a> {
-    fn mount(path: &'a Path, options: &str) -> Outcome<Self> {
+    pub(crate) fn mount(path: &'a Path, options: &str) -> Outcome<Self> {
         fs::create_dir_all(path)?;
         sh(&format!("mount -t tmpfs -o {options} e2e {}", path.display()))?;
         Ok(Self(path))
@@ -40,12 +37,6 @@ impl Drop for Tmpfs<'_> {
         // The audit finds a mount that stays.
         let _unmounted = sh(&format!("umount {}", self.0.display()));
     }
-}
-
-fn read_only() -> Outcome {
-    let plan = Plan::new("")?;
-    let _tmpfs = Tmpfs::mount(&plan.state, "ro")?;
-    plan.run()?.fails(23, &[&plan.state.display().to_string(), "[state] directory"])
 }
 
 fn full_and_free_again() -> Outcome {
@@ -85,59 +76,6 @@ fn taken_by_another_service() -> Outcome {
     plan.run()?.fails(22, &[&format!("pid {pid}"), "/var/lib/cowshed"])?;
     same!(service_pid()?, pid, "the process in the lock file");
     cowshed(&["status"])?.ok().map(drop)
-}
-
-fn ledger_of_garbage_is_left_alone() -> Outcome {
-    let plan = Plan::new("")?;
-    fs::create_dir_all(&plan.state)?;
-    let ledger = plan.state.join("ledger.db");
-    let garbage = vec![0x5a; 20_000];
-    fs::write(&ledger, &garbage)?;
-    plan.run()?.fails(24, &[&ledger.display().to_string(), "damaged", "backup"])?;
-    check!(fs::read(&ledger)? == garbage, "the file was changed");
-    Ok(())
-}
-
-/// One that was written by the service, with leases in it, and then lost bytes in its middle or its end.
-fn damaged_ledger_is_left_alone() -> Outcome {
-    let tiny = image("tiny:1");
-    let second = Plan::new("")?.start()?;
-    second.cowshed(&["acquire", "state-damaged", &tiny])?.ok()?;
-    let keep = second.plan.directory.path().join("keep");
-    let state = second.plan.state.clone();
-    second.terminate()?;
-    let mut second = second;
-    same!(second.wait()?, 0, "the exit status");
-    let ledger = state.join("ledger.db");
-    // A write-ahead log that were left would be read over the damage.
-    check!(!state.join("ledger.db-wal").exists(), "a stop in order left a write-ahead log");
-    sh(&format!("cp -a {} {}", state.display(), keep.display()))?;
-    let length = fs::metadata(&ledger)?.len();
-    check!(length >= 8192, "the ledger has {length} bytes only");
-    type Damage = fn(&fs::File, u64) -> std::io::Result<()>;
-    let damages: [(&str, Damage); 3] = [
-        ("its header overwritten", |file, _| file.write_all_at(&[0xff; 64], 0)),
-        ("a page overwritten", |file, length| file.write_all_at(&[0xa5; 4096], length - 4096)),
-        ("cut off", |file, length| file.set_len(length / 2)),
-    ];
-    for (what, damage) in damages {
-        sh(&format!("rm -rf {0} && cp -a {1} {0}", state.display(), keep.display()))?;
-        damage(&fs::File::options().write(true).open(&ledger)?, length)?;
-        let damaged = fs::read(&ledger)?;
-        let ran = second.plan.run()?;
-        check!(ran.status == 24, "{what}: {ran:?}");
-        ran.fails(24, &["damaged", "ledger.db"])?;
-        check!(fs::read(&ledger)? == damaged, "{what}: the file was changed");
-    }
-    // With the backup put back, the lease is there again and can be released.
-    sh(&format!("rm -rf {0} && cp -a {1} {0}", state.display(), keep.display()))?;
-    let mut again = Plan::new("")?;
-    again.state = state;
-    let again = again.start()?;
-    again.cowshed(&["leases", "state-damaged"])?.ok()?;
-    again.release_all()?;
-    same!(again.stop()?, 0, "the exit status");
-    Ok(())
 }
 
 fn bad_configuration() -> Outcome {

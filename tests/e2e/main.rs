@@ -11,6 +11,7 @@ mod lifecycle;
 mod odd_registries;
 mod pulls;
 mod release;
+mod rescue;
 mod service;
 mod shared;
 mod snapshotter;
@@ -33,8 +34,9 @@ fn main() -> ExitCode {
     // All tests share one host.
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
-    let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 17] = [
+    let is_own = support::cow::snapshotter() == "cowshed";
+    let own = |tests| if is_own { tests } else { &[][..] };
+    let groups: [(&str, &[Test]); 19] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -45,11 +47,13 @@ fn main() -> ExitCode {
         ("upkeep", upkeep::TESTS),
         ("images", images::TESTS),
         ("pulls", pulls::TESTS),
-        ("snapshotter", own),
+        ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
+        ("rescue", rescue::TESTS),
+        ("rescue", own(rescue::OWN)),
         ("service", service::TESTS),
         ("stampede", stampede::TESTS),
     ];

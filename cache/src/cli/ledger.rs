@@ -35,7 +35,8 @@ pub(super) enum LedgerCommand {
         #[command(flatten)]
         common: Common,
     },
-    /// Put a backup in the ledger's place, and keep what was there. Only while the service is stopped.
+    /// Put a backup in the ledger's place, and keep what was there. Only while the service is stopped, or in rescue mode
+    /// because of its ledger.
     Restore {
         /// What `backup` has made, or a ledger that an earlier restore has kept.
         backup: PathBuf,
@@ -155,7 +156,8 @@ fn put_back(backup: &Path, restored: &Restored, output: Output) -> String {
         );
     }
     text.push_str(
-        "next      start the service (systemctl start cowshed.socket cowshed.service, or cowshed serve), then compare\n\
+        "next      start the service (systemctl start cowshed.socket cowshed.service, or cowshed serve) unless it waits\n\
+         \x20         for its ledger in rescue mode, which it then leaves by itself; compare\n\
          \x20         `cowshed leases` with the VMs that run: what was acquired or released after the backup is not in it\n",
     );
     text

@@ -24,8 +24,8 @@ use crate::{
 const EXIT_HELP: &str = "\
 Exit status: 0 done; 1 failure; 2 wrong command line or invalid argument; 3 not found; 4 exists with another spec; \
 5 denied; 6 failed precondition; 7 full; 8 unavailable, try again; 9 timeout; 10 corrupt image; 20 no service on the \
-socket; serve, ledger: 21 configuration, 22 state directory in use, 23 state directory unusable, 24 ledger damaged; \
-serve: 25 the ledger's disk failed, 26 cannot listen.";
+socket; serve, snapshotter, ledger: 21 configuration, 22 state directory in use; snapshotter, ledger: 23 state directory \
+unusable; ledger: 24 ledger damaged; serve, snapshotter: 25 the state directory's disk failed, 26 cannot listen.";
 
 /// How long the end waits for threads that are in a call of the system's.
 const GOODBYE: Duration = Duration::from_secs(5);

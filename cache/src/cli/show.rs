@@ -134,18 +134,19 @@ pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
         let _ = writeln!(text, "  data      {}", share(pool.data_used_bytes, pool.data_total_bytes));
         let _ = writeln!(text, "  metadata  {}", share(pool.metadata_used_bytes, pool.metadata_total_bytes));
     }
-    let leases = status.leases.unwrap_or_default();
-    let _ = writeln!(
-        text,
-        "leases      {} granted, {} preparing, {} suspect, {} releasing, {} failed",
-        leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
-    );
+    let _ = match status.leases {
+        None => writeln!(text, "leases      unknown, without the ledger"),
+        Some(leases) => writeln!(
+            text,
+            "leases      {} granted, {} preparing, {} suspect, {} releasing, {} failed",
+            leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
+        ),
+    };
     let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
     text
 }
 
 fn status_json(status: &v1::GetStatusResponse) -> Value {
-    let leases = status.leases.unwrap_or_default();
     json!({
         "version": status.version,
         "serving": status.serving,
@@ -164,13 +165,13 @@ fn status_json(status: &v1::GetStatusResponse) -> Value {
             "metadata_total_bytes": pool.metadata_total_bytes,
             "mode": pool.mode,
         })),
-        "leases": {
+        "leases": status.leases.map(|leases| json!({
             "granted": leases.granted,
             "preparing": leases.preparing,
             "suspect": leases.suspect,
             "releasing": leases.releasing,
             "failed": leases.failed,
-        },
+        })),
         "pulls_in_flight": status.pulls_in_flight,
         "started_at": status.started_at.map(|at| at.to_string()),
     })

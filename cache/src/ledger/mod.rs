@@ -4,6 +4,7 @@
 
 mod error;
 mod schema;
+mod slot;
 pub mod tools;
 
 use std::{collections::BTreeMap, path::Path};
@@ -12,11 +13,13 @@ use cowshed_leases::{
     Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
     Seen, Ttl, VmId,
 };
-use cowshed_pool::store::{Batch, Store, file::OpenError};
+use cowshed_pool::store::{Batch, Store, again::IfMissing, file::OpenError};
+use rusqlite::Connection;
 use tokio::sync::watch;
 
 pub use crate::flights::GivenUp;
 pub(crate) use schema::state_name;
+pub use slot::LedgerSlot;
 
 use crate::error::{Error, Reason, Result};
 use schema::{Change, FORMAT, Records};
@@ -31,8 +34,20 @@ impl Ledger {
     /// # Errors
     /// If the file is damaged, empty, newer than this program, not a ledger, or cannot be read or written.
     pub fn open(directory: &Path) -> Result<Self, OpenError> {
+        Self::open_or(directory, IfMissing::Make)
+    }
+
+    /// The same; what is done if there is none is said.
+    ///
+    /// # Errors
+    /// As there, and if there is none and none is to be made.
+    pub fn open_or(directory: &Path, if_missing: IfMissing) -> Result<Self, OpenError> {
         let path = directory.join("ledger.db");
-        let (connection, records) = FORMAT.open(&path, |connection| schema::load(connection, &path))?;
+        let load = |connection: &Connection| schema::load(connection, &path);
+        let (connection, records) = match if_missing {
+            IfMissing::Make => FORMAT.open(&path, load)?,
+            IfMissing::Refuse => FORMAT.open_there(&path, load)?,
+        };
         let store = Store::start(connection, records, path.clone());
         store.map(Self).map_err(|source| FORMAT.io(&path, source))
     }

@@ -4,13 +4,17 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, Write as _},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::ServeError;
 
-/// Held as long as the process runs; the kernel lets go of it when the process ends, however it ends.
+/// A try to open a ledger takes no longer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Held until it is dropped, at the latest by the process's end; the kernel lets go of it then, however that comes.
 pub(crate) fn take(directory: &Path) -> Result<Flock<File>, ServeError> {
     let unusable = |what: String| ServeError::State { directory: directory.display().to_string(), what };
     fs::create_dir_all(directory).map_err(|e| unusable(e.to_string()))?;
@@ -25,6 +29,22 @@ pub(crate) fn take(directory: &Path) -> Result<Flock<File>, ServeError> {
         lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
     written.map_err(|e| unusable(format!("{}: {e}", path.display())))?;
     Ok(lock)
+}
+
+/// The same, and waits a moment for a service that tries to open its ledger and lets go again.
+pub(crate) fn take_patiently(directory: &Path) -> Result<Flock<File>, ServeError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match take(directory) {
+            Err(ServeError::InUse { .. }) if Instant::now() < deadline => pause(),
+            outcome => return outcome,
+        }
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "for commands, which have no runtime's thread to hold up")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(20));
 }
 
 fn holder(mut file: File) -> String {

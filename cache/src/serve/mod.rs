@@ -1,45 +1,38 @@
 //! `cowshed serve`: puts the parts together, listens, and stops in order. No behaviour of its own.
 
+mod front;
 mod http;
 mod listen;
 pub(crate) mod lock;
+mod monitor;
+mod opening;
 mod snapshotter;
+mod work;
 
 pub(crate) use snapshotter::Connected;
 
-use std::{
-    sync::{Arc, Mutex},
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
-use cowshed_pool::store::file::OpenError;
-use cowshed_proto::v1::{self, cowshed_server::CowshedServer};
+use cowshed_proto::v1;
+use futures_util::future::BoxFuture;
 use thiserror::Error as ThisError;
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, UnixListener},
     signal::unix::{SignalKind, signal},
-    sync::{oneshot, watch},
+    sync::watch,
 };
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
+use tonic_health::pb::health_server::{Health, HealthServer};
 
+use self::{front::Front, monitor::Reporter, opening::Opening, work::Ground};
 use crate::{
-    acquire::Acquirer,
-    admission::Admission,
     clock::Clock,
     config::{Config, ConfigError},
-    containerd::{Containerd, Snapshots},
-    drain::Drain,
     exit,
-    flights::Flights,
-    image::{Images, PullLimits},
-    kernel::{DeviceMapper, Devices},
-    ledger::Ledger,
-    making::Making,
+    ledger::LedgerSlot,
     metrics::Metrics,
-    reclaim::{Reclaimer, Waiting, Wake},
-    registry::Registries,
-    rpc::Api,
+    rescue::Cause,
     status::StatusSource,
     tasks::Tasks,
 };
@@ -70,9 +63,6 @@ pub enum ServeError {
         /// What the system said.
         what: String,
     },
-    /// The ledger or the snapshot store cannot be opened.
-    #[error(transparent)]
-    Store(#[from] OpenError),
     /// Somebody else listens there, or it cannot be made.
     #[error("cannot listen on {address}: {what}")]
     Listen {
@@ -92,10 +82,7 @@ impl ServeError {
         match self {
             Self::Config(_) => exit::CONFIGURATION,
             Self::InUse { .. } => exit::STATE_IN_USE,
-            Self::State { .. } | Self::Store(OpenError::Io { .. }) => exit::STATE_UNUSABLE,
-            Self::Store(
-                OpenError::Damaged { .. } | OpenError::Newer { .. } | OpenError::Restoring { .. },
-            ) => exit::LEDGER_DAMAGED,
+            Self::State { .. } => exit::STATE_UNUSABLE,
             Self::Listen { .. } => exit::LISTEN,
             Self::Broke(_) => exit::FAILURE,
         }
@@ -104,81 +91,68 @@ impl ServeError {
 
 /// How long replies under way and the reclaimer's step may take once everything else has stopped.
 const GOODBYE: Duration = Duration::from_secs(5);
-const FIRST_SWEEP_RETRY: Duration = Duration::from_millis(500);
-const LONGEST_SWEEP_RETRY: Duration = Duration::from_secs(10);
 
-/// The parts, put together.
-struct Parts {
-    api: Api,
-    containerd: Arc<Containerd>,
-    reclaimer: Arc<Reclaimer>,
-    tasks: Tasks,
-    ledger: Ledger,
-    kernel: Devices,
-    metrics: Metrics,
-}
-
-/// Runs until SIGTERM or SIGINT, then finishes what has begun, within the configured time.
+/// Runs until SIGTERM or SIGINT, then finishes what has begun, within the configured time. A ledger, snapshot store, pool
+/// or containerd that cannot be used keeps it in rescue mode, and ends nothing.
 ///
 /// # Errors
 /// If it cannot start; nothing was changed then.
 pub async fn serve(config: Config) -> Result<(), ServeError> {
     // The TLS library wants to know whose cryptography to use; that it was told before is no error.
     let _told_before = rustls::crypto::ring::default_provider().install_default();
-    let _lock = lock::take(&config.state.directory)?;
-    let listener = listen::unix(&config.server.socket)?;
-    let plugin =
-        if config.serves_snapshotter() { Some(listen::own(&config.snapshotter.socket)?) } else { None };
-    let tcp = bind(config.server.tcp).await?;
-    let http = bind(config.metrics_address()?).await?;
-    let ledger = Ledger::open(&config.state.directory)?;
+    let slot = LedgerSlot::default();
+    let mut opening = Opening::begin(config.state.directory.clone(), slot.clone())?;
+    let sockets = Sockets::open(&config).await?;
+    let clock =
+        Clock::host().map_err(|e| ServeError::Broke(format!("the host does not tell its boot: {e}")))?;
     let metrics = Metrics::new().map_err(|e| ServeError::Broke(e.to_string()))?;
+    let opened = opening.attempt();
+    metrics.rescue(Cause::Ledger, opened.is_none());
     // containerd asks it when we ask containerd: it is the first to start, and the last to stop.
-    let plugin = match plugin {
+    let plugin = match sockets.plugin {
         Some(listener) => {
-            let is_held = snapshotter::held_in(ledger.clone());
+            let is_held = snapshotter::held_in(slot.clone());
             Some(snapshotter::start(&config, metrics.registry(), listener, is_held).await?)
         }
         None => None,
     };
-    let connected = plugin.as_ref().map(snapshotter::Served::connected);
-    let clock =
-        Clock::host().map_err(|e| ServeError::Broke(format!("the host does not tell its boot: {e}")))?;
     let (stop, stopped) = watch::channel(false);
-    let parts = assemble(&config, ledger, metrics, connected.clone(), clock, stopped.clone());
-    if let Err(error) = parts.reclaimer.recover().await {
-        // Each pass of the reclaimer tries again; what has to be known meanwhile is.
-        tracing::warn!(%error, "what the last run has left cannot be marked yet");
-    }
-
-    let reclaiming = tokio::spawn({
-        let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
-        async move { reclaimer.run(stopped).await }
-    });
-    tokio::spawn({
-        let (reclaimer, stopped) = (parts.reclaimer.clone(), stopped.clone());
-        async move { reclaimer.watch_time(stopped).await }
-    });
-    if let Some(http) = http {
-        let (metrics, ledger, kernel) = (parts.metrics.clone(), parts.ledger.clone(), parts.kernel.clone());
+    let source = work::source(&config, slot.clone(), plugin.as_ref());
+    let (tasks, front) = (Tasks::default(), Front::new(source.clone(), metrics.clone()));
+    let ground = Ground {
+        config: config.clone(),
+        source: source.clone(),
+        metrics: metrics.clone(),
+        tasks: tasks.clone(),
+        clock,
+        front: front.clone(),
+        stopped: stopped.clone(),
+    };
+    let work = match opened {
+        Some(opened) => {
+            // No call is answered before it has begun.
+            let begun = ground.begin(opened).await;
+            tokio::spawn(std::future::ready(Some(begun)))
+        }
+        None => tokio::spawn(ground.begin_later(opening)),
+    };
+    if let Some(http) = sockets.http {
         let look = plugin.as_ref().map(snapshotter::Served::looker);
-        let scrape = move || {
-            look.iter().for_each(|look| look());
-            let (metrics, ledger, kernel) = (metrics.clone(), ledger.clone(), kernel.clone());
-            async move { metrics.scrape(&ledger, kernel.pool().await.ok().as_ref()) }
-        };
-        tokio::spawn(http::serve(http, scrape, stopped.clone()));
+        tokio::spawn(http::serve(http, scrape(&source, &metrics, look), stopped.clone()));
     }
-    // It makes containerd connect to the snapshotter, if nothing else does.
-    tokio::spawn(sweep(parts.containerd, parts.tasks.clone()));
-    tokio::spawn(announce(config.clone(), parts.ledger.clone(), connected));
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reporter = Reporter(reporter);
+    reporter.say(false).await;
+    let monitoring = tokio::spawn(monitor::run(source, reporter.clone(), metrics, stopped.clone()));
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
-    let (tasks, ledger) = (parts.tasks.clone(), parts.ledger.clone());
-    let serving = listen_until_stopped(parts.api, listener, tcp, stopped);
+    tokio::spawn(announce(config, slot, plugin.as_ref().map(snapshotter::Served::connected)));
+    let serving = listen_until_stopped(front, health, sockets.unix, sockets.tcp, stopped);
     let stopping = async {
         wait_for_signal().await?;
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
         tracing::info!("stopping: finishing what has begun");
+        monitoring.abort();
+        reporter.say(false).await;
         let unfinished = tasks.close(limit).await;
         if unfinished > 0 {
             tracing::warn!(
@@ -196,9 +170,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     }
     // Open streams must not hold the stop up for ever.
     let served = tokio::time::timeout(GOODBYE, serving).await.unwrap_or(Ok(()));
-    let _cancelled = tokio::time::timeout(GOODBYE, reclaiming).await;
-    if tokio::time::timeout(GOODBYE, ledger.close()).await.is_err() {
-        tracing::warn!("the ledger was still writing after {GOODBYE:?}");
+    if let Ok(Ok(Some(work))) = tokio::time::timeout(GOODBYE, work).await {
+        work.end().await;
     }
     if let Some(plugin) = plugin {
         plugin.stop().await;
@@ -206,125 +179,56 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     served
 }
 
-fn containerd(config: &Config) -> Arc<Containerd> {
-    let c = &config.containerd;
-    Arc::new(Containerd::new(
-        c.address.clone(),
-        c.namespace.clone(),
-        c.snapshotter.clone(),
-        config.call_timeout(),
-    ))
+/// Where others reach the service.
+struct Sockets {
+    unix: UnixListener,
+    plugin: Option<UnixListener>,
+    tcp: Option<TcpListener>,
+    http: Option<TcpListener>,
 }
 
-fn assemble(
-    config: &Config,
-    ledger: Ledger,
-    metrics: Metrics,
-    connected: Option<Connected>,
-    clock: Clock,
-    stopped: watch::Receiver<bool>,
-) -> Parts {
-    let containerd = containerd(config);
-    let kernel = Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone())));
-    let admission = Admission {
-        data_headroom_percent: config.pool.data_headroom_percent,
-        metadata_headroom_percent: config.pool.metadata_headroom_percent,
-        allow_unzeroed: config.pool.allow_unzeroed,
-    };
-    let images = images(config, &containerd, &ledger, &metrics);
-    let (wake, tasks, waiting) = (Wake::default(), Tasks::default(), Waiting::default());
-    let (making, drain) = (Making::default(), Drain::default());
-    let snapshots: Arc<dyn Snapshots> = containerd.clone();
-    let reclaimer = Reclaimer {
-        ledger: ledger.clone(),
-        snapshots: snapshots.clone(),
-        kernel: kernel.clone(),
-        running_pulls: Arc::new(images.clone()),
-        making: making.clone(),
-        wake: wake.clone(),
-        clock: clock.clone(),
-        grace: config.grace(),
-        waiting: waiting.clone(),
-        metrics: metrics.clone(),
-        retry: Duration::from_secs(config.reclaim.retry_seconds),
-        interval: Duration::from_secs(config.reclaim.interval_seconds),
-        suspects: Mutex::default(),
-        closed: Mutex::default(),
-        collected: Mutex::default(),
-    };
-    let acquirer = Acquirer {
-        ledger: ledger.clone(),
-        images: Arc::new(images.clone()),
-        snapshots,
-        kernel: kernel.clone(),
-        admission,
-        drain: drain.clone(),
-        wake,
-        making,
-        clock,
-        tasks: tasks.clone(),
-        flights: Flights::default(),
-        sharing: Flights::default(),
-    };
-    let status = Arc::new(StatusSource {
-        ledger: ledger.clone(),
-        containerd: containerd.clone(),
-        kernel: kernel.clone(),
-        admission,
-        drain,
-        images: images.clone(),
-        connected,
-        started_at: SystemTime::now(),
-    });
-    let reclaimer = Arc::new(reclaimer);
-    let api = Api {
-        reclaimer: reclaimer.clone(),
-        acquirer: Arc::new(acquirer),
-        ledger: ledger.clone(),
-        images,
-        admission,
-        kernel: kernel.clone(),
-        containerd: Containerd::clone(&containerd),
-        stopped,
-        status,
-        waiting,
-        metrics: metrics.clone(),
-    };
-    Parts { api, containerd, reclaimer, tasks, ledger, kernel, metrics }
+impl Sockets {
+    async fn open(config: &Config) -> Result<Self, ServeError> {
+        let unix = listen::unix(&config.server.socket)?;
+        let plugin =
+            if config.serves_snapshotter() { Some(listen::own(&config.snapshotter.socket)?) } else { None };
+        let tcp = bind(config.server.tcp).await?;
+        let http = bind(config.metrics_address()?).await?;
+        Ok(Self { unix, plugin, tcp, http })
+    }
 }
 
-fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
-    let r = &config.registry;
-    let registries = Registries::new(
-        r.config_path.clone(),
-        Duration::from_secs(r.connect_timeout_seconds),
-        Duration::from_secs(r.read_timeout_seconds),
-    );
-    let limits = PullLimits {
-        concurrent_downloads: r.concurrent_downloads,
-        unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
-        ..PullLimits::default()
-    };
-    Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)
+/// What a scrape gets.
+fn scrape(
+    source: &Arc<StatusSource>,
+    metrics: &Metrics,
+    look: Option<Arc<dyn Fn() + Send + Sync>>,
+) -> impl Fn() -> BoxFuture<'static, prometheus::Result<Vec<u8>>> + Clone + Send + Sync + 'static {
+    let (source, metrics) = (source.clone(), metrics.clone());
+    move || {
+        look.iter().for_each(|look| look());
+        let (source, metrics) = (source.clone(), metrics.clone());
+        Box::pin(async move {
+            let pool = source.kernel.pool().await;
+            metrics.scrape(source.ledger.get().ok().as_ref(), pool.ok().as_ref())
+        })
+    }
 }
 
 async fn listen_until_stopped(
-    api: Api,
-    unix: tokio::net::UnixListener,
+    front: Front,
+    health: HealthServer<impl Health>,
+    unix: UnixListener,
     tcp: Option<TcpListener>,
     stopped: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
     let broke = |e: &dyn std::fmt::Display| ServeError::Broke(e.to_string());
-    let (health_reporter, health) = tonic_health::server::health_reporter();
-    // That the process answers; whether it can serve is GetStatus' to say.
-    health_reporter.set_serving::<CowshedServer<Api>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|e| broke(&e))?;
-    let router =
-        Server::builder().add_service(health).add_service(reflection).add_service(CowshedServer::new(api));
+    let router = Server::builder().add_service(health).add_service(reflection).add_service(front);
     let until = |mut stopped: watch::Receiver<bool>| async move {
         // The sender lives as long as the service: an error means that it has stopped as well.
         let _stopped = stopped.wait_for(|stop| *stop).await;
@@ -338,39 +242,21 @@ async fn listen_until_stopped(
     tokio::try_join!(over_unix, over_tcp).map(|_| ()).map_err(|e| broke(&e))
 }
 
-/// Sweeps up what a crash has left, once containerd answers: again until it succeeds. A stop waits for the one under way,
-/// so that nothing of it is left.
-async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
-    let mut pause = FIRST_SWEEP_RETRY;
-    loop {
-        let (done, outcome) = oneshot::channel();
-        let containerd = containerd.clone();
-        let begun = tasks.spawn(async move {
-            // The receiver waits below.
-            let _ = done.send(containerd.sweep().await);
-        });
-        match outcome.await {
-            Ok(Err(error)) => tracing::debug!(%error, "the sweep after the start cannot be made yet"),
-            Ok(Ok(())) => return,
-            Err(_) if begun => tracing::error!("the sweep after the start panicked"),
-            Err(_) => return,
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_SWEEP_RETRY);
-    }
-}
-
 async fn bind(address: Option<std::net::SocketAddr>) -> Result<Option<TcpListener>, ServeError> {
     let Some(address) = address else { return Ok(None) };
     let listener = TcpListener::bind(address).await;
     listener.map(Some).map_err(|e| ServeError::Listen { address: address.to_string(), what: e.to_string() })
 }
 
-/// Says that it is ready, when containerd finds the snapshotter or does not for a while.
-async fn announce(config: Config, ledger: Ledger, connected: Option<Connected>) {
+/// Says that it is ready, when containerd finds the snapshotter or does not for a while; and that it serves, when it has
+/// its ledger.
+async fn announce(config: Config, slot: LedgerSlot, connected: Option<Connected>) {
     if let Some(connected) = connected {
         connected.wait().await;
     }
+    say_ready();
+    let mut changes = slot.changes();
+    let Ok(Ok(ledger)) = changes.wait_for(Result::is_ok).await.map(|ledger| ledger.clone()) else { return };
     let leases = ledger.read(|book| book.after(None).count());
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -381,7 +267,6 @@ async fn announce(config: Config, ledger: Ledger, connected: Option<Connected>) 
         leases,
         "serving"
     );
-    say_ready();
 }
 
 fn say_ready() {
@@ -410,7 +295,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         tokio::spawn(http::serve(http, scrape, stopped));
     }
     let tasks = Tasks::default();
-    tokio::spawn(sweep(containerd(&config), tasks.clone()));
+    tokio::spawn(work::sweep(work::containerd(&config), tasks.clone()));
     let connected = plugin.connected();
     tokio::spawn(async move {
         connected.wait().await;

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cowshed_leases::{Lease, LeaseId};
-use cowshed_pool::{Api, Health, IsHeld, Metrics, SnapshotsServer, Snapshotter};
+use cowshed_pool::{Api, Health, IsHeld, Metrics, SnapshotsServer, Standing};
 use futures_util::TryStreamExt as _;
 use prometheus::Registry;
 use tokio::{net::UnixListener, sync::watch, task::JoinHandle, time::Instant};
@@ -11,7 +11,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use super::{GOODBYE, ServeError};
-use crate::{config::Config, ledger::Ledger};
+use crate::{config::Config, ledger::LedgerSlot};
 
 /// How long the service waits for the snapshotter before it starts without.
 const SETTLE: Duration = Duration::from_secs(20);
@@ -20,7 +20,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 
 /// A snapshotter that is served.
 pub(super) struct Served {
-    snapshotter: Snapshotter,
+    snapshotter: Standing,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     connected: Connected,
@@ -60,7 +60,7 @@ impl Connected {
     }
 }
 
-/// Opens the store, serves, and waits until snapshots can be made (or not).
+/// Serves, opens the store if it can, and waits until snapshots can be made (or not).
 pub(super) async fn start(
     config: &Config,
     registry: &Registry,
@@ -68,7 +68,7 @@ pub(super) async fn start(
     is_held: IsHeld,
 ) -> Result<Served, ServeError> {
     let metrics = Metrics::register(registry).map_err(|e| ServeError::Broke(e.to_string()))?;
-    let snapshotter = Snapshotter::start(config.snapshotter_settings(), metrics)?;
+    let snapshotter = Standing::start(config.snapshotter_settings(), metrics);
     let (stop, mut stopped) = watch::channel(false);
     let until = async move {
         let _stopped = stopped.wait_for(|stop| *stop).await;
@@ -88,9 +88,11 @@ pub(super) async fn start(
     Ok(Served { snapshotter, stop, server, connected })
 }
 
-/// Whether the ledger says that a VM holds the disk: containerd's keys are namespace/number/key.
-pub(super) fn held_in(ledger: Ledger) -> IsHeld {
+/// Whether the ledger says that a VM holds the disk: containerd's keys are namespace/number/key. As long as the ledger is
+/// not known, everything may be held.
+pub(super) fn held_in(ledger: LedgerSlot) -> IsHeld {
     Arc::new(move |key| {
+        let Ok(ledger) = ledger.get() else { return true };
         let id = key.rsplit('/').next().and_then(LeaseId::from_snapshot_key);
         // One that is still being made is taken back by containerd if that fails.
         let held = |lease: &Lease| lease.is_held() && lease.grant().is_some();
@@ -102,6 +104,11 @@ impl Served {
     /// Whether containerd has found it.
     pub(super) fn connected(&self) -> Connected {
         self.connected.clone()
+    }
+
+    /// The snapshotter itself.
+    pub(super) fn snapshotter(&self) -> Standing {
+        self.snapshotter.clone()
     }
 
     /// Brings its metrics up to date.
@@ -122,11 +129,32 @@ impl Served {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::Ledger;
 
     fn waited_for() -> (watch::Sender<bool>, Connected, Instant) {
         let ((connects, seen), begun) = (watch::channel(false), Instant::now());
         let socket = "/run/cow/snapshotter".into();
         (connects, Connected { socket, seen, until: begun + CONNECT }, begun)
+    }
+
+    /// Whether a snapshot of the key is held, before the ledger is known and when it is.
+    #[tokio::test]
+    async fn everything_is_held_until_the_ledger_says_what_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let slot = LedgerSlot::default();
+        let is_held = held_in(slot.clone());
+        let id = LeaseId::from_random(7);
+        for refused in [false, true] {
+            if refused {
+                slot.refuse("it is damaged");
+            }
+            for key in [format!("default/1/{}", id.snapshot_key()), "default/2/sha256:layer".to_owned()] {
+                assert!(is_held(&key), "{key}");
+            }
+        }
+        slot.put(Ledger::open(directory.path()).unwrap());
+        slot.refuse("too late");
+        assert!(!is_held(&format!("default/1/{}", id.snapshot_key())));
     }
 
     #[tokio::test(start_paused = true)]

@@ -76,6 +76,17 @@ pub enum OpenError {
         /// What the restore has left.
         left: String,
     },
+    /// It was there a while ago.
+    #[error(
+        "the {noun} {path} is missing, and something of it was there when the service started. No new {noun} is made: \
+         put it, or a backup of it, back; only if no VM runs on this host and an empty {noun} is wanted, restart the service"
+    )]
+    Missing {
+        /// What kind of store.
+        noun: &'static str,
+        /// The file.
+        path: String,
+    },
     /// The operating system refused.
     #[error("the {noun} {path} cannot be opened: {what}; check that its directory is writable and not full")]
     Io {
@@ -124,12 +135,28 @@ impl Format {
         path: &Path,
         load: impl FnOnce(&Connection) -> Result<T, OpenError>,
     ) -> Result<(Connection, T), OpenError> {
+        if fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            self.expect_nothing_left(path)?;
+            self.create(path)?;
+        }
+        self.open_there(path, load)
+    }
+
+    /// The same of a store that is there: none is made.
+    ///
+    /// # Errors
+    /// As there, and if it is missing.
+    pub fn open_there<T>(
+        &self,
+        path: &Path,
+        load: impl FnOnce(&Connection) -> Result<T, OpenError>,
+    ) -> Result<(Connection, T), OpenError> {
         match fs::metadata(path) {
             Ok(found) if found.len() == 0 => return Err(self.damaged(path, "it is empty")),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.expect_nothing_left(path)?;
-                self.create(path)?;
+                return Err(OpenError::Missing { noun: self.noun, path: path.display().to_string() });
             }
             Err(error) => return Err(self.io(path, error)),
         }
@@ -175,6 +202,25 @@ impl Format {
     pub fn open_for_reading(&self, path: &Path) -> Result<Connection, OpenError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         Connection::open_with_flags(path, flags).map_err(|e| self.sqlite(path, &e))
+    }
+
+    /// The same at once, with nothing left of that but an index.
+    ///
+    /// # Errors
+    /// If it is no SQLite file, and if `load` refuses it.
+    pub fn read<T>(
+        &self,
+        path: &Path,
+        load: impl FnOnce(&Connection) -> Result<T, OpenError>,
+    ) -> Result<T, OpenError> {
+        let log = log_of(path);
+        let had_log = log.symlink_metadata().is_ok();
+        let loaded = self.open_for_reading(path).and_then(|connection| load(&connection));
+        // SQLite makes one also for reading.
+        if !had_log && fs::metadata(&log).is_ok_and(|made| made.len() == 0) {
+            let _none = fs::remove_file(&log);
+        }
+        loaded
     }
 
     /// Whether a store that is not there may be made.

@@ -7,6 +7,7 @@
 //!
 //! A write that nobody has to wait for ([`Store::write_behind`]) is answered and published before it is durable.
 
+pub mod again;
 pub mod file;
 mod snapshots;
 mod writer;

@@ -6,6 +6,7 @@ use rusqlite::{Connection, Row, params};
 
 use super::{
     Stored,
+    again::IfMissing,
     file::{Format, OpenError},
 };
 use crate::{
@@ -99,14 +100,18 @@ fn signed(number: u64) -> i64 {
 }
 
 /// Opens `path`, making it if it is not there.
-pub(crate) fn open(path: &Path) -> Result<(Connection, Tree, StoreId), OpenError> {
-    let (connection, (tree, store_id)) = FORMAT.open(path, |connection| load(connection, path))?;
+pub(crate) fn open(path: &Path, if_missing: IfMissing) -> Result<(Connection, Tree, StoreId), OpenError> {
+    let load = |connection: &Connection| load(connection, path);
+    let (connection, (tree, store_id)) = match if_missing {
+        IfMissing::Make => FORMAT.open(path, load)?,
+        IfMissing::Refuse => FORMAT.open_there(path, load)?,
+    };
     Ok((connection, tree, store_id))
 }
 
 /// Reads what can be read of a damaged store.
 pub(crate) fn open_for_reading(path: &Path) -> Result<(Tree, StoreId), OpenError> {
-    load(&FORMAT.open_for_reading(path)?, path)
+    FORMAT.read(path, |connection| load(connection, path))
 }
 
 fn load(connection: &Connection, path: &Path) -> Result<(Tree, StoreId), OpenError> {

@@ -20,6 +20,8 @@ pub(crate) struct Plan {
     pub(crate) directory: TempDir,
     pub(crate) state: PathBuf,
     pub(crate) socket: PathBuf,
+    /// Where its metrics are, or "" for none.
+    pub(crate) metrics: &'static str,
     /// More lines of [server].
     pub(crate) server: &'static str,
     /// More TOML: sections besides [server], [state] and [metrics].
@@ -30,14 +32,19 @@ impl Plan {
     pub(crate) fn new(extra: &str) -> Outcome<Self> {
         let directory = tempfile::Builder::new().prefix("e2e").tempdir_in("/tmp")?;
         let (state, socket) = (directory.path().join("state"), directory.path().join("socket"));
-        Ok(Self { directory, state, socket, server: "", extra: extra.to_owned() })
+        Ok(Self { directory, state, socket, metrics: "", server: "", extra: extra.to_owned() })
+    }
+
+    /// Its configuration, once it was started.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.directory.path().join("cowshed.toml")
     }
 
     fn write(&self) -> Outcome<PathBuf> {
-        let path = self.directory.path().join("cowshed.toml");
+        let path = self.config();
         let mut text = format!(
-            "[server]\nsocket = {:?}\n{}\n[state]\ndirectory = {:?}\n[metrics]\nlisten = \"\"\n{}",
-            self.socket, self.server, self.state, self.extra
+            "[server]\nsocket = {:?}\n{}\n[state]\ndirectory = {:?}\n[metrics]\nlisten = {:?}\n{}",
+            self.socket, self.server, self.state, self.metrics, self.extra
         );
         // The host's own service serves the snapshotter of both.
         for (section, line) in [
@@ -58,13 +65,9 @@ impl Plan {
         run("cowshed", &["serve", "--config", &config.display().to_string()])
     }
 
-    /// Starts it and waits until it answers.
+    /// Starts it and waits until it has its leases.
     pub(crate) fn start(self) -> Outcome<Second> {
-        let config = self.write()?;
-        let log = self.directory.path().join("log");
-        let mut serve = Command::new("cowshed");
-        serve.arg("serve").arg("--config").arg(config).stdin(Stdio::null()).stdout(Stdio::null());
-        let child = serve.stderr(fs::File::create(&log)?).spawn()?;
+        let child = self.spawn()?;
         let second = Second { plan: self, child };
         wait_for("the second service", || {
             let answer = second.cowshed(&["leases"])?;
@@ -72,6 +75,22 @@ impl Plan {
             Ok(())
         })?;
         Ok(second)
+    }
+
+    /// Starts it and waits until it says that it cannot serve.
+    pub(crate) fn start_in_rescue(self) -> Outcome<Second> {
+        let child = self.spawn()?;
+        let second = Second { plan: self, child };
+        second.wait_in_rescue()?;
+        Ok(second)
+    }
+
+    fn spawn(&self) -> Outcome<Child> {
+        let config = self.write()?;
+        let log = self.directory.path().join("log");
+        let mut serve = Command::new("cowshed");
+        serve.arg("serve").arg("--config").arg(config).stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(serve.stderr(fs::File::create(&log)?).spawn()?)
     }
 }
 
@@ -117,6 +136,20 @@ impl Second {
             check!(left["leases"].as_array().is_some_and(Vec::is_empty), "{left}");
             Ok(())
         })
+    }
+
+    fn wait_in_rescue(&self) -> Outcome {
+        wait_for("the second service", || {
+            let answer = self.cowshed(&["status"])?;
+            check!(answer.status == 8, "{answer:?}; its log: {}", self.log());
+            Ok(())
+        })
+    }
+
+    /// After its end, starts it once more, and waits until it says that it cannot serve.
+    pub(crate) fn start_again_in_rescue(&mut self) -> Outcome {
+        self.child = self.plan.spawn()?;
+        self.wait_in_rescue()
     }
 
     pub(crate) fn log(&self) -> String {

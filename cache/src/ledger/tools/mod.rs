@@ -118,7 +118,9 @@ impl ToolError {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Missing { .. } | Self::Unreadable { .. } | Self::State(_) => exit::STATE_UNUSABLE,
-            Self::Open(OpenError::Io { .. }) | Self::HalfDone { .. } => exit::STATE_UNUSABLE,
+            Self::Open(OpenError::Io { .. } | OpenError::Missing { .. }) | Self::HalfDone { .. } => {
+                exit::STATE_UNUSABLE
+            }
             Self::Open(OpenError::Damaged { .. } | OpenError::Newer { .. } | OpenError::Restoring { .. })
             | Self::NoBackup { .. }
             | Self::NotRestorable { .. } => exit::LEDGER_DAMAGED,

@@ -116,7 +116,7 @@ pub(super) fn carry_out(step: &Effect, ledger: &Path) -> io::Result<()> {
 pub(super) fn prepare(directory: &Path, backup: &Path, now: i64) -> Result<(Effects, Restored), ToolError> {
     let ledger = directory.join("ledger.db");
     let (copy, connection) = sound_copy(backup)?;
-    let lock = lock::take(directory)?;
+    let lock = lock::take_patiently(directory)?;
     let aside = free_name(&ledger, now);
     let mut moved = finish_moving(&ledger, &aside)?;
     let (known, unread) = known_counters(&ledger)?;

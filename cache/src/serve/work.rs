@@ -1,0 +1,224 @@
+//! All of the work, which begins when the ledger is open: puts its parts together, recovers, and starts what runs by
+//! itself.
+
+use std::{
+    fs::File,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use nix::fcntl::Flock;
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+
+use super::{
+    GOODBYE,
+    front::Front,
+    opening::{Opened, Opening},
+    snapshotter::Served,
+};
+use crate::{
+    acquire::Acquirer,
+    admission::Admission,
+    clock::Clock,
+    config::Config,
+    containerd::{Containerd, Snapshots},
+    drain::Drain,
+    flights::Flights,
+    image::{Images, PullLimits},
+    kernel::{DeviceMapper, Devices},
+    ledger::{Ledger, LedgerSlot},
+    making::Making,
+    metrics::Metrics,
+    reclaim::{Reclaimer, Waiting, Wake},
+    registry::Registries,
+    rescue::Hindrances,
+    rpc::Api,
+    status::StatusSource,
+    tasks::Tasks,
+};
+
+const FIRST_SWEEP_RETRY: Duration = Duration::from_millis(500);
+const LONGEST_SWEEP_RETRY: Duration = Duration::from_secs(10);
+
+/// What is there without a ledger.
+pub(super) struct Ground {
+    pub(super) config: Config,
+    pub(super) source: Arc<StatusSource>,
+    pub(super) metrics: Metrics,
+    pub(super) tasks: Tasks,
+    pub(super) clock: Clock,
+    pub(super) front: Front,
+    pub(super) stopped: watch::Receiver<bool>,
+}
+
+/// What has to be ended in order.
+pub(super) struct Work {
+    reclaiming: JoinHandle<()>,
+    ledger: Ledger,
+    _lock: Flock<File>,
+}
+
+impl Work {
+    pub(super) async fn end(self) {
+        let _cancelled = tokio::time::timeout(GOODBYE, self.reclaiming).await;
+        if tokio::time::timeout(GOODBYE, self.ledger.close()).await.is_err() {
+            tracing::warn!("the ledger was still writing after {GOODBYE:?}");
+        }
+    }
+}
+
+impl Ground {
+    /// Begins as soon as the ledger can be opened, unless the service is stopped before.
+    pub(super) async fn begin_later(self, opening: Opening) -> Option<Work> {
+        let mut stopped = self.stopped.clone();
+        let opened = tokio::select! {
+            opened = opening.wait() => opened?,
+            _ = stopped.wait_for(|stop| *stop) => return None,
+        };
+        Some(self.begin(opened).await)
+    }
+
+    pub(super) async fn begin(self, Opened { ledger, lock }: Opened) -> Work {
+        let api = self.assemble(&ledger);
+        let reclaimer = api.reclaimer.clone();
+        // From now on the snapshotter knows what is held.
+        self.source.ledger.put(ledger.clone());
+        if let Err(error) = reclaimer.recover().await {
+            // Each pass of the reclaimer tries again; what has to be known meanwhile is.
+            tracing::warn!(%error, "what the last run has left cannot be marked yet");
+        }
+        let reclaiming = tokio::spawn({
+            let (reclaimer, stopped) = (reclaimer.clone(), self.stopped.clone());
+            async move { reclaimer.run(stopped).await }
+        });
+        let stopped = self.stopped.clone();
+        tokio::spawn(async move { reclaimer.watch_time(stopped).await });
+        // It makes containerd connect to the snapshotter, if nothing else does.
+        tokio::spawn(sweep(self.source.containerd.clone(), self.tasks.clone()));
+        self.front.open(api);
+        Work { reclaiming, ledger, _lock: lock }
+    }
+
+    fn assemble(&self, ledger: &Ledger) -> Api {
+        let StatusSource { containerd, kernel, admission, drain, .. } = &*self.source;
+        let images = images(&self.config, containerd, ledger, &self.metrics);
+        // There is one ledger, and so one of these.
+        let _first = self.source.images.set(images.clone());
+        let (wake, waiting, making) = (Wake::default(), Waiting::default(), Making::default());
+        let snapshots: Arc<dyn Snapshots> = containerd.clone();
+        let reclaimer = Reclaimer {
+            ledger: ledger.clone(),
+            snapshots: snapshots.clone(),
+            kernel: kernel.clone(),
+            running_pulls: Arc::new(images.clone()),
+            making: making.clone(),
+            wake: wake.clone(),
+            clock: self.clock.clone(),
+            grace: self.config.grace(),
+            waiting: waiting.clone(),
+            metrics: self.metrics.clone(),
+            retry: Duration::from_secs(self.config.reclaim.retry_seconds),
+            interval: Duration::from_secs(self.config.reclaim.interval_seconds),
+            suspects: Mutex::default(),
+            closed: Mutex::default(),
+            collected: Mutex::default(),
+        };
+        let acquirer = Acquirer {
+            ledger: ledger.clone(),
+            images: Arc::new(images.clone()),
+            snapshots,
+            kernel: kernel.clone(),
+            admission: admission.clone(),
+            drain: drain.clone(),
+            wake,
+            making,
+            clock: self.clock.clone(),
+            tasks: self.tasks.clone(),
+            flights: Flights::default(),
+            sharing: Flights::default(),
+        };
+        Api {
+            reclaimer: Arc::new(reclaimer),
+            acquirer: Arc::new(acquirer),
+            ledger: ledger.clone(),
+            images,
+            admission: admission.clone(),
+            kernel: kernel.clone(),
+            containerd: Containerd::clone(containerd),
+            stopped: self.stopped.clone(),
+            status: self.source.clone(),
+            waiting,
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+/// Whom the status asks.
+pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served>) -> Arc<StatusSource> {
+    let admission = Admission {
+        data_headroom_percent: config.pool.data_headroom_percent,
+        metadata_headroom_percent: config.pool.metadata_headroom_percent,
+        allow_unzeroed: config.pool.allow_unzeroed,
+        hindrances: Hindrances::of(plugin.map(Served::snapshotter)),
+    };
+    Arc::new(StatusSource {
+        ledger,
+        containerd: containerd(config),
+        kernel: Devices::new(Arc::new(DeviceMapper::new(config.pool.name.clone()))),
+        admission,
+        drain: Drain::default(),
+        images: std::sync::OnceLock::new(),
+        connected: plugin.map(Served::connected),
+        started_at: SystemTime::now(),
+    })
+}
+
+pub(super) fn containerd(config: &Config) -> Arc<Containerd> {
+    let c = &config.containerd;
+    Arc::new(Containerd::new(
+        c.address.clone(),
+        c.namespace.clone(),
+        c.snapshotter.clone(),
+        config.call_timeout(),
+    ))
+}
+
+fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metrics: &Metrics) -> Images {
+    let r = &config.registry;
+    let registries = Registries::new(
+        r.config_path.clone(),
+        Duration::from_secs(r.connect_timeout_seconds),
+        Duration::from_secs(r.read_timeout_seconds),
+    );
+    let limits = PullLimits {
+        concurrent_downloads: r.concurrent_downloads,
+        unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
+        ..PullLimits::default()
+    };
+    Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)
+}
+
+/// Sweeps up what a crash has left, once containerd answers: again until it succeeds. A stop waits for the one under way,
+/// so that nothing of it is left.
+pub(super) async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
+    let mut pause = FIRST_SWEEP_RETRY;
+    loop {
+        let (done, outcome) = oneshot::channel();
+        let containerd = containerd.clone();
+        let begun = tasks.spawn(async move {
+            // The receiver waits below.
+            let _ = done.send(containerd.sweep().await);
+        });
+        match outcome.await {
+            Ok(Err(error)) => tracing::debug!(%error, "the sweep after the start cannot be made yet"),
+            Ok(Ok(())) => return,
+            Err(_) if begun => tracing::error!("the sweep after the start panicked"),
+            Err(_) => return,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_SWEEP_RETRY);
+    }
+}
