@@ -40,6 +40,7 @@ use crate::{
     tasks::Tasks,
 };
 
+const REACH_RETRY: Duration = Duration::from_secs(2);
 const FIRST_SWEEP_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_SWEEP_RETRY: Duration = Duration::from_secs(10);
 
@@ -74,10 +75,12 @@ impl Ground {
     /// Begins as soon as the ledger can be opened, unless the service is stopped before.
     pub(super) async fn begin_later(self, opening: Opening) -> Option<Work> {
         let mut stopped = self.stopped.clone();
+        let reaching = tokio::spawn(reach_snapshotter(self.source.containerd.clone()));
         let opened = tokio::select! {
             opened = opening.wait() => opened?,
             _ = stopped.wait_for(|stop| *stop) => return None,
         };
+        reaching.abort();
         Some(self.begin(opened).await)
     }
 
@@ -199,6 +202,15 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         ..PullLimits::default()
     };
     Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)
+}
+
+/// Has containerd connect to the snapshotter, which it does when it is asked for what only that knows. The sweep does so
+/// as well, but changes something.
+async fn reach_snapshotter(containerd: Arc<Containerd>) {
+    while let Err(error) = containerd.any_committed().await {
+        tracing::debug!(%error, "containerd does not reach the snapshotter yet");
+        tokio::time::sleep(REACH_RETRY).await;
+    }
 }
 
 /// Sweeps up what a crash has left, once containerd answers: again until it succeeds. A stop waits for the one under way,
