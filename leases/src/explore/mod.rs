@@ -8,23 +8,32 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
 
+mod asks;
 mod desk;
+mod flaws;
 mod invariants;
 mod play;
+mod reclaiming;
+mod rest;
 mod search;
+mod sharing;
 mod view;
 mod world;
 
 use std::time::Instant;
 
-use desk::BookFlaw;
+use asks::Sharing;
+use flaws::{BookFlaw, Flaw};
 use search::{Seen, explore};
-use world::{Bounds, Flaw};
+use world::Bounds;
 
 /// Deeper than any world goes.
 const TO_THE_END: usize = 1_000;
 
-const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false };
+const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false, sharing: Sharing::Nobody };
+
+/// A lease of each VM, and one of what they share.
+const SHARED: Bounds = Bounds { leases: 3, sharing: Sharing::Both, ..NARROW };
 
 /// How deep a world is explored that is too wide for its end: COWSHED_DEPTH says it otherwise.
 fn as_deep_as(steps: usize) -> usize {
@@ -62,8 +71,20 @@ fn a_vm_that_comes_back_while_others_come_and_go_keeps_what_it_has() {
 
 #[test]
 fn everything_together_keeps_every_promise() {
-    let seen = explored(Bounds { leases: 4, boots: 3, up: 4, names: true }, as_deep_as(7));
+    let seen = explored(Bounds { leases: 4, boots: 3, up: 4, names: true, ..NARROW }, as_deep_as(7));
     assert!(seen.states > 50_000, "{seen}");
+}
+
+#[test]
+fn what_vms_share_is_there_as_long_as_one_of_them_does() {
+    let seen = explored(SHARED, as_deep_as(10));
+    assert!(seen.all || seen.states > 1_000, "{seen}");
+}
+
+#[test]
+fn what_is_shared_and_what_is_not_do_not_meet() {
+    let seen = explored(Bounds { sharing: Sharing::One, ..SHARED }, as_deep_as(10));
+    assert!(seen.all || seen.states > 1_000, "{seen}");
 }
 
 #[test]
