@@ -74,7 +74,8 @@ impl BookFlaw {
                 decided.1.retain(|change| !is_of_what_others_share(change, &asked));
             }
             (Self::ReleasesWhatOthersShare, Op::Fail(lease)) => {
-                let shared = book.get(&id(lease.into())).and_then(|lease| book.get(lease.shares.as_ref()?));
+                let lease = book.get(&id(lease.into())).filter(|lease| lease.state == State::Preparing);
+                let shared = lease.and_then(|lease| book.get(lease.shares.as_ref()?));
                 let shared = shared.filter(|shared| shared.is_held());
                 decided.1.extend(shared.map(|shared| released(shared, after(book, &decided.1))));
             }

@@ -117,7 +117,7 @@ impl World {
         match call {
             Call::None => {}
             Call::Intended(wish, _) if wish.shares() => return Ok(self.join(desk, call)),
-            Call::Waiting(..) => return Ok(self.wait(desk, call, flaw)),
+            Call::Waiting(..) => return Ok(self.wait(call, flaw)),
             Call::Shared(wish, lease) if !wish.has_scratch() => self.confirm(desk, wish, lease)?,
             Call::Unshared(_, lease) => self.fail(desk, lease)?,
             Call::Intended(wish, lease) | Call::Shared(wish, lease) => {

@@ -24,16 +24,14 @@ impl World {
         {
             *flight = Flight::Begun(shared);
         }
-        Call::Waiting(wish, lease)
+        Call::Waiting(wish, lease, shared)
     }
 
-    /// Who waits has nothing to do.
-    pub(super) fn wait(&self, desk: &Desk, call: Call, flaw: Option<Flaw>) -> Call {
-        let Some((wish, lease)) = call.makes() else { return call };
-        let is_there =
-            desk.shared_by(self.book, lease).is_some_and(|shared| self.device_of(shared).is_some());
+    /// Who waits does nothing.
+    pub(super) fn wait(&self, call: Call, flaw: Option<Flaw>) -> Call {
+        let Call::Waiting(wish, lease, shared) = call else { return call };
         let hurries = flaw == Some(Flaw::Book(BookFlaw::GrantsWhatIsNotSharedYet));
-        if hurries && is_there { Call::Shared(wish, lease) } else { call }
+        if hurries && self.device_of(shared).is_some() { Call::Shared(wish, lease) } else { call }
     }
 
     pub(super) fn provide(
@@ -63,7 +61,7 @@ impl World {
             return Flight::Making(shared);
         }
         let is_granted = lease.is_some_and(|lease| lease.is_granted());
-        self.land(desk, shared, if is_granted { Call::Shared } else { Call::Unshared })
+        self.land(shared, if is_granted { Call::Shared } else { Call::Unshared })
     }
 
     fn view(&mut self, desk: &Desk, shared: u8, flaw: Option<Flaw>) -> Result<(), String> {
@@ -83,7 +81,7 @@ impl World {
         };
         let grant = Op::Grant { lease: shared, device, image: disk.image, scratch: None };
         if self.ask(desk, grant)? == Answer::Done {
-            return Ok(self.land(desk, shared, Call::Shared));
+            return Ok(self.land(shared, Call::Shared));
         }
         // Nobody wanted it any more.
         self.fail_to_provide(desk, shared)
@@ -91,14 +89,14 @@ impl World {
 
     pub(super) fn fail_to_provide(&mut self, desk: &mut Desk, shared: u8) -> Result<Flight, String> {
         self.ask(desk, Op::Fail(shared))?;
-        Ok(self.land(desk, shared, Call::Unshared))
+        Ok(self.land(shared, Call::Unshared))
     }
 
     /// Tells all who wait for it what has become of it.
-    fn land(&mut self, desk: &Desk, shared: u8, outcome: fn(Wish, u8) -> Call) -> Flight {
+    fn land(&mut self, shared: u8, outcome: fn(Wish, u8) -> Call) -> Flight {
         for call in &mut self.calls {
-            if let Call::Waiting(wish, lease) = *call
-                && desk.shared_by(self.book, lease) == Some(shared)
+            if let Call::Waiting(wish, lease, awaited) = *call
+                && awaited == shared
             {
                 *call = outcome(wish, lease);
             }

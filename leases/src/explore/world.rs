@@ -66,8 +66,8 @@ pub(super) enum Call {
     None,
     /// The intent is written down.
     Intended(Wish, u8),
-    /// What it is to share is looked at, or made.
-    Waiting(Wish, u8),
+    /// What it is to share, this lease, is looked at, or made.
+    Waiting(Wish, u8, u8),
     /// That is there.
     Shared(Wish, u8),
     /// That is not to be had.
@@ -292,7 +292,7 @@ impl Call {
         match self {
             Self::None | Self::Found(..) => None,
             Self::Intended(wish, lease)
-            | Self::Waiting(wish, lease)
+            | Self::Waiting(wish, lease, _)
             | Self::Shared(wish, lease)
             | Self::Unshared(wish, lease)
             | Self::Leased(wish, lease)
