@@ -157,7 +157,9 @@ impl World {
 
     fn confirm(&mut self, desk: &mut Desk, wish: Wish, lease: u8) -> Result<(), String> {
         let root = if wish.shares() { desk.shared_by(self.book, lease) } else { Some(lease) };
-        let device = root.and_then(|root| self.device_of(root));
+        // Who has failed meanwhile shares nothing any more.
+        let Some(root) = root else { return self.fail(desk, lease) };
+        let device = self.device_of(root);
         let Some((device, disk)) = device.and_then(|n| Some((n, self.disks[usize::from(n)]?))) else {
             return Err("what is being made is removed".into());
         };
