@@ -77,7 +77,7 @@ impl BookFlaw {
                 let lease = book.get(&id(lease.into())).filter(|lease| lease.state == State::Preparing);
                 let shared = lease.and_then(|lease| book.get(lease.shares.as_ref()?));
                 let shared = shared.filter(|shared| shared.is_held());
-                decided.1.extend(shared.map(|shared| released(shared, after(book, &decided.1))));
+                decided.1.extend(shared.map(|shared| released(shared, revision_after(book, &decided.1))));
             }
             _ => {}
         }
@@ -117,8 +117,7 @@ fn gone(lease: &Lease, revision: Revision) -> Change {
     Change::Delete(Tombstone { id, vm, generation, revision })
 }
 
-/// The revision after these.
-fn after(book: &Book, changes: &[Change]) -> Revision {
+fn revision_after(book: &Book, changes: &[Change]) -> Revision {
     let mut book = book.clone();
     changes.iter().cloned().for_each(|change| drop(book.apply(change)));
     book.last_revision().next()

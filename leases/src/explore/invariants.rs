@@ -60,7 +60,7 @@ fn granted_leases_have_their_disks(world: &World, lease: &LeaseView) -> Result<(
 /// stays until nobody names it.
 fn what_is_shared_is_there(desk: &Desk, world: &World, lease: &LeaseView) -> Result<(), String> {
     if lease.is_of_image() && matches!(lease.stand, Stand::Suspect { .. } | Stand::Failed { .. }) {
-        return Err(format!("lease {} is shared, and what shares it is not asked", lease.lease));
+        return Err(format!("lease {} is shared, and is doubtful or has failed", lease.lease));
     }
     let Some(id) = lease.shares else { return Ok(()) };
     let Some(shared) = desk.view(world.book).get(id).filter(|shared| shared.is_of_image()) else {

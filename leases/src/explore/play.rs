@@ -159,8 +159,7 @@ impl World {
         let root = if wish.shares() { desk.shared_by(self.book, lease) } else { Some(lease) };
         // Who has failed meanwhile shares nothing any more.
         let Some(root) = root else { return self.fail(desk, lease) };
-        let device = self.device_of(root);
-        let Some((device, disk)) = device.and_then(|n| Some((n, self.disks[usize::from(n)]?))) else {
+        let Some((device, disk)) = self.disk_of(root) else {
             return Err("what is being made is removed".into());
         };
         let scratch = self.device_of(lease).filter(|_| wish.has_scratch());

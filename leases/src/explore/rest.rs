@@ -76,10 +76,8 @@ fn nothing_without_owner(world: &World, desk: &Desk) -> Result<(), String> {
         if view.is_some_and(|view| view.stand == Stand::Preparing) {
             return Err(format!("lease {lease} is being made for ever"));
         }
-        if held
-            && view.is_some_and(LeaseView::is_of_image)
-            && desk.view(world.book).sharers(lease).count() == 0
-        {
+        let is_shared = held && view.is_some_and(LeaseView::is_of_image);
+        if is_shared && desk.view(world.book).sharers(lease).next().is_none() {
             return Err(format!("lease {lease} is there for ever, and nobody shares it"));
         }
         let wanted = held && view.is_some_and(LeaseView::has_own_device) || open;

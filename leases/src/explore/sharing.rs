@@ -75,8 +75,7 @@ impl World {
     }
 
     fn confirm_what_is_shared(&mut self, desk: &mut Desk, shared: u8) -> Result<Flight, String> {
-        let device = self.device_of(shared);
-        let Some((device, disk)) = device.and_then(|n| Some((n, self.disks[usize::from(n)]?))) else {
+        let Some((device, disk)) = self.disk_of(shared) else {
             return Err("what is being made is removed".into());
         };
         let grant = Op::Grant { lease: shared, device, image: disk.image, scratch: None };

@@ -280,6 +280,12 @@ impl World {
         disk.map(|device| device as u8)
     }
 
+    /// With what is on it.
+    pub(super) fn disk_of(&self, lease: u8) -> Option<(u8, Disk)> {
+        let device = self.device_of(lease)?;
+        Some((device, self.disks[usize::from(device)]?))
+    }
+
     pub(super) fn is_open(&self, lease: u8) -> bool {
         let device = self.device_of(lease);
         device.is_some() && self.launchers.iter().any(|launcher| launcher.open == device)
