@@ -25,9 +25,9 @@ pub(crate) fn spec(n: u8) -> Spec {
     Spec { image, platform: "linux/amd64".into(), mode, scratch }
 }
 
-const SHARED: u8 = 10;
+pub(crate) const SHARED: u8 = 10;
 /// In whose name what is shared is held, among VMs.
-const IMAGE: u8 = 200;
+pub(crate) const IMAGE: u8 = 200;
 
 pub(crate) fn id(n: u64) -> LeaseId {
     LeaseId::from_random(u128::from(n))

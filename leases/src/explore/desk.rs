@@ -2,11 +2,15 @@
 
 use std::collections::HashMap;
 
-use super::view::View;
+use super::{
+    asks::{Return, Wish},
+    flaws::BookFlaw,
+    view::View,
+};
 use crate::{
-    Acquisition, Ask, Book, BookError, Change, Failure, Generation, Grace, Grant, Lease, LeaseId, Moment,
-    Release, RequestId, State, Ttl,
-    book::tests::{at, grant, id, spec, stored, ttl, vm},
+    Acquisition, Book, BookError, Change, Failure, Generation, Grace, Grant, Lease, LeaseId, Moment,
+    ScratchGrant, Stored, Ttl,
+    book::tests::{IMAGE, at, grant, id, stored, ttl, vm},
 };
 
 /// Time goes on in steps of so many seconds.
@@ -25,56 +29,10 @@ pub(super) struct Clock {
     pub(super) up: u8,
 }
 
-/// What an acquire asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Wish {
-    pub(super) vm: u8,
-    pub(super) fresh: bool,
-    /// With the request id of this VM's acquires.
-    pub(super) named: bool,
-}
-
-impl Wish {
-    /// Of which image. VM 1 wants its fresh disks of another one.
-    pub(super) fn image(self) -> u8 {
-        self.vm + u8::from(self.vm == 1 && self.fresh)
-    }
-
-    fn ask(self) -> Ask {
-        Ask {
-            vm: vm(self.vm),
-            spec: spec(self.image()),
-            ttl: (self.vm == 0).then(|| steps(TTL_STEPS)),
-            fresh: self.fresh,
-            request: self.named.then(|| request("acquire", self.vm)),
-            share: None,
-        }
-    }
-}
-
-/// What a release gives back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Return {
-    pub(super) vm: u8,
-    pub(super) which: Which,
-    /// With the request id of this VM's releases.
-    pub(super) named: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Which {
-    /// Whatever the VM has.
-    Any,
-    /// Only this lease.
-    Lease(u8),
-    /// Only the generation of this lease.
-    Generation(u8),
-}
-
 /// A question to the book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Op {
-    /// With this lease, if one is to be made.
+    /// With this lease, if one is to be made, and with the one after it, if two are.
     Acquire(Wish, u8),
     Keep(Wish, u8),
     Renew(u8),
@@ -82,6 +40,8 @@ pub(super) enum Op {
         lease: u8,
         device: u8,
         image: u8,
+        /// The device of its scratch disk.
+        scratch: Option<u8>,
     },
     Fail(u8),
     Release(Return),
@@ -103,17 +63,6 @@ pub(super) enum Answer {
     Refused,
 }
 
-/// What is wrong with the desk on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BookFlaw {
-    /// A grant asks nobody whether the lease was released.
-    GrantsWhatWasReleased,
-    /// Which requests were answered is not loaded.
-    ForgetsRequests,
-    /// The greatest generation is not written down, but that of the leases that are there.
-    ForgetsGenerations,
-}
-
 pub(super) struct Desk {
     books: Vec<(Book, View)>,
     numbers: HashMap<View, u32>,
@@ -123,9 +72,9 @@ pub(super) struct Desk {
 
 impl Desk {
     pub(super) fn new(flaw: Option<BookFlaw>) -> Self {
-        let mut desk = Self { books: Vec::new(), numbers: HashMap::new(), answers: HashMap::new(), flaw };
-        desk.number(Book::default());
-        desk
+        let empty = (Book::default(), View::of(&Book::default()));
+        let numbers = HashMap::from([(empty.1.clone(), 0)]);
+        Self { books: vec![empty], numbers, answers: HashMap::new(), flaw }
     }
 
     pub(super) fn view(&self, book: u32) -> &View {
@@ -136,18 +85,31 @@ impl Desk {
         self.books[book as usize].0.get(&id(lease.into()))
     }
 
+    /// The lease whose device this one shares.
+    pub(super) fn shared_by(&self, book: u32, lease: u8) -> Option<u8> {
+        self.view(book).get(lease)?.shares
+    }
+
     pub(super) fn books(&self) -> usize {
         self.books.len()
     }
 
     /// Books that differ in nothing but revisions have one number: what the book decides never depends on which
     /// revision something has, until there are thousands to be forgotten.
-    fn number(&mut self, book: Book) -> u32 {
+    ///
+    /// Fails if it cannot be loaded as it is written down.
+    fn number(&mut self, book: Book) -> Result<u32, String> {
         let view = View::of(&book);
-        *self.numbers.entry(view).or_insert_with_key(|view| {
-            self.books.push((book, view.clone()));
-            self.books.len() as u32 - 1
-        })
+        if let Some(known) = self.numbers.get(&view) {
+            return Ok(*known);
+        }
+        if View::of(&loaded(stored(&book))?) != view {
+            return Err("what is written down is another book".into());
+        }
+        let number = self.books.len() as u32;
+        self.numbers.insert(view.clone(), number);
+        self.books.push((book, view));
+        Ok(number)
     }
 
     /// The book after the question, and its answer. Fails if it is no step that a book may take.
@@ -161,7 +123,7 @@ impl Desk {
             None => book,
             Some(after) => {
                 allowed(before, &after)?;
-                self.number(after)
+                self.number(after)?
             }
         };
         self.answers.insert((book, op, now), (after, answer));
@@ -173,18 +135,14 @@ impl Desk {
         if op == Op::Load {
             return Ok((Some(self.loaded(book)?), Answer::Done));
         }
-        let (answer, changes) = match op {
-            Op::Acquire(wish, fresh) => match book.acquire(&wish.ask(), id(fresh.into()), now) {
-                Ok(Acquisition::New { lease, changes }) => (Answer::New(number_of(&lease.id)), changes),
-                Ok(Acquisition::Existing(lease)) => (Answer::Existing(number_of(&lease.id)), Vec::new()),
-                Err(_) => (Answer::Refused, Vec::new()),
-            },
-            Op::Keep(wish, n) => done(book.keep(&wish.ask(), &id(n.into()), None, now)),
+        let mut decided = match op {
+            Op::Acquire(wish, next) => acquire(book, wish, next, now),
+            Op::Keep(wish, n) => done(book.keep(&wish.ask(id(n.into())), &id(n.into()), None, now)),
             Op::Renew(n) => done(book.renew(&id(n.into()), None, None, now)),
-            Op::Grant { lease, device, image } => {
-                let grant = Grant { image_digest: format!("sha256:{image}"), ..grant(device.into()) };
-                self.granted(book, &id(lease.into()), grant, now)
-            }
+            Op::Grant { lease, .. } => match op.grant() {
+                Some(grant) => done(book.grant(&id(lease.into()), grant, now)),
+                None => (Answer::Refused, Vec::new()),
+            },
             Op::Fail(n) => changed(book.fail(&id(n.into()), interrupted(), now)),
             Op::Release(back) => done(book.release(&back.release(), now)),
             Op::Suspect => changed(book.suspect(grace(), now)),
@@ -192,6 +150,10 @@ impl Desk {
             Op::Remove(n) => book.remove(&id(n.into()), now).map_or((Answer::Refused, Vec::new()), changed),
             Op::Load => (Answer::Done, Vec::new()),
         };
+        if let Some(flaw) = self.flaw {
+            flaw.spoil(book, op, &mut decided);
+        }
+        let (answer, changes) = decided;
         let mut after = None;
         for change in changes {
             after.get_or_insert_with(|| book.clone()).apply(change);
@@ -199,40 +161,43 @@ impl Desk {
         Ok((after, answer))
     }
 
-    fn granted(&self, book: &Book, id: &LeaseId, grant: Grant, now: &Moment) -> (Answer, Vec<Change>) {
-        let decided = book.grant(id, grant.clone(), now);
-        match (self.flaw, book.get(id)) {
-            (Some(BookFlaw::GrantsWhatWasReleased), Some(lease)) if decided.is_err() => {
-                let (state, revision) = (State::Granted(Box::new(grant)), book.last_revision().next());
-                changed(vec![Change::Put(Box::new(Lease { state, revision, ..lease.clone() }))])
-            }
-            _ => done(decided),
-        }
-    }
-
     fn loaded(&self, book: &Book) -> Result<Book, String> {
         let mut stored = stored(book);
-        match self.flaw {
-            Some(BookFlaw::ForgetsRequests) => stored.requests.clear(),
-            Some(BookFlaw::ForgetsGenerations) => {
-                stored.last_generation = book.after(None).map(|lease| lease.generation.0).max().unwrap_or(0);
-            }
-            _ => {}
+        if let Some(flaw) = self.flaw {
+            flaw.forget(&mut stored, book);
         }
-        Book::load(stored).map_err(|error| format!("what is written down cannot be loaded: {error}"))
+        loaded(stored)
     }
 }
 
-impl Return {
-    fn release(self) -> Release {
-        Release {
-            vm: vm(self.vm),
-            lease: if let Which::Lease(n) = self.which { Some(id(n.into())) } else { None },
-            generation: if let Which::Generation(n) = self.which { Some(generation_of(n)) } else { None },
-            request: self.named.then(|| request("release", self.vm)),
-            abandon: false,
-        }
+fn loaded(stored: Stored) -> Result<Book, String> {
+    Book::load(stored).map_err(|error| format!("what is written down cannot be loaded: {error}"))
+}
+
+impl Op {
+    /// What it is to be granted, if it is a grant.
+    pub(super) fn grant(self) -> Option<Grant> {
+        let Self::Grant { lease: _, device, image, scratch } = self else { return None };
+        let scratch = scratch
+            .map(|device| ScratchGrant { device: grant(device.into()).device, filesystem: "ext4".into() });
+        Some(Grant { image_digest: format!("sha256:{image}"), scratch, ..grant(device.into()) })
     }
+}
+
+fn acquire(book: &Book, wish: Wish, next: u8, now: &Moment) -> (Answer, Vec<Change>) {
+    let (lease, shared) = fresh(book, wish, next);
+    match book.acquire(&wish.ask(shared), lease, now) {
+        Ok(Acquisition::New { lease, changes }) => (Answer::New(number_of(&lease.id)), changes),
+        Ok(Acquisition::Existing(lease)) => (Answer::Existing(number_of(&lease.id)), Vec::new()),
+        Err(_) => (Answer::Refused, Vec::new()),
+    }
+}
+
+/// What lease an acquire makes if it makes one, and which one is made just before it if what it shares is not there yet.
+fn fresh(book: &Book, wish: Wish, next: u8) -> (LeaseId, LeaseId) {
+    let makes_both = wish.shares() && book.held_by(&vm(IMAGE)).is_none();
+    let (lease, shared) = if makes_both { (next + 1, next) } else { (next, next + 1) };
+    (id(lease.into()), id(shared.into()))
 }
 
 /// What holds of every step of every book.
@@ -285,11 +250,11 @@ pub(super) fn number_of(id: &LeaseId) -> u8 {
     u8::from_str_radix(id.as_str().trim_start_matches('0'), 16).unwrap_or(0)
 }
 
-fn generation_of(lease: u8) -> Generation {
+pub(super) fn generation_of(lease: u8) -> Generation {
     Generation(u64::from(lease) + 1)
 }
 
-fn steps(n: u8) -> Ttl {
+pub(super) fn steps(n: u8) -> Ttl {
     ttl(u64::from(n) * STEP_SECONDS)
 }
 
@@ -299,9 +264,4 @@ fn grace() -> Grace {
 
 fn interrupted() -> Failure {
     Failure { reason: "INTERRUPTED".into(), message: "the service was stopped".into() }
-}
-
-fn request(call: &str, vm: u8) -> RequestId {
-    #[allow(clippy::unwrap_used, reason = "a test")]
-    format!("{call}-{vm}").parse().unwrap()
 }

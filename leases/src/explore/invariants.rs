@@ -1,22 +1,17 @@
-//! What holds in every state of the world, and what becomes of it when it is left alone.
-
-use std::collections::HashSet;
+//! What holds in every state of the world.
 
 use super::{
-    desk::{Answer, Desk, Op, Wish},
-    search::fingerprint,
-    view::{LeaseView, Stand},
-    world::{Call, Disk, Flaw, Reclaimer, Step, VMS, World},
+    desk::Desk,
+    view::{IMAGE, LeaseView, Stand},
+    world::{Disk, VMS, World},
 };
-
-/// No way to rest is longer.
-const MOST_STEPS_TO_REST: usize = 100;
 
 /// What does not hold here.
 pub(super) fn broken(world: &World, desk: &Desk) -> Result<(), String> {
     let leases = &desk.view(world.book).leases;
     for lease in leases {
         granted_leases_have_their_disks(world, lease)?;
+        what_is_shared_is_there(desk, world, lease)?;
         nobody_else_has_it(lease, leases)?;
     }
     for (device, disk) in world.disks.iter().enumerate() {
@@ -39,11 +34,47 @@ fn disk(world: &World, device: u8) -> Option<Disk> {
 
 fn granted_leases_have_their_disks(world: &World, lease: &LeaseView) -> Result<(), String> {
     let Some(granted) = lease.granted().filter(|_| lease.is_granted()) else { return Ok(()) };
-    let Some(disk) = disk(world, granted.device).filter(|disk| disk.lease == lease.lease) else {
+    let root = lease.shares.unwrap_or(lease.lease);
+    let Some(disk) = disk(world, granted.device).filter(|disk| disk.lease == root) else {
         return Err(format!("the disk of lease {} is not there", lease.lease));
     };
     if disk.image != granted.image || disk.image != lease.image {
         return Err(format!("the disk of lease {} is of another image", lease.lease));
+    }
+    if disk.read_only != (lease.shares.is_some() || lease.is_of_image()) {
+        return Err(format!(
+            "the disk of lease {} can be written by who must not, or by nobody",
+            lease.lease
+        ));
+    }
+    let scratch = lease.shares.and(lease.own_device()).map(|scratch| self::disk(world, scratch));
+    let is_its_own =
+        |disk: Option<Disk>| disk.is_some_and(|disk| disk.lease == lease.lease && !disk.read_only);
+    if scratch.is_some_and(|disk| !is_its_own(disk)) {
+        return Err(format!("the scratch disk of lease {} is not there", lease.lease));
+    }
+    Ok(())
+}
+
+/// From when a VM has it until the last one has let go of it. What could not be made of it is being released, and its record
+/// stays until nobody names it.
+fn what_is_shared_is_there(desk: &Desk, world: &World, lease: &LeaseView) -> Result<(), String> {
+    if lease.is_of_image() && matches!(lease.stand, Stand::Suspect { .. } | Stand::Failed { .. }) {
+        return Err(format!("lease {} is shared, and is doubtful or has failed", lease.lease));
+    }
+    let Some(id) = lease.shares else { return Ok(()) };
+    let Some(shared) = desk.view(world.book).get(id).filter(|shared| shared.is_of_image()) else {
+        return Err(format!("lease {id}, which lease {} shares, is not there", lease.lease));
+    };
+    if shared.granted().is_some() && !shared.is_granted() {
+        return Err(format!("lease {id} is released, and lease {} shares it", lease.lease));
+    }
+    let device = |lease: &LeaseView| lease.granted().map(|granted| granted.device);
+    if lease.is_granted() && !shared.is_granted() {
+        return Err(format!("lease {} is granted, and lease {id}, which it shares, is not", lease.lease));
+    }
+    if lease.is_granted() && device(lease) != device(shared) {
+        return Err(format!("lease {} has another device than lease {id}, which it shares", lease.lease));
     }
     Ok(())
 }
@@ -53,8 +84,7 @@ fn nobody_else_has_it(lease: &LeaseView, leases: &[LeaseView]) -> Result<(), Str
         if lease.is_held() && other.is_held() && lease.vm == other.vm {
             return Err(format!("VM {} holds two leases", lease.vm));
         }
-        let device = |lease: &LeaseView| lease.granted().map(|granted| granted.device);
-        if device(lease).is_some() && device(lease) == device(other) {
+        if lease.own_device().is_some() && lease.own_device() == other.own_device() {
             return Err(format!("leases {} and {} have one device", lease.lease, other.lease));
         }
     }
@@ -81,6 +111,10 @@ fn disks_have_owners_and_one_writer(
         return Err(format!("the snapshot of lease {lease} is without a lease in containerd"));
     }
     let Some(owner) = desk.view(world.book).get(lease).map(|lease| lease.vm) else { return Ok(()) };
+    if owner == IMAGE {
+        let written = format!("somebody has written on the disk of lease {lease}, which is shared");
+        return if disk.marks == 0 { Ok(()) } else { Err(written) };
+    }
     if disk.marks & !(1 << owner) != 0 {
         return Err(format!("somebody else has written on the disk of lease {lease}"));
     }
@@ -111,80 +145,10 @@ fn promises_are_kept(world: &World, desk: &Desk, vm: usize) -> Result<(), String
     let Some(lease) = lease.filter(|lease| lease.is_granted() && usize::from(lease.vm) == vm) else {
         return Err(format!("VM {vm} does not have lease {}, as it was told", promise.lease));
     };
-    let disk = lease.granted().and_then(|granted| disk(world, granted.device));
-    if disk.map(|disk| disk.marks) != Some(u8::from(promise.written) << vm) {
+    // That what it shares is there, and that nobody writes on it, holds of all leases.
+    let Some(own) = lease.own_device() else { return Ok(()) };
+    if disk(world, own).map(|disk| disk.marks) != Some(u8::from(promise.written) << vm) {
         return Err(format!("what VM {vm} has written on the disk of lease {} is lost", lease.lease));
     }
     Ok(())
-}
-
-/// Left alone, calls end and the reclaimer does what it can; then there is nothing that nobody wants, and when the
-/// launchers have closed their devices, every VM can have a disk. Adds the worlds on the way to `settled`, which are known
-/// to come to that.
-pub(super) fn settles(
-    mut world: World,
-    desk: &mut Desk,
-    flaw: Option<Flaw>,
-    settled: &mut HashSet<u128>,
-) -> Result<(), String> {
-    for _ in 0..MOST_STEPS_TO_REST {
-        if !settled.insert(fingerprint(&world)) {
-            return Ok(());
-        }
-        broken(&world, desk)?;
-        if let Some(next) = left_alone(&world, desk, flaw)? {
-            world = next;
-            continue;
-        }
-        nothing_without_owner(&world, desk)?;
-        if world.launchers.iter().all(|launcher| launcher.open.is_none()) {
-            return (0..VMS as u8).try_for_each(|vm| everybody_is_served(&world, desk, vm));
-        }
-        world.launchers.iter_mut().for_each(|launcher| launcher.open = None);
-    }
-    Err("it does not come to rest".into())
-}
-
-/// The next thing that is done if nobody asks for anything; `None` if there is nothing left to do.
-fn left_alone(world: &World, desk: &mut Desk, flaw: Option<Flaw>) -> Result<Option<World>, String> {
-    let mut steps: Vec<Step> = (0..world.calls.len()).map(Step::Proceed).collect();
-    world.reclaimers_steps(desk, &mut steps);
-    for step in steps {
-        let next = world.after(desk, step, flaw)?;
-        if next != *world {
-            return Ok(Some(next));
-        }
-    }
-    Ok(None)
-}
-
-fn nothing_without_owner(world: &World, desk: &Desk) -> Result<(), String> {
-    let idle = world.calls.iter().all(|call| *call == Call::None) && world.reclaimer == Reclaimer::Idle;
-    if !idle {
-        return Err("something is still under way".into());
-    }
-    for lease in 0..world.made {
-        let device = world.device_of(lease);
-        let open = device.is_some() && world.launchers.iter().any(|launcher| launcher.open == device);
-        let view = desk.view(world.book).get(lease);
-        let held = view.is_some_and(LeaseView::is_granted);
-        if view.is_some_and(|view| view.stand == Stand::Preparing) {
-            return Err(format!("lease {lease} is being made for ever"));
-        }
-        if (device.is_some(), world.containerd_leases & (1 << lease) != 0) != (held || open, held || open) {
-            return Err(format!("a remainder of lease {lease} stays for ever"));
-        }
-    }
-    Ok(())
-}
-
-fn everybody_is_served(world: &World, desk: &mut Desk, vm: u8) -> Result<(), String> {
-    // Of the image that its lease is of, if it has one.
-    let held = desk.view(world.book).leases.iter().find(|lease| lease.vm == vm && lease.is_held());
-    let fresh = held.is_some_and(|held| held.image != Wish { vm, fresh: false, named: false }.image());
-    let wish = Wish { vm, fresh, named: false };
-    match desk.ask(world.book, Op::Acquire(wish, world.made), world.clock)?.1 {
-        Answer::New(_) | Answer::Existing(_) => Ok(()),
-        Answer::Done | Answer::Refused => Err(format!("VM {vm} cannot have a disk")),
-    }
 }

@@ -1,34 +1,45 @@
 //! The book as its own model: the real one, with the service, containerd, the kernel and launchers played around it, taken
-//! through every order in which two clients, two VMs, the reclaimer, time, crashes and power cuts can come.
+//! through every order in which two clients, two VMs with disks of their own or with one that they share, the reclaimer, time,
+//! crashes and power cuts can come.
 //!
 //! ```text
-//! search ──► world, play: who can do what, and what it does ──► desk: asks the book ──► Book
-//!    └─────► invariants: what holds in every state, and what becomes of it when it is left alone
+//! search ──► world: who can do what ──► play, sharing, reclaiming: what it does ──► desk: asks the book ──► Book
+//!    ├─────► invariants: what holds in every state
+//!    └─────► rest: what becomes of it when it is left alone
 //! ```
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
 
+mod asks;
 mod desk;
+mod flaws;
 mod invariants;
 mod play;
+mod reclaiming;
+mod rest;
 mod search;
+mod sharing;
 mod view;
 mod world;
 
 use std::time::Instant;
 
-use desk::BookFlaw;
+use asks::Sharing;
+use flaws::{BookFlaw, Flaw};
 use search::{Seen, explore};
-use world::{Bounds, Flaw};
+use world::Bounds;
 
 /// Deeper than any world goes.
 const TO_THE_END: usize = 1_000;
 
-const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false };
+const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false, sharing: Sharing::Nobody };
 
-/// How deep a world is explored that is too wide for its end: COWSHED_DEPTH says it otherwise.
+/// A lease of each VM, and one of what they share.
+const SHARED: Bounds = Bounds { leases: 3, sharing: Sharing::Both, ..NARROW };
+
+/// How deep a world is explored that is too wide for its end: so deep, and deeper if COWSHED_DEPTH says so.
 fn as_deep_as(steps: usize) -> usize {
-    std::env::var("COWSHED_DEPTH").map_or(steps, |text| text.parse().unwrap())
+    std::env::var("COWSHED_DEPTH").map_or(steps, |text| steps.max(text.parse().unwrap()))
 }
 
 fn explored(bounds: Bounds, depth: usize) -> Seen {
@@ -62,8 +73,45 @@ fn a_vm_that_comes_back_while_others_come_and_go_keeps_what_it_has() {
 
 #[test]
 fn everything_together_keeps_every_promise() {
-    let seen = explored(Bounds { leases: 4, boots: 3, up: 4, names: true }, as_deep_as(7));
+    let seen = explored(Bounds { leases: 4, boots: 3, up: 4, names: true, ..NARROW }, as_deep_as(7));
     assert!(seen.states > 50_000, "{seen}");
+}
+
+#[test]
+fn what_vms_share_is_there_as_long_as_one_of_them_does() {
+    let seen = explored(SHARED, TO_THE_END);
+    assert!(seen.all && seen.states > 80_000, "{seen}");
+}
+
+#[test]
+fn what_vms_share_outlives_time_crashes_and_a_power_cut() {
+    let seen = explored(Bounds { boots: 2, up: 3, ..SHARED }, as_deep_as(11));
+    assert!(seen.all || seen.states > 70_000, "{seen}");
+}
+
+#[test]
+fn what_was_shared_goes_and_is_shared_anew() {
+    let seen = explored(Bounds { leases: 5, ..SHARED }, as_deep_as(8));
+    assert!(seen.all || seen.states > 50_000, "{seen}");
+}
+
+#[test]
+fn what_is_shared_and_what_is_not_do_not_meet() {
+    let seen = explored(Bounds { sharing: Sharing::One, ..SHARED }, TO_THE_END);
+    assert!(seen.all && seen.states > 200_000, "{seen}");
+}
+
+#[test]
+fn a_scratch_disk_goes_with_its_vm_and_what_is_shared_stays() {
+    let seen = explored(Bounds { sharing: Sharing::AndScratch, ..SHARED }, TO_THE_END);
+    assert!(seen.all && seen.states > 100_000, "{seen}");
+}
+
+fn is_found(flaw: Flaw, bounds: Bounds, what: &str) {
+    match explore(bounds, TO_THE_END, Some(flaw)) {
+        Ok(seen) => panic!("{flaw:?} is not found: {seen}"),
+        Err(found) => assert!(found.what.ends_with(what), "{flaw:?}: {found}"),
+    }
 }
 
 #[test]
@@ -85,9 +133,30 @@ fn a_flaw_is_found() {
         (Flaw::LeavesHalfMade, NARROW, "lease 0 is being made for ever"),
         (Flaw::UsesNamesAgain, NARROW, "VM 0 was given the disk of lease 1"),
     ] {
-        match explore(bounds, TO_THE_END, Some(flaw)) {
-            Ok(seen) => panic!("{flaw:?} is not found: {seen}"),
-            Err(found) => assert!(found.what.ends_with(what), "{flaw:?}: {found}"),
-        }
+        is_found(flaw, bounds, what);
+    }
+}
+
+/// Lease 0 is that of what is shared, lease 1 that of whoever was the first to share it.
+#[test]
+fn a_flaw_of_what_is_shared_is_found() {
+    for (flaw, what) in [
+        (Flaw::TakesWhatIsSharedForClosed, "the device that VM 0 has open is removed"),
+        (Flaw::RemovesOpenDevices, "the device that VM 0 has open is removed"),
+        (Flaw::RemovesWhatIsBeingMade, "the snapshot of lease 0 is without a lease in containerd"),
+        (Flaw::LeavesSharedHalfMade, "what is to be shared is half made already"),
+        (Flaw::SharesWhatCanBeWritten, "the disk of lease 0 can be written by who must not, or by nobody"),
+        (
+            Flaw::Book(BookFlaw::GrantsWhatIsNotSharedYet),
+            "lease 1 is granted, and lease 0, which it shares, is not",
+        ),
+        (
+            Flaw::Book(BookFlaw::RemovesWhatIsShared),
+            "a lease shares the device of lease 00000000000000000000000000000000, which is not there",
+        ),
+        (Flaw::Book(BookFlaw::KeepsWhatNobodyShares), "lease 0 is there for ever, and nobody shares it"),
+        (Flaw::Book(BookFlaw::ReleasesWhatOthersShare), "lease 0 is released, and lease 1 shares it"),
+    ] {
+        is_found(flaw, SHARED, what);
     }
 }

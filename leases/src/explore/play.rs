@@ -1,12 +1,12 @@
 //! What every step does, and what it must not do to what somebody was promised.
 
 use super::{
-    desk::{
-        Answer, BOOT_GRACE_STEPS, Clock, Desk, EXPIRED_GRACE_STEPS, Op, Return, TTL_STEPS, Which, Wish,
-        moment,
-    },
-    view::Stand,
-    world::{CLIENTS, Call, Disk, Flaw, Promise, Reclaimer, Step, World},
+    asks::{Return, Which, Wish},
+    desk::{Answer, BOOT_GRACE_STEPS, Clock, Desk, EXPIRED_GRACE_STEPS, Op, TTL_STEPS},
+    flaws::Flaw,
+    reclaiming::is_left_half_made,
+    view::{LeaseView, Stand},
+    world::{CLIENTS, Call, Disk, Flight, MOST_FLIGHTS, Promise, Reclaimer, Step, World},
 };
 
 impl World {
@@ -16,10 +16,13 @@ impl World {
             Step::Acquire(wish) => self.acquire(desk, wish)?,
             Step::Proceed(client) => self.calls[client] = self.proceed(desk, self.calls[client], flaw)?,
             Step::Fail(client) => {
-                if let Call::Intended(_, lease) | Call::Leased(_, lease) | Call::Prepared(_, lease) =
-                    std::mem::replace(&mut self.calls[client], Call::None)
-                {
-                    self.fail(desk, lease)?;
+                let call = std::mem::replace(&mut self.calls[client], Call::None);
+                call.makes().into_iter().try_for_each(|(_, lease)| self.fail(desk, lease))?;
+            }
+            Step::Provide(n) => self.flights[n] = self.provide(desk, self.flights[n], flaw)?,
+            Step::FailToProvide(n) => {
+                if let Some(shared) = self.flights[n].provides() {
+                    self.flights[n] = self.fail_to_provide(desk, shared)?;
                 }
             }
             Step::Release(back) => self.release(desk, back)?,
@@ -37,12 +40,13 @@ impl World {
             Step::Look(lease) => self.look(desk, lease, flaw)?,
             Step::Reclaim => self.reclaimer = self.reclaim(desk, flaw)?,
         }
-        // It does not matter which client is which.
+        // It does not matter which client is which, nor which flight.
         self.calls.sort_unstable();
+        self.flights.sort_unstable();
         Ok(self)
     }
 
-    fn ask(&mut self, desk: &mut Desk, op: Op) -> Result<Answer, String> {
+    pub(super) fn ask(&mut self, desk: &mut Desk, op: Op) -> Result<Answer, String> {
         let (book, answer) = desk.ask(self.book, op, self.clock)?;
         self.book = book;
         Ok(answer)
@@ -51,17 +55,24 @@ impl World {
     /// And starts again: what was half made is given up before anything is served.
     fn crash(&mut self, desk: &mut Desk, flaw: Option<Flaw>) -> Result<(), String> {
         self.calls = [Call::None; CLIENTS];
+        self.flights = [Flight::None; MOST_FLIGHTS];
         self.reclaimer = Reclaimer::Idle;
         self.ask(desk, Op::Load)?;
         let leases = desk.view(self.book).leases.iter();
-        let half_made = leases.filter(|lease| lease.stand == Stand::Preparing).map(|lease| lease.lease);
-        let half_made: Vec<u8> = half_made.filter(|_| flaw != Some(Flaw::LeavesHalfMade)).collect();
-        half_made.into_iter().try_for_each(|lease| self.fail(desk, lease))
+        let half_made: Vec<u8> =
+            leases.filter(|lease| is_left_half_made(lease, flaw)).map(|lease| lease.lease).collect();
+        let mut backwards = *self;
+        half_made.iter().rev().try_for_each(|lease| backwards.fail(desk, *lease))?;
+        half_made.iter().try_for_each(|lease| self.fail(desk, *lease))?;
+        if *self == backwards { Ok(()) } else { Err("it matters what is given up first".into()) }
     }
 
     fn open(&mut self, vm: usize, device: u8) {
         let Some(disk) = &mut self.disks[usize::from(device)] else { return };
         self.launchers[vm].open = Some(device);
+        if disk.read_only {
+            return;
+        }
         disk.marks |= 1 << vm;
         if let Some(promise) = self.promises[vm].as_mut().filter(|promise| promise.lease == disk.lease) {
             promise.written = true;
@@ -78,7 +89,7 @@ impl World {
             Answer::New(_) if known.is_some() => return Err("a request that came again makes a lease".into()),
             Answer::New(_) if promise.is_some() && !replaces => return Err("a VM gets a second lease".into()),
             Answer::New(lease) => {
-                self.made += 1;
+                self.made = lease + 1;
                 self.promises[vm] = None;
                 if wish.named {
                     self.acquired[vm] = Some(lease);
@@ -105,7 +116,11 @@ impl World {
         let unleased = flaw == Some(Flaw::PreparesUnleased);
         match call {
             Call::None => {}
-            Call::Intended(wish, lease) => {
+            Call::Intended(wish, _) if wish.shares() => return Ok(self.join(desk, call)),
+            Call::Waiting(..) => return Ok(self.wait(call, flaw)),
+            Call::Shared(wish, lease) if !wish.has_scratch() => self.confirm(desk, wish, lease)?,
+            Call::Unshared(_, lease) => self.fail(desk, lease)?,
+            Call::Intended(wish, lease) | Call::Shared(wish, lease) => {
                 if unleased {
                     self.prepare(wish, lease, flaw);
                 } else {
@@ -136,17 +151,24 @@ impl World {
     fn prepare(&mut self, wish: Wish, lease: u8, flaw: Option<Flaw>) {
         let free = self.disks.iter().position(Option::is_none);
         let name = if flaw == Some(Flaw::UsesNamesAgain) { free } else { Some(usize::from(lease)) };
-        let disk = Disk { lease, image: wish.image(), marks: 0 };
+        let disk = Disk { lease, image: wish.image(), marks: 0, read_only: false };
         name.into_iter().for_each(|name| self.disks[name] = Some(disk));
     }
 
     fn confirm(&mut self, desk: &mut Desk, wish: Wish, lease: u8) -> Result<(), String> {
-        let device = self.device_of(lease);
-        let Some((device, disk)) = device.and_then(|n| Some((n, self.disks[usize::from(n)]?))) else {
+        let root = if wish.shares() { desk.shared_by(self.book, lease) } else { Some(lease) };
+        // Who has failed meanwhile shares nothing any more.
+        let Some(root) = root else { return self.fail(desk, lease) };
+        let Some((device, disk)) = self.disk_of(root) else {
             return Err("what is being made is removed".into());
         };
-        if self.ask(desk, Op::Grant { lease, device, image: disk.image })? == Answer::Done {
-            self.launchers[usize::from(wish.vm)].given |= 1 << device;
+        let scratch = self.device_of(lease).filter(|_| wish.has_scratch());
+        if wish.has_scratch() && scratch.is_none() {
+            return Err("what is being made is removed".into());
+        }
+        if self.ask(desk, Op::Grant { lease, device, image: disk.image, scratch })? == Answer::Done {
+            let given = [Some(device), scratch].into_iter().flatten().fold(0, |bits, n| bits | 1 << n);
+            self.launchers[usize::from(wish.vm)].given |= given;
             return self.promise(wish.vm, lease);
         }
         // It was released meanwhile, or the device is another's.
@@ -178,7 +200,7 @@ impl World {
         Ok(())
     }
 
-    fn fail(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
+    pub(super) fn fail(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
         self.ask(desk, Op::Fail(lease))?;
         let failed = desk.view(self.book).get(lease).is_some_and(|l| matches!(l.stand, Stand::Failed { .. }));
         for acquired in self.acquired.iter_mut().filter(|acquired| failed && **acquired == Some(lease)) {
@@ -213,79 +235,14 @@ impl World {
 
     fn renew(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
         let whose = self.promises.iter().position(|promise| promise.is_some_and(|p| p.lease == lease));
+        let is_shared = desk.view(self.book).get(lease).is_some_and(LeaseView::is_of_image);
         match (self.ask(desk, Op::Renew(lease))?, whose) {
             (Answer::Done, Some(vm)) => self.promise(vm as u8, lease),
-            (Answer::Done, None) => Err("a lease is renewed that is nobody's any more".into()),
+            (Answer::Done, None) if !is_shared => Err("a lease is renewed that is nobody's any more".into()),
+            (Answer::Done, None) => Ok(()),
             (_, Some(_)) => Err("a lease that was promised cannot be renewed".into()),
             (_, None) => Ok(()),
         }
-    }
-
-    fn look(&mut self, desk: &Desk, lease: u8, flaw: Option<Flaw>) -> Result<(), String> {
-        let Some(found) = desk.lease(self.book, lease) else { return Ok(()) };
-        let open = self.is_open(lease);
-        let ahead = EXPIRED_GRACE_STEPS.max(BOOT_GRACE_STEPS) * u8::from(flaw == Some(Flaw::GivesUpEarly));
-        let now = moment(Clock { up: self.clock.up + ahead, ..self.clock });
-        if found.is_overdue(&now) && (!open || flaw == Some(Flaw::GivesUpOnOpenDevices)) {
-            if open {
-                return Err("a lease is given up whose device is open".into());
-            }
-            self.reclaimer = Reclaimer::Overdue(lease);
-        }
-        let at_work = self.is_being_made(lease) && flaw != Some(Flaw::RemovesWhatIsBeingMade);
-        if found.is_to_be_reclaimed() && !at_work && !open {
-            self.reclaimer = Reclaimer::ToReclaim(lease);
-        }
-        Ok(())
-    }
-
-    fn reclaim(&mut self, desk: &mut Desk, flaw: Option<Flaw>) -> Result<Reclaimer, String> {
-        Ok(match self.reclaimer {
-            Reclaimer::Idle => Reclaimer::Idle,
-            Reclaimer::Overdue(lease) => {
-                self.give_up_on(desk, lease, flaw)?;
-                Reclaimer::Idle
-            }
-            Reclaimer::ToReclaim(lease) if flaw == Some(Flaw::StrikesOffFirst) => {
-                self.ask(desk, Op::Remove(lease))?;
-                Reclaimer::Idle
-            }
-            // Who removes the device sees whether it is open, and nobody opens it meanwhile.
-            Reclaimer::ToReclaim(lease) if self.is_open(lease) && flaw != Some(Flaw::RemovesOpenDevices) => {
-                Reclaimer::Idle
-            }
-            Reclaimer::ToReclaim(lease) => {
-                self.device_of(lease).into_iter().for_each(|device| self.disks[usize::from(device)] = None);
-                Reclaimer::Unsnapshotted(lease)
-            }
-            Reclaimer::Unsnapshotted(lease) => {
-                self.containerd_leases &= !(1 << lease);
-                Reclaimer::Unleased(lease)
-            }
-            Reclaimer::Unleased(lease) => {
-                self.ask(desk, Op::Remove(lease))?;
-                Reclaimer::Idle
-            }
-        })
-    }
-
-    fn give_up_on(&mut self, desk: &mut Desk, lease: u8, flaw: Option<Flaw>) -> Result<(), String> {
-        let now = self.clock;
-        if flaw == Some(Flaw::GivesUpEarly) {
-            self.clock.up += EXPIRED_GRACE_STEPS.max(BOOT_GRACE_STEPS);
-        }
-        self.ask(desk, Op::GiveUpOn(lease))?;
-        self.clock = now;
-        let held = desk.view(self.book).get(lease).is_some_and(|lease| lease.is_held());
-        let promised =
-            |promise: &&mut Option<Promise>| !held && promise.is_some_and(|promise| promise.lease == lease);
-        for promise in self.promises.iter_mut().filter(promised) {
-            if promise.is_some_and(|promise| !promise.is_over(now)) {
-                return Err("a lease is given up before its grace is over".into());
-            }
-            *promise = None;
-        }
-        Ok(())
     }
 }
 
@@ -296,7 +253,7 @@ impl Promise {
     }
 
     /// Whether it has to be kept no longer, if the device is closed.
-    fn is_over(&self, now: Clock) -> bool {
+    pub(super) fn is_over(&self, now: Clock) -> bool {
         if self.boot == now.boot {
             self.until.is_some_and(|until| until + EXPIRED_GRACE_STEPS <= now.up)
         } else {

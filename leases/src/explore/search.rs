@@ -8,8 +8,10 @@ use std::{
 
 use super::{
     desk::Desk,
-    invariants::{broken, settles},
-    world::{Bounds, Flaw, Step, World},
+    flaws::Flaw,
+    invariants::broken,
+    rest::settles,
+    world::{Bounds, Step, World},
 };
 
 /// What was seen.
@@ -116,7 +118,7 @@ impl Search {
             return Ok(());
         }
         broken(&world, &self.desk).map_err(|what| self.violation(what, origin))?;
-        settles(world, &mut self.desk, self.flaw, &mut self.settled)
+        settles(world, &mut self.desk, (self.bounds.sharing, self.flaw), &mut self.settled)
             .map_err(|what| self.violation(format!("when it is left alone, {what}"), origin))?;
         next.push((self.origins.len() as u32, world));
         self.origins.push(origin);

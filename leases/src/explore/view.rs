@@ -1,10 +1,13 @@
 //! All of a book that anything is decided by, small enough to compare.
 
-use super::desk::number_of;
+use super::{desk::number_of, world::VMS};
 use crate::{
-    Book, BootId, Grant, Kind, Lease, Request, RequestId, Spec, State, Stored, Suspicion, Term, Ttl, Uptime,
-    book::tests::stored,
+    Book, BootId, Grant, Kind, Lease, Mode, Request, RequestId, Spec, State, Stored, Suspicion, Term, Ttl,
+    Uptime, book::tests::stored,
 };
+
+/// In whose name what is shared is held: the number after those of VMs.
+pub(super) const IMAGE: u8 = VMS as u8;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct View {
@@ -19,6 +22,10 @@ pub(super) struct LeaseView {
     pub(super) lease: u8,
     pub(super) vm: u8,
     pub(super) image: u8,
+    mode: Mode,
+    scratch: bool,
+    /// The lease whose device it shares.
+    pub(super) shares: Option<u8>,
     generation: u64,
     ttl: Option<Ttl>,
     boot: BootId,
@@ -39,6 +46,8 @@ pub(super) enum Stand {
 pub(super) struct Granted {
     pub(super) device: u8,
     pub(super) image: u8,
+    /// The device of its scratch disk.
+    scratch: Option<u8>,
 }
 
 impl View {
@@ -59,6 +68,11 @@ impl View {
         self.leases.iter().find(|view| view.lease == lease)
     }
 
+    /// What shares the device of this lease.
+    pub(super) fn sharers(&self, shared: u8) -> impl Iterator<Item = &LeaseView> {
+        self.leases.iter().filter(move |lease| lease.shares == Some(shared))
+    }
+
     pub(super) fn holds(&self, vm: u8) -> bool {
         self.leases.iter().any(|lease| lease.vm == vm && lease.is_held())
     }
@@ -66,8 +80,8 @@ impl View {
 
 impl LeaseView {
     fn of(lease: &Lease) -> Self {
-        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, shares: _, state } = lease;
-        let (Term { ttl, boot, until }, Spec { image, platform: _, mode: _, scratch: _ }) = (*term, spec);
+        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, shares, state } = lease;
+        let (Term { ttl, boot, until }, Spec { image, platform: _, mode, scratch }) = (*term, spec);
         let stand = match state {
             State::Preparing => Stand::Preparing,
             State::Granted(grant) => Stand::Granted(Granted::of(grant)),
@@ -82,9 +96,19 @@ impl LeaseView {
             }
             State::Failed { failure: _, since: _, cleared } => Stand::Failed { cleared: *cleared },
         };
-        let vm = last_digit(vm.as_str());
-        let lease = number_of(id);
-        Self { lease, vm, image: last_digit(image), generation: generation.0, ttl, boot, until, stand }
+        Self {
+            lease: number_of(id),
+            vm: if vm.is_image() { IMAGE } else { last_digit(vm.as_str()) },
+            image: last_digit(image),
+            mode: *mode,
+            scratch: scratch.is_some(),
+            shares: shares.as_ref().map(number_of),
+            generation: generation.0,
+            ttl,
+            boot,
+            until,
+            stand,
+        }
     }
 
     /// What its VM has, or had.
@@ -94,6 +118,21 @@ impl LeaseView {
             Stand::Releasing(granted) => granted.as_ref(),
             Stand::Preparing | Stand::Failed { .. } => None,
         }
+    }
+
+    /// The device that goes with it.
+    pub(super) fn own_device(&self) -> Option<u8> {
+        let granted = self.granted()?;
+        if self.shares.is_some() { granted.scratch } else { Some(granted.device) }
+    }
+
+    /// Whether it has a snapshot of its own, and so a lease of containerd's, once it is granted.
+    pub(super) fn has_own_device(&self) -> bool {
+        self.shares.is_none() || self.scratch
+    }
+
+    pub(super) fn is_of_image(&self) -> bool {
+        self.vm == IMAGE
     }
 
     pub(super) fn is_granted(&self) -> bool {
@@ -107,7 +146,8 @@ impl LeaseView {
 
 impl Granted {
     fn of(grant: &Grant) -> Self {
-        Self { device: grant.device.thin_id as u8, image: last_digit(&grant.image_digest) }
+        let scratch = grant.scratch.as_ref().map(|scratch| scratch.device.thin_id as u8);
+        Self { device: grant.device.thin_id as u8, image: last_digit(&grant.image_digest), scratch }
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | the book as it is written down, containerd's leases, snapshots with their content | no | no |
 //! | which devices are open, the uptime | no | yes |
-//! | calls under way, the reclaimer | yes | yes |
+//! | calls under way, the making of what is shared, the reclaimer | yes | yes |
 //!
 //! An effect and what is written down of it are two steps, so that a crash or somebody else's step comes between any two.
 //! What is one step here is one transaction there, with these exceptions, which leave nothing out:
@@ -17,15 +17,23 @@
 //!   old when the lease is kept.
 //! - Recovery is one step with the start: it asks nobody but the book, and nothing is served before it is done. If it is
 //!   broken off, the next one does the rest.
-//! - Who opens a device writes on it.
+//! - Who looks at what is shared, and finds it granted, tells all who wait for it at once; each is granted it in a step of
+//!   its own.
+//! - Who opens a device writes on it, unless the kernel refuses. A launcher has one device open at a time.
 //! - Which of the two clients does something does not matter.
 
-use super::desk::{BookFlaw, Clock, Desk, Return, Which, Wish};
+use super::{
+    asks::{Return, Sharing, Which, Wish},
+    desk::{Clock, Desk},
+    view::LeaseView,
+};
 
 pub(super) const VMS: usize = 2;
 pub(super) const CLIENTS: usize = 2;
 /// Room for so many leases in one run.
 pub(super) const MOST_LEASES: usize = 6;
+/// What is shared is made by one flight, and every two have a lease between them that shares what the first one makes.
+pub(super) const MOST_FLIGHTS: usize = MOST_LEASES / 2;
 
 /// How far a run may go.
 #[derive(Clone, Copy, Debug)]
@@ -38,32 +46,7 @@ pub(super) struct Bounds {
     pub(super) up: u8,
     /// Whether requests for VM 0 have names.
     pub(super) names: bool,
-}
-
-/// What is wrong with the service on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flaw {
-    Book(BookFlaw),
-    /// Who removes a device does not ask once more whether it is open.
-    RemovesOpenDevices,
-    /// The reclaimer does not ask whether somebody is at work.
-    RemovesWhatIsBeingMade,
-    /// The reclaimer strikes a lease off before it clears it away.
-    StrikesOffFirst,
-    /// The reclaimer gives up on what is open.
-    GivesUpOnOpenDevices,
-    /// The reclaimer gives up on what has just become Suspect.
-    GivesUpEarly,
-    /// The snapshot is made before containerd's lease.
-    PreparesUnleased,
-    /// An acquire that has found a lease does not ask whether it is still there.
-    AnswersWhatItFound,
-    /// Success is said before it is written down.
-    AnswersBeforeItWrites,
-    /// What a crash has left half made is left so.
-    LeavesHalfMade,
-    /// A device gets the name of one that is gone.
-    UsesNamesAgain,
+    pub(super) sharing: Sharing,
 }
 
 /// A snapshot, its device and what is on it.
@@ -73,6 +56,8 @@ pub(super) struct Disk {
     pub(super) image: u8,
     /// The VMs that have written on it, a bit each.
     pub(super) marks: u8,
+    /// Whether the kernel refuses every write.
+    pub(super) read_only: bool,
 }
 
 /// An acquire under way.
@@ -81,6 +66,12 @@ pub(super) enum Call {
     None,
     /// The intent is written down.
     Intended(Wish, u8),
+    /// What it is to share, this lease, is looked at, or made.
+    Waiting(Wish, u8, u8),
+    /// That is there.
+    Shared(Wish, u8),
+    /// That is not to be had.
+    Unshared(Wish, u8),
     /// containerd has a lease for it.
     Leased(Wish, u8),
     /// There is a snapshot.
@@ -89,10 +80,25 @@ pub(super) enum Call {
     Found(Wish, u8),
 }
 
+/// Looks at what is shared, or makes it, for all who wait for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Flight {
+    None,
+    Begun(u8),
+    /// It is to be made.
+    Making(u8),
+    /// containerd has a lease for it.
+    Leased(u8),
+    /// There is a view.
+    Viewed(u8),
+}
+
 /// The reclaimer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Reclaimer {
     Idle,
+    /// It saw that this lease is being prepared and nobody does it.
+    HalfMade(u8),
     /// It saw that the grace of this lease is over and its device closed.
     Overdue(u8),
     /// It saw that this lease is to be reclaimed and its device closed.
@@ -134,6 +140,7 @@ pub(super) struct World {
     /// The leases that containerd has one for, a bit each.
     pub(super) containerd_leases: u8,
     pub(super) calls: [Call; CLIENTS],
+    pub(super) flights: [Flight; MOST_FLIGHTS],
     pub(super) reclaimer: Reclaimer,
     pub(super) launchers: [Launcher; VMS],
     pub(super) promises: [Option<Promise>; VMS],
@@ -151,6 +158,10 @@ pub(super) enum Step {
     Proceed(usize),
     /// It does not succeed.
     Fail(usize),
+    /// The next effect of this flight.
+    Provide(usize),
+    /// It does not succeed.
+    FailToProvide(usize),
     Release(Return),
     Renew(u8),
     /// This VM opens this device and writes on it.
@@ -175,6 +186,7 @@ impl World {
             disks: [None; MOST_LEASES],
             containerd_leases: 0,
             calls: [Call::None; CLIENTS],
+            flights: [Flight::None; MOST_FLIGHTS],
             reclaimer: Reclaimer::Idle,
             launchers: [Launcher { given: 0, open: None }; VMS],
             promises: [None; VMS],
@@ -194,6 +206,8 @@ impl World {
         }
         self.launchers_steps(&mut steps);
         self.calls_steps(&mut steps);
+        let flights = (0..MOST_FLIGHTS).filter(|flight| self.flights[*flight] != Flight::None);
+        steps.extend(flights.flat_map(|flight| [Step::Provide(flight), Step::FailToProvide(flight)]));
         self.calls_that_may_come(bounds, &mut steps);
         self.reclaimers_steps(desk, &mut steps);
         steps
@@ -214,10 +228,11 @@ impl World {
         for (client, call) in self.calls.iter().enumerate() {
             match call {
                 Call::None => {}
-                Call::Intended(..) | Call::Leased(..) | Call::Prepared(..) => {
+                Call::Waiting(..) => steps.push(Step::Fail(client)),
+                Call::Intended(..) | Call::Shared(..) | Call::Leased(..) | Call::Prepared(..) => {
                     steps.extend([Step::Proceed(client), Step::Fail(client)]);
                 }
-                Call::Found(..) => steps.push(Step::Proceed(client)),
+                Call::Unshared(..) | Call::Found(..) => steps.push(Step::Proceed(client)),
             }
         }
     }
@@ -227,7 +242,9 @@ impl World {
             let names = if bounds.names && vm == 0 { &[false, true][..] } else { &[false] };
             for named in names.iter().copied() {
                 if self.calls.contains(&Call::None) {
-                    steps.extend([false, true].map(|fresh| Step::Acquire(Wish { vm, fresh, named })));
+                    let sharing = bounds.sharing;
+                    let wishes = [false, true].map(|fresh| Wish { vm, fresh, named, sharing });
+                    steps.extend(wishes.map(Step::Acquire));
                 }
                 steps.push(Step::Release(Return { vm, which: Which::Any, named }));
             }
@@ -248,11 +265,13 @@ impl World {
         }
     }
 
-    pub(super) fn is_being_made(&self, lease: u8) -> bool {
-        self.calls.iter().any(|call| match call {
-            Call::Intended(_, made) | Call::Leased(_, made) | Call::Prepared(_, made) => *made == lease,
-            Call::None | Call::Found(..) => false,
-        })
+    /// What is to be shared has a maker as long as whoever has intended it is at work, and while somebody provides it.
+    pub(super) fn is_being_made(&self, desk: &Desk, lease: u8) -> bool {
+        let is_shared = desk.view(self.book).get(lease).is_some_and(LeaseView::is_of_image);
+        // The lease after it was intended with it.
+        let by = if is_shared { lease + 1 } else { lease };
+        let is_made = |call: &Call| call.makes().is_some_and(|(_, made)| made == by);
+        self.calls.iter().any(is_made) || self.flights.iter().any(|flight| flight.provides() == Some(lease))
     }
 
     /// The device of this lease's snapshot.
@@ -261,8 +280,41 @@ impl World {
         disk.map(|device| device as u8)
     }
 
+    /// With what is on it.
+    pub(super) fn disk_of(&self, lease: u8) -> Option<(u8, Disk)> {
+        let device = self.device_of(lease)?;
+        Some((device, self.disks[usize::from(device)]?))
+    }
+
     pub(super) fn is_open(&self, lease: u8) -> bool {
         let device = self.device_of(lease);
         device.is_some() && self.launchers.iter().any(|launcher| launcher.open == device)
+    }
+}
+
+impl Call {
+    /// For what wish it makes which lease.
+    pub(super) fn makes(self) -> Option<(Wish, u8)> {
+        match self {
+            Self::None | Self::Found(..) => None,
+            Self::Intended(wish, lease)
+            | Self::Waiting(wish, lease, _)
+            | Self::Shared(wish, lease)
+            | Self::Unshared(wish, lease)
+            | Self::Leased(wish, lease)
+            | Self::Prepared(wish, lease) => Some((wish, lease)),
+        }
+    }
+}
+
+impl Flight {
+    /// Which lease's device.
+    pub(super) fn provides(self) -> Option<u8> {
+        match self {
+            Self::None => None,
+            Self::Begun(shared) | Self::Making(shared) | Self::Leased(shared) | Self::Viewed(shared) => {
+                Some(shared)
+            }
+        }
     }
 }
