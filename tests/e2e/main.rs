@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod guest;
 mod held;
 mod identity;
 mod images;
@@ -33,11 +34,12 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     // Another snapshotter is not ours to test.
     let own = if support::cow::snapshotter() == "cowshed" { snapshotter::TESTS } else { &[] };
-    let groups: [(&str, &[Test]); 16] = [
+    let groups: [(&str, &[Test]); 17] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("terms", terms::TESTS),
+        ("guest", guest::TESTS),
         ("identity", identity::TESTS),
         ("watching", watching::TESTS),
         ("upkeep", upkeep::TESTS),
