@@ -2,6 +2,7 @@
 //! the lights go out; afterwards what was promised and what was committed is looked at.
 
 mod acks;
+mod answers;
 #[path = "../support/cowshed.rs"]
 mod cowshed;
 #[path = "../support/snapshots.rs"]
@@ -19,6 +20,7 @@ use std::{
 };
 
 use acks::{Acks, GONE};
+use answers::Answers;
 use clap::Parser;
 use containerd_client::services::v1::snapshots::{Info, Kind};
 use snapshots::{CONTAINERD, Snapshots};
@@ -42,6 +44,10 @@ struct Arguments {
     /// Calls that fail since somebody was killed are made again.
     #[arg(long)]
     tolerant: bool,
+    /// Cowshed is there all the time, if containerd is not: of launchers' calls only acquires may fail, and each is answered
+    /// within its deadline.
+    #[arg(long)]
+    cowshed_stays: bool,
     /// Only look at what was committed, through a fresh view each, and compare all with what was promised.
     #[arg(long)]
     audit: bool,
@@ -295,9 +301,10 @@ async fn run(arguments: Arguments) -> Outcome<String> {
         tokio::spawn(keep_on(worker, until, arguments.tolerant))
     });
     let mut workers: Vec<_> = workers.collect();
+    let answers = Answers::new(arguments.cowshed_stays);
     for n in 0..TENANTS {
         let tenant = loop {
-            match Tenant::new(n, arguments.seed, acks.clone()).await {
+            match Tenant::new(n, arguments.seed, acks.clone(), answers.clone()).await {
                 // Somebody was killed just then.
                 Err(_) if arguments.tolerant => tokio::time::sleep(Duration::from_millis(100)).await,
                 tenant => break tenant?,
@@ -311,7 +318,7 @@ async fn run(arguments: Arguments) -> Outcome<String> {
         done += worker.await??;
     }
     beside.await?;
-    Ok(format!("{done} operations"))
+    Ok(format!("{done} operations, {answers}"))
 }
 
 #[tokio::main]

@@ -9,6 +9,7 @@ use tonic::{Code, Status, transport::Channel};
 use crate::{
     Busy, Dice, MARK_AT, MARK_BYTES, Outcome,
     acks::{self, Acks, GONE},
+    answers::{Answers, Kind},
     cowshed, mark,
 };
 
@@ -21,6 +22,7 @@ const PREFIX: &str = "tenant-";
 pub(crate) struct Tenant {
     client: CowshedClient<Channel>,
     acks: Acks,
+    answers: Answers,
     vms: Vec<String>,
     dice: Dice,
     run: u64,
@@ -60,10 +62,11 @@ fn read_marks(lease: &v1::Lease) -> Outcome<Vec<u8>> {
 }
 
 impl Tenant {
-    pub(crate) async fn new(number: u64, seed: u64, acks: Acks) -> Outcome<Self> {
+    pub(crate) async fn new(number: u64, seed: u64, acks: Acks, answers: Answers) -> Outcome<Self> {
         let mut tenant = Self {
             client: client().await?,
             acks,
+            answers,
             vms: (0..VMS).map(|n| format!("{PREFIX}{number}-{n}")).collect(),
             dice: Dice((seed + 1) * 0x5851_f42d + number),
             run: seed,
@@ -102,8 +105,8 @@ impl Tenant {
             request_id: Some(format!("{vm}-{}-{}", self.run, self.count)),
             ..v1::AcquireRequest::default()
         };
-        let lease =
-            self.client.acquire(request).await?.into_inner().lease.ok_or("a reply without a lease")?;
+        let asked = self.client.acquire(self.answers.request(request));
+        let lease = self.answers.to(Kind::Acquire, asked).await?.lease.ok_or("a reply without a lease")?;
         if let Some(held) = held {
             if lease.lease_id != held.lease_id {
                 return Err(format!("VM {vm} held lease {} and got {}", held.lease_id, lease.lease_id).into());
@@ -124,13 +127,15 @@ impl Tenant {
             lease_id: Some(lease.lease_id.clone()),
             ..v1::ReleaseRequest::default()
         };
-        self.client.release(request).await?;
+        let asked = self.client.release(self.answers.request(request));
+        self.answers.to(Kind::Other, asked).await?;
         Ok(self.acks.done(&[(vm, GONE)])?)
     }
 
     async fn renew(&mut self, lease: &v1::Lease) -> Outcome {
-        self.client.renew(v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None }).await?;
-        Ok(())
+        let request = v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None };
+        let asked = self.client.renew(self.answers.request(request));
+        self.answers.to(Kind::Other, asked).await.map(drop)
     }
 
     async fn verify(&mut self, lease: &v1::Lease) -> Outcome {
@@ -146,7 +151,8 @@ impl Tenant {
             image_digest: lease.image_digest.clone(),
             ..v1::VerifyDeviceRequest::default()
         };
-        let reply = self.client.verify_device(request).await?.into_inner();
+        let asked = self.client.verify_device(self.answers.request(request));
+        let reply = self.answers.to(Kind::Other, asked).await?;
         if reply.verified { Ok(()) } else { Err(format!("{:?}", reply.differences).into()) }
     }
 }
