@@ -269,7 +269,7 @@ impl Scene {
 fn writes_on() -> Outcome {
     let configuration = "/etc/cowshed/cowshed.toml";
     let before = fs::read_to_string(configuration)?;
-    fs::write(configuration, format!("{before}\n[leases]\nexpired_grace_seconds = {GRACE}\n"))?;
+    sh(&format!("sed -i 's/^expired_grace_seconds = .*/expired_grace_seconds = {GRACE}/' {configuration}"))?;
     host("restart", "cowshed")?;
     wait_serving()?;
     let tested = the_story();

@@ -1,6 +1,7 @@
 //! How long launchers wait for answers, and which calls may fail.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -15,19 +16,20 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// How much later the answer may come on an emulated host.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// Whether a call needs containerd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is asked. Only an acquire needs containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Acquire,
-    Other,
+    Release,
+    Renew,
+    Verify,
 }
 
 #[derive(Default)]
 struct Told {
     calls: u64,
     failed: u64,
-    slowest: Duration,
-    slowest_other: Duration,
+    slowest: BTreeMap<Kind, Duration>,
 }
 
 /// What was answered to all launchers together.
@@ -69,8 +71,9 @@ impl Answers {
         self.count(kind, took, answer.is_ok());
         match answer {
             Ok(reply) => Ok(reply.into_inner()),
-            Err(status) if self.stays && kind == Kind::Other => {
-                Err(format!("refused after {took:?}, though containerd is not needed: {status}").into())
+            Err(status) if self.stays && kind != Kind::Acquire => {
+                Err(format!("{kind:?} refused after {took:?}, though containerd is not needed: {status}")
+                    .into())
             }
             Err(status) => Err(status.into()),
         }
@@ -80,10 +83,7 @@ impl Answers {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.calls += 1;
         told.failed += u64::from(!succeeded);
-        let slowest = match kind {
-            Kind::Acquire => &mut told.slowest,
-            Kind::Other => &mut told.slowest_other,
-        };
+        let slowest = told.slowest.entry(kind).or_default();
         *slowest = took.max(*slowest);
     }
 }
@@ -91,13 +91,7 @@ impl Answers {
 impl fmt::Display for Answers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        write!(
-            f,
-            "{} calls of launchers, {} failed, the slowest acquire answered after {:.1} s, the slowest other after {:.1} s",
-            told.calls,
-            told.failed,
-            told.slowest.as_secs_f32(),
-            told.slowest_other.as_secs_f32()
-        )
+        write!(f, "{} calls of launchers, {} failed, slowest answers:", told.calls, told.failed)?;
+        told.slowest.iter().try_for_each(|(kind, took)| write!(f, " {kind:?} {:.1} s", took.as_secs_f32()))
     }
 }

@@ -5,6 +5,8 @@ mod acks;
 mod answers;
 #[path = "../support/cowshed.rs"]
 mod cowshed;
+#[path = "../support/dice.rs"]
+mod dice;
 #[path = "../support/snapshots.rs"]
 mod snapshots;
 mod tenants;
@@ -23,6 +25,7 @@ use acks::{Acks, GONE};
 use answers::Answers;
 use clap::Parser;
 use containerd_client::services::v1::snapshots::{Info, Kind};
+use dice::Dice;
 use snapshots::{CONTAINERD, Snapshots};
 use tenants::Tenant;
 use tonic::{Code, Status};
@@ -64,18 +67,6 @@ const ENOUGH: usize = 12;
 /// Where on the disk the mark is, and how long: beyond what mkfs writes, several blocks of the pool.
 const MARK_AT: u64 = 300 << 20;
 const MARK_BYTES: usize = 256 << 10;
-
-/// xorshift: good enough to choose what is next.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % limit.max(1) as u64).unwrap_or(0)
-    }
-}
 
 /// What is written into the snapshot that is committed as `name`.
 fn mark(name: &str) -> Vec<u8> {

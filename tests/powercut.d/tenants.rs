@@ -7,10 +7,12 @@ use cowshed_proto::v1::{self, LeaseState, cowshed_client::CowshedClient, get_lea
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    Busy, Dice, MARK_AT, MARK_BYTES, Outcome,
+    Busy, MARK_AT, MARK_BYTES, Outcome,
     acks::{self, Acks, GONE},
     answers::{Answers, Kind},
-    cowshed, mark,
+    cowshed,
+    dice::Dice,
+    mark,
 };
 
 /// VMs of one launcher.
@@ -128,14 +130,14 @@ impl Tenant {
             ..v1::ReleaseRequest::default()
         };
         let asked = self.client.release(self.answers.request(request));
-        self.answers.to(Kind::Other, asked).await?;
+        self.answers.to(Kind::Release, asked).await?;
         Ok(self.acks.done(&[(vm, GONE)])?)
     }
 
     async fn renew(&mut self, lease: &v1::Lease) -> Outcome {
         let request = v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None };
         let asked = self.client.renew(self.answers.request(request));
-        self.answers.to(Kind::Other, asked).await.map(drop)
+        self.answers.to(Kind::Renew, asked).await.map(drop)
     }
 
     async fn verify(&mut self, lease: &v1::Lease) -> Outcome {
@@ -152,7 +154,7 @@ impl Tenant {
             ..v1::VerifyDeviceRequest::default()
         };
         let asked = self.client.verify_device(self.answers.request(request));
-        let reply = self.answers.to(Kind::Other, asked).await?;
+        let reply = self.answers.to(Kind::Verify, asked).await?;
         if reply.verified { Ok(()) } else { Err(format!("{:?}", reply.differences).into()) }
     }
 }
