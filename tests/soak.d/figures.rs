@@ -19,6 +19,8 @@ pub(crate) struct Figures {
     host: BTreeMap<String, u64>,
     pid: u64,
     descriptors: u64,
+    /// What they are.
+    kinds: String,
     resident: u64,
 }
 
@@ -51,17 +53,19 @@ echo "thin-devices $(dmsetup ls --target thin | grep -c ':' || true)"
 echo "mounts $(grep -c /dev/mapper/cowshed- /proc/mounts || true)"
 "#;
 
-/// The least of some seconds: a call that is under way has descriptors of its own.
+/// PID DESCRIPTORS RESIDENT-KIB, and what the descriptors are. The least of two minutes: connections that have been idle for
+/// so long are closed, and a call that is under way has descriptors of its own.
 const PROCESS: &str = r#"
 pid=$(cat /var/lib/cowshed/lock) fds=1000000 rss=1000000000
-for _ in $(seq 10); do
-  n=$(ls /proc/$pid/fd | wc -l)
+for _ in $(seq 60); do
+  open=$(find /proc/$pid/fd -type l -printf '%l\n' | sed -E 's/[0-9]+//g')
+  n=$(wc -l <<< "$open")
   r=$(awk '/^VmRSS/ { print $2 }' /proc/$pid/status)
-  [ "$n" -ge "$fds" ] || fds=$n
+  [ "$n" -ge "$fds" ] || { fds=$n; what=$(sort <<< "$open" | uniq -c | xargs); tcp=$(ss -tnpH | grep -c "pid=$pid," || true); }
   [ "$r" -ge "$rss" ] || rss=$r
-  sleep 1
+  sleep 2
 done
-echo "$pid $fds $rss"
+echo "$pid $fds $rss $what; TCP $tcp"
 "#;
 
 /// Releases everything, waits until all is at rest, and counts.
@@ -81,11 +85,11 @@ pub(crate) async fn at_rest(vms: usize) -> Outcome<Figures> {
         host.insert(name.to_owned(), number.trim().parse()?);
     }
     let process = sh(PROCESS).await?;
-    let numbers = process.split_whitespace().map(str::parse).collect::<Result<Vec<u64>, _>>()?;
-    let [pid, descriptors, resident] = numbers[..] else {
+    let [pid, descriptors, resident, kinds] = process.trim().splitn(4, ' ').collect::<Vec<_>>()[..] else {
         return Err(format!("{process:?} are no figures of a process").into());
     };
-    Ok(Figures { host, pid, descriptors, resident })
+    let (pid, descriptors, resident) = (pid.parse()?, descriptors.parse()?, resident.parse()?);
+    Ok(Figures { host, pid, descriptors, kinds: kinds.to_owned(), resident })
 }
 
 impl Figures {
@@ -103,7 +107,11 @@ impl Figures {
             problems.push(format!("cowshed was process {}, and is {}", before.pid, self.pid));
         }
         if self.descriptors > before.descriptors {
-            problems.push(format!("file descriptors: {} became {}", before.descriptors, self.descriptors));
+            let (was, is) = (&before.kinds, &self.kinds);
+            problems.push(format!(
+                "file descriptors: {} ({was}) became {} ({is})",
+                before.descriptors, self.descriptors
+            ));
         }
         if self.resident > before.resident + MEMORY {
             problems.push(format!("resident memory: {} KiB became {}", before.resident, self.resident));
@@ -132,8 +140,8 @@ impl fmt::Display for Figures {
         self.host.iter().try_for_each(|(name, number)| write!(f, "{name} {number}, "))?;
         write!(
             f,
-            "cowshed is process {}, descriptors {}, resident KiB {}",
-            self.pid, self.descriptors, self.resident
+            "cowshed is process {}, descriptors {} ({}), resident KiB {}",
+            self.pid, self.descriptors, self.kinds, self.resident
         )
     }
 }

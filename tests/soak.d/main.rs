@@ -33,7 +33,7 @@ type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 /// Soaks, in the test host.
 #[derive(Parser)]
 struct Arguments {
-    /// New leases, all in all.
+    /// New leases, besides those of the warm-ups.
     #[arg(long, default_value_t = 10_000)]
     acquires: u64,
     /// VMs.
@@ -55,9 +55,9 @@ struct Soak {
 }
 
 impl Soak {
-    /// Acquires and releases until there were so many new leases in all.
-    async fn until(&self, acquires: u64, part: u64, mut troubles: Option<Troubles>) -> Outcome {
-        self.tally.go_on_until(acquires);
+    /// Acquires and releases until there were so many new leases more.
+    async fn go_on(&self, acquires: u64, part: u64, mut troubles: Option<Troubles>) -> Outcome {
+        self.tally.go_on_for(acquires);
         let vms: Vec<String> = (0..self.arguments.vms).map(|n| format!("soak-{n}")).collect();
         let mut clients = Vec::new();
         for n in 0..CLIENTS {
@@ -99,20 +99,24 @@ impl Soak {
 
     /// Every VM has had a disk, and every image was there.
     async fn warm_up(&self) -> Outcome {
-        let acquires = self.tally.acquires() + 2 * self.arguments.vms as u64;
-        self.until(acquires, acquires, None).await
+        self.go_on(2 * self.arguments.vms as u64, self.tally.acquires(), None).await
     }
 
     /// What did not come back.
     async fn run(&self) -> Outcome<Vec<String>> {
-        let goal = self.arguments.acquires;
+        let killed = self.arguments.acquires * KILLED_PERCENT / 100;
         self.warm_up().await?;
         let first = self.figures("after a warm-up").await?;
-        self.until(goal * KILLED_PERCENT / 100, 1, Some(Troubles::all(self.arguments.seed))).await?;
+        self.go_on(killed, 1, Some(Troubles::all(self.arguments.seed))).await?;
         let second = self.figures("after troubles of all kinds").await?;
         self.warm_up().await?;
         let third = self.figures("after another warm-up").await?;
-        self.until(goal, 2, Some(Troubles::without_kills_of_cowshed(self.arguments.seed))).await?;
+        self.go_on(
+            self.arguments.acquires - killed,
+            2,
+            Some(Troubles::without_kills_of_cowshed(self.arguments.seed)),
+        )
+        .await?;
         let last = self.figures("at the end, cowshed having lived").await?;
         let mut problems = second.differences(&first);
         problems.extend(third.differences(&first));

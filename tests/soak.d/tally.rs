@@ -35,8 +35,8 @@ fn is_trouble(status: &Status) -> bool {
 }
 
 impl Tally {
-    pub(crate) fn go_on_until(&self, goal: u64) {
-        self.goal.store(goal, Ordering::Relaxed);
+    pub(crate) fn go_on_for(&self, acquires: u64) {
+        self.goal.store(self.acquires() + acquires, Ordering::Relaxed);
     }
 
     pub(crate) fn is_done(&self) -> bool {
