@@ -44,6 +44,9 @@ struct Arguments {
     /// Stop after so many seconds; 0 is never.
     #[arg(long, default_value_t = 0)]
     seconds: u64,
+    /// Stop when this file is there.
+    #[arg(long)]
+    until: Option<PathBuf>,
     /// Calls that fail since somebody was killed are made again.
     #[arg(long)]
     tolerant: bool,
@@ -107,10 +110,23 @@ trait Busy: Send {
     fn step(&mut self) -> impl Future<Output = Outcome> + Send;
 }
 
-/// Goes on until the time is over, or something fails that is not to; says how much was done.
-async fn keep_on(mut busy: impl Busy, until: Option<Instant>, tolerant: bool) -> Outcome<u64> {
+/// When it is enough.
+#[derive(Clone)]
+struct End {
+    at: Option<Instant>,
+    file: Option<PathBuf>,
+}
+
+impl End {
+    fn is_here(&self) -> bool {
+        self.at.is_some_and(|at| Instant::now() >= at) || self.file.as_ref().is_some_and(|file| file.exists())
+    }
+}
+
+/// Goes on until it is enough, or something fails that is not to; says how much was done.
+async fn keep_on(mut busy: impl Busy, end: End, tolerant: bool) -> Outcome<u64> {
     let mut done = 0;
-    while until.is_none_or(|until| Instant::now() < until) {
+    while !end.is_here() {
         match busy.step().await {
             Ok(()) => done += 1,
             Err(error) => {
@@ -249,9 +265,9 @@ async fn audit(side: &Snapshots) -> Outcome<usize> {
 }
 
 /// Disks of VMs and pulls beside the snapshots; what they say is nothing to us here.
-async fn bystander(image: &'static str, until: Option<Instant>) {
+async fn bystander(image: &'static str, end: End) {
     let mut n = 0;
-    while until.is_none_or(|until| Instant::now() < until) {
+    while !end.is_here() {
         n += 1;
         let vm = format!("churn-{}", n % 5);
         let script = format!(
@@ -278,7 +294,8 @@ async fn run(arguments: Arguments) -> Outcome<String> {
     for info in side.list().await?.iter().filter(|info| info.name.starts_with('w')) {
         acks.done(&[(&info.name, kind_of(info))])?;
     }
-    let until = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
+    let at = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
+    let end = End { at, file: arguments.until };
     let workers = (0..WORKERS).map(|n| {
         let worker = Worker {
             side: side.clone(),
@@ -289,7 +306,7 @@ async fn run(arguments: Arguments) -> Outcome<String> {
             count: 0,
             marked: HashSet::new(),
         };
-        tokio::spawn(keep_on(worker, until, arguments.tolerant))
+        tokio::spawn(keep_on(worker, end.clone(), arguments.tolerant))
     });
     let mut workers: Vec<_> = workers.collect();
     let answers = Answers::new(arguments.cowshed_stays);
@@ -301,9 +318,9 @@ async fn run(arguments: Arguments) -> Outcome<String> {
                 tenant => break tenant?,
             }
         };
-        workers.push(tokio::spawn(keep_on(tenant, until, arguments.tolerant)));
+        workers.push(tokio::spawn(keep_on(tenant, end.clone(), arguments.tolerant)));
     }
-    let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", until));
+    let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", end));
     let mut done = 0;
     for worker in workers {
         done += worker.await??;
