@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    io::Write as _,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -72,6 +73,8 @@ impl Tally {
         self.count("findings");
         let mut unexpected = lock(&self.unexpected);
         if unexpected.len() < ENOUGH {
+            // At once: what comes after it may take hours.
+            let _gone = writeln!(std::io::stdout(), "@finding {what}");
             unexpected.push(what);
         }
     }

@@ -12,7 +12,7 @@ enum Trouble {
     RemoveImage,
 }
 
-/// Some trouble every 30 to 70 acquires.
+/// Some trouble every 15 to 45 acquires.
 pub(crate) struct Troubles {
     dice: Dice,
     kinds: &'static [Trouble],
@@ -34,7 +34,7 @@ impl Troubles {
 
     pub(crate) async fn run(&mut self, tally: &Tally) -> Outcome {
         loop {
-            let next = tally.acquires() + 30 + self.dice.below(40) as u64;
+            let next = tally.acquires() + 15 + self.dice.below(30) as u64;
             while tally.acquires() < next {
                 if tally.is_done() {
                     return Ok(());
