@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod guest;
 mod held;
 mod identity;
 mod images;
@@ -36,11 +37,12 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 19] = [
+    let groups: [(&str, &[Test]); 20] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
         ("terms", terms::TESTS),
+        ("guest", guest::TESTS),
         ("identity", identity::TESTS),
         ("shared", shared::TESTS),
         ("watching", watching::TESTS),

@@ -2,8 +2,11 @@
 //! the lights go out; afterwards what was promised and what was committed is looked at.
 
 mod acks;
+mod answers;
 #[path = "../support/cowshed.rs"]
 mod cowshed;
+#[path = "../support/dice.rs"]
+mod dice;
 #[path = "../support/snapshots.rs"]
 mod snapshots;
 mod tenants;
@@ -19,8 +22,10 @@ use std::{
 };
 
 use acks::{Acks, GONE};
+use answers::Answers;
 use clap::Parser;
 use containerd_client::services::v1::snapshots::{Info, Kind};
+use dice::Dice;
 use snapshots::{CONTAINERD, Snapshots};
 use tenants::Tenant;
 use tonic::{Code, Status};
@@ -39,9 +44,16 @@ struct Arguments {
     /// Stop after so many seconds; 0 is never.
     #[arg(long, default_value_t = 0)]
     seconds: u64,
+    /// Stop when this file is there.
+    #[arg(long)]
+    until: Option<PathBuf>,
     /// Calls that fail since somebody was killed are made again.
     #[arg(long)]
     tolerant: bool,
+    /// Cowshed is there all the time, if containerd is not: of launchers' calls only acquires may fail, and each is answered
+    /// within its deadline.
+    #[arg(long)]
+    cowshed_stays: bool,
     /// Only look at what was committed, through a fresh view each, and compare all with what was promised.
     #[arg(long)]
     audit: bool,
@@ -58,18 +70,6 @@ const ENOUGH: usize = 12;
 /// Where on the disk the mark is, and how long: beyond what mkfs writes, several blocks of the pool.
 const MARK_AT: u64 = 300 << 20;
 const MARK_BYTES: usize = 256 << 10;
-
-/// xorshift: good enough to choose what is next.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % limit.max(1) as u64).unwrap_or(0)
-    }
-}
 
 /// What is written into the snapshot that is committed as `name`.
 fn mark(name: &str) -> Vec<u8> {
@@ -110,10 +110,23 @@ trait Busy: Send {
     fn step(&mut self) -> impl Future<Output = Outcome> + Send;
 }
 
-/// Goes on until the time is over, or something fails that is not to; says how much was done.
-async fn keep_on(mut busy: impl Busy, until: Option<Instant>, tolerant: bool) -> Outcome<u64> {
+/// When it is enough.
+#[derive(Clone)]
+struct End {
+    at: Option<Instant>,
+    file: Option<PathBuf>,
+}
+
+impl End {
+    fn is_here(&self) -> bool {
+        self.at.is_some_and(|at| Instant::now() >= at) || self.file.as_ref().is_some_and(|file| file.exists())
+    }
+}
+
+/// Goes on until it is enough, or something fails that is not to; says how much was done.
+async fn keep_on(mut busy: impl Busy, end: End, tolerant: bool) -> Outcome<u64> {
     let mut done = 0;
-    while until.is_none_or(|until| Instant::now() < until) {
+    while !end.is_here() {
         match busy.step().await {
             Ok(()) => done += 1,
             Err(error) => {
@@ -252,9 +265,9 @@ async fn audit(side: &Snapshots) -> Outcome<usize> {
 }
 
 /// Disks of VMs and pulls beside the snapshots; what they say is nothing to us here.
-async fn bystander(image: &'static str, until: Option<Instant>) {
+async fn bystander(image: &'static str, end: End) {
     let mut n = 0;
-    while until.is_none_or(|until| Instant::now() < until) {
+    while !end.is_here() {
         n += 1;
         let vm = format!("churn-{}", n % 5);
         let script = format!(
@@ -281,7 +294,8 @@ async fn run(arguments: Arguments) -> Outcome<String> {
     for info in side.list().await?.iter().filter(|info| info.name.starts_with('w')) {
         acks.done(&[(&info.name, kind_of(info))])?;
     }
-    let until = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
+    let at = (arguments.seconds > 0).then(|| Instant::now() + Duration::from_secs(arguments.seconds));
+    let end = End { at, file: arguments.until };
     let workers = (0..WORKERS).map(|n| {
         let worker = Worker {
             side: side.clone(),
@@ -292,26 +306,27 @@ async fn run(arguments: Arguments) -> Outcome<String> {
             count: 0,
             marked: HashSet::new(),
         };
-        tokio::spawn(keep_on(worker, until, arguments.tolerant))
+        tokio::spawn(keep_on(worker, end.clone(), arguments.tolerant))
     });
     let mut workers: Vec<_> = workers.collect();
+    let answers = Answers::new(arguments.cowshed_stays);
     for n in 0..TENANTS {
         let tenant = loop {
-            match Tenant::new(n, arguments.seed, acks.clone()).await {
+            match Tenant::new(n, arguments.seed, acks.clone(), answers.clone()).await {
                 // Somebody was killed just then.
                 Err(_) if arguments.tolerant => tokio::time::sleep(Duration::from_millis(100)).await,
                 tenant => break tenant?,
             }
         };
-        workers.push(tokio::spawn(keep_on(tenant, until, arguments.tolerant)));
+        workers.push(tokio::spawn(keep_on(tenant, end.clone(), arguments.tolerant)));
     }
-    let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", until));
+    let beside = tokio::spawn(bystander("127.0.0.1:5000/cowshed/tiny:1", end));
     let mut done = 0;
     for worker in workers {
         done += worker.await??;
     }
     beside.await?;
-    Ok(format!("{done} operations"))
+    Ok(format!("{done} operations, {answers}"))
 }
 
 #[tokio::main]

@@ -7,9 +7,12 @@ use cowshed_proto::v1::{self, LeaseState, cowshed_client::CowshedClient, get_lea
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    Busy, Dice, MARK_AT, MARK_BYTES, Outcome,
+    Busy, MARK_AT, MARK_BYTES, Outcome,
     acks::{self, Acks, GONE},
-    cowshed, mark,
+    answers::{Answers, Kind},
+    cowshed,
+    dice::Dice,
+    mark,
 };
 
 /// VMs of one launcher.
@@ -23,6 +26,7 @@ const PREFIX: &str = "tenant-";
 pub(crate) struct Tenant {
     client: CowshedClient<Channel>,
     acks: Acks,
+    answers: Answers,
     vms: Vec<String>,
     dice: Dice,
     run: u64,
@@ -90,10 +94,11 @@ fn shared_is_untouched(lease: &v1::Lease) -> Outcome {
 }
 
 impl Tenant {
-    pub(crate) async fn new(number: u64, seed: u64, acks: Acks) -> Outcome<Self> {
+    pub(crate) async fn new(number: u64, seed: u64, acks: Acks, answers: Answers) -> Outcome<Self> {
         let mut tenant = Self {
             client: client().await?,
             acks,
+            answers,
             vms: (0..VMS).map(|n| format!("{PREFIX}{number}-{n}")).collect(),
             dice: Dice((seed + 1) * 0x5851_f42d + number),
             run: seed,
@@ -132,8 +137,8 @@ impl Tenant {
             request_id: Some(format!("{vm}-{}-{}", self.run, self.count)),
             ..v1::AcquireRequest::default()
         };
-        let lease =
-            self.client.acquire(request).await?.into_inner().lease.ok_or("a reply without a lease")?;
+        let asked = self.client.acquire(self.answers.request(request));
+        let lease = self.answers.to(Kind::Acquire, asked).await?.lease.ok_or("a reply without a lease")?;
         if let Some(held) = held {
             if lease.lease_id != held.lease_id {
                 return Err(format!("VM {vm} held lease {} and got {}", held.lease_id, lease.lease_id).into());
@@ -155,13 +160,15 @@ impl Tenant {
             lease_id: Some(lease.lease_id.clone()),
             ..v1::ReleaseRequest::default()
         };
-        self.client.release(request).await?;
+        let asked = self.client.release(self.answers.request(request));
+        self.answers.to(Kind::Release, asked).await?;
         Ok(self.acks.done(&[(vm, GONE)])?)
     }
 
     async fn renew(&mut self, lease: &v1::Lease) -> Outcome {
-        self.client.renew(v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None }).await?;
-        Ok(())
+        let request = v1::RenewRequest { lease_id: lease.lease_id.clone(), ttl: None };
+        let asked = self.client.renew(self.answers.request(request));
+        self.answers.to(Kind::Renew, asked).await.map(drop)
     }
 
     async fn verify(&mut self, lease: &v1::Lease) -> Outcome {
@@ -177,7 +184,8 @@ impl Tenant {
             image_digest: lease.image_digest.clone(),
             ..v1::VerifyDeviceRequest::default()
         };
-        let mut reply = self.client.verify_device(request).await?.into_inner();
+        let asked = self.client.verify_device(self.answers.request(request));
+        let mut reply = self.answers.to(Kind::Verify, asked).await?;
         if let (true, Some(scratch)) = (reply.verified, &lease.scratch) {
             let request = v1::VerifyDeviceRequest {
                 lease_id: lease.lease_id.clone(),
@@ -186,7 +194,8 @@ impl Tenant {
                 scratch: true,
                 ..v1::VerifyDeviceRequest::default()
             };
-            reply = self.client.verify_device(request).await?.into_inner();
+            let asked = self.client.verify_device(self.answers.request(request));
+            reply = self.answers.to(Kind::Verify, asked).await?;
         }
         if reply.verified { Ok(()) } else { Err(format!("{:?}", reply.differences).into()) }
     }
