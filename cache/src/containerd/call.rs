@@ -145,6 +145,8 @@ fn classify(status: &Status, snapshotter: &str) -> Reason {
     if status.code() == Code::Unavailable
         || text.contains("transport error")
         || text.contains("error trying to connect")
+        // it ended in the middle of its answer
+        || text.contains("h2 protocol error")
     {
         return Reason::ContainerdUnavailable;
     }
@@ -171,5 +173,25 @@ fn insert<T>(request: &mut Request<T>, key: &'static str, value: &str) {
     // containerd then says that the namespace is required.
     if let Ok(value) = MetadataValue::try_from(value) {
         request.metadata_mut().insert(key, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_gone_is_unavailable() {
+        for (status, reason) in [
+            (Status::unavailable("error reading server preface"), Reason::ContainerdUnavailable),
+            (Status::unknown("transport error"), Reason::ContainerdUnavailable),
+            (
+                Status::internal("h2 protocol error: error reading a body from connection"),
+                Reason::ContainerdUnavailable,
+            ),
+            (Status::unknown("snapshot x: internal error"), Reason::ContainerdError),
+        ] {
+            assert_eq!(classify(&status, "cowshed"), reason, "{status:?}");
+        }
     }
 }
