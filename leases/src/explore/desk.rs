@@ -103,9 +103,7 @@ impl Desk {
         if let Some(known) = self.numbers.get(&view) {
             return Ok(*known);
         }
-        if View::of(&loaded(stored(&book))?) != view {
-            return Err("what is written down is another book".into());
-        }
+        loaded(stored(&book))?;
         let number = self.books.len() as u32;
         self.numbers.insert(view.clone(), number);
         self.books.push((book, view));

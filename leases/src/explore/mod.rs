@@ -85,7 +85,7 @@ fn what_vms_share_is_there_as_long_as_one_of_them_does() {
 
 #[test]
 fn what_vms_share_outlives_time_crashes_and_a_power_cut() {
-    let seen = explored(Bounds { boots: 2, up: 3, ..SHARED }, as_deep_as(11));
+    let seen = explored(Bounds { boots: 2, up: 3, ..SHARED }, as_deep_as(10));
     assert!(seen.all || seen.states > 70_000, "{seen}");
 }
 
