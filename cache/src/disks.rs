@@ -95,6 +95,7 @@ impl Acquirer {
     /// An empty disk of the size that was asked for.
     async fn scratch(&self, lease: &Lease, wanted: Scratch, stages: &mut Stages) -> Result<ScratchGrant> {
         let key = lease.id.snapshot_key();
+        self.fits_the_pool(wanted).await?;
         self.take_lease(lease).await?;
         stages.done(Stage::Lease);
         let mounts = self.snapshots.empty(&key, &key, wanted).await.map_err(|e| self.snapshots.explain(e))?;
@@ -108,6 +109,19 @@ impl Acquirer {
         stages.done(Stage::Verify);
         let filesystem = if wanted.raw { String::new() } else { filesystem.to_owned() };
         Ok(ScratchGrant { device, filesystem })
+    }
+
+    /// What could never be filled is a mistake, and a filesystem of such a size alone may not fit.
+    async fn fits_the_pool(&self, wanted: Scratch) -> Result<()> {
+        let total = self.kernel.pool().await.map_or(u64::MAX, |pool| pool.data_total);
+        if wanted.size_bytes <= total {
+            return Ok(());
+        }
+        let message = format!(
+            "a scratch disk of {} bytes is larger than the whole pool, which has {total}: ask for less",
+            wanted.size_bytes
+        );
+        Err(Error::new(Reason::ScratchInvalid, message).with("field", "spec.scratch"))
     }
 
     /// containerd's lease, which holds the snapshot that is to be made.
@@ -177,7 +191,8 @@ impl Acquirer {
             let (this, id, wish) = (Arc::clone(self), id.clone(), wish.clone());
             let span = tracing::info_span!("share", lease = %id);
             let work = async move { landing.land(this.provide(&id, &wish, image).await) };
-            self.tasks.spawn(work.instrument(span));
+            // Who asks is under way itself.
+            self.tasks.spawn_for_another(work.instrument(span));
         });
         let stopped = || Error::new(Reason::Stopping, "the service is stopping; acquire again when it is up");
         arrival.await.map_err(|_| stopped())?
@@ -204,7 +219,13 @@ impl Acquirer {
                 }
             }
             Some(lease) if lease.is_held() => {
-                let seen = self.seen(&lease).await?;
+                let seen = self.seen(&lease).await;
+                if let Err(error) = &seen
+                    && error.reason() == Reason::DeviceMismatch
+                {
+                    return Err(self.retire(wish, &lease, error).await);
+                }
+                let seen = seen?;
                 if lease.grant().is_some_and(|grant| grant.device == seen.root) {
                     lease
                 } else {
@@ -214,6 +235,21 @@ impl Acquirer {
             _ => return Err(being_removed(wish)),
         };
         lease.grant().cloned().ok_or_else(|| being_removed(wish))
+    }
+
+    /// What is shared is certainly not what it was: who acquires from now on gets a new one.
+    async fn retire(&self, wish: &Wish, lease: &Lease, error: &Error) -> Error {
+        tracing::warn!(lease = %lease.id, %error, "a shared device is not what it was: it is replaced");
+        if let Err(error) = self.ledger.retire(lease.id.clone(), self.clock.now()).await {
+            return error;
+        }
+        self.wake.now();
+        let message = format!(
+            "the device that VMs of {} share is lost or changed ({error}): acquire again, for a new one; VMs that have the \
+             old one keep it until they release it",
+            wish.image
+        );
+        Error::new(Reason::NotReady, message).with("image", &wish.image).with("lease_id", &lease.id)
     }
 
     async fn make_shared(&self, wish: &Wish, lease: &Lease, image: ResolvedImage) -> Result<Lease> {

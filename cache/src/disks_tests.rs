@@ -90,6 +90,61 @@ async fn what_the_kernel_lets_everybody_write_to_is_not_shared() {
 }
 
 #[tokio::test]
+async fn what_is_lost_is_replaced_for_those_who_come_and_kept_for_those_who_have_it() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let old = acquire(&process, shared("old", None)).await;
+    let name = device(&old).dm_name.clone();
+    world.set_open(&name, 1);
+    // Somebody has made it writable.
+    world.state.lock().unwrap().read_only.remove(&name);
+    let error = process.acquirer.acquire(shared("new", None)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::NotReady, "{error}");
+    assert!(error.to_string().contains("acquire again"), "{error}");
+    let new = acquire(&process, shared("new", None)).await;
+    assert_ne!(device(&new).dm_name, name);
+    process.settle().await;
+    assert!(world.look(|s| s.devices.contains_key(&name)), "a VM has it");
+    release(&process, "old").await;
+    process.settle().await;
+    assert!(world.look(|s| s.devices.contains_key(&name)), "it is open");
+    world.set_open(&name, 0);
+    process.settle().await;
+    process.audit(&world, "when the old one is gone");
+    assert!(!world.look(|s| s.devices.contains_key(&name)));
+}
+
+#[tokio::test]
+async fn a_scratch_disk_that_no_pool_could_hold_is_refused() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let error = process.acquirer.acquire(shared("vm-1", Some(2 << 40))).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::ScratchInvalid, "{error}");
+    process.settle().await;
+    assert!(world.is_empty() && leases(&process) == 0);
+}
+
+#[tokio::test]
+async fn a_stop_lets_what_has_begun_be_shared() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    world.absent.store(true, std::sync::atomic::Ordering::SeqCst);
+    let pull = world.pulls.lock().await;
+    let acquirer = process.acquirer.clone();
+    let call = tokio::spawn(async move { acquirer.acquire(shared("vm-1", None)).await.map(drop) });
+    while process.acquirer.under_way() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let tasks = process.acquirer.tasks.clone();
+    let stop = tokio::spawn(async move { tasks.close(Duration::from_secs(60)).await });
+    tokio::task::yield_now().await;
+    drop(pull);
+    assert_eq!(stop.await.unwrap(), 0);
+    call.await.unwrap().unwrap();
+    process.audit(&world, "after the stop");
+}
+
+#[tokio::test]
 async fn a_boot_and_another_spec_are_treated_as_with_any_disk() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let before = start(&world, directory.path());

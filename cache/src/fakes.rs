@@ -359,7 +359,7 @@ impl Kernel for World {
         Ok(PoolUsage {
             name: "pool".into(),
             data_used: 0,
-            data_total: 100,
+            data_total: 1 << 40,
             metadata_used: 0,
             metadata_total: 100,
             mode: PoolMode::ReadWrite,

@@ -321,7 +321,9 @@ impl Reclaimer {
             let leases = book.after(None).filter(|lease| everything || is_over(lease)).cloned();
             leases.partition(|lease| is_over(lease))
         });
-        let held = others.iter().chain(&looked_at).filter(|lease| lease.is_held());
+        // What is shared is on record until all who name it are gone.
+        let named = |lease: &&Lease| lease.is_held() || self.ledger.read(|book| book.sharers(&lease.id) > 0);
+        let held = others.iter().chain(&looked_at).filter(named);
         inventory.held = held.map(|lease| lease.id.clone()).collect();
         // Again the ledger first: who makes one of these now has begun before it was released.
         let making = self.making.now();
@@ -360,6 +362,8 @@ impl Reclaimer {
     /// was down for longer than the grace, nobody could have come back for it. So it has to be there, closed, for a while.
     async fn unwanted(&self, lease: &Lease, device: DeviceUse, look: Look, now: &Moment) -> DeviceUse {
         let device = match device {
+            // Its VM has nothing that goes with it.
+            DeviceUse::Absent if lease.shares.is_some() && lease.own_device().is_none() => return device,
             DeviceUse::Absent if look == Look::Only => DeviceUse::Unknown("it is not active".to_owned()),
             DeviceUse::Absent => match self.snapshots.mounts(&lease.id.snapshot_key()).await {
                 Err(error) if error.is_not_found() => return DeviceUse::Absent,

@@ -40,13 +40,24 @@ impl Tasks {
             }
         });
         if !closed {
-            let running = Running(self.clone());
-            tokio::spawn(async move {
-                work.await;
-                drop(running);
-            });
+            self.go(work);
         }
         !closed
+    }
+
+    /// Starts what work that is under way needs to be finished: also while the service is stopping.
+    pub fn spawn_for_another(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.0.send_modify(|count| count.running += 1);
+        self.go(work);
+    }
+
+    /// Runs what is counted.
+    fn go(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let running = Running(self.clone());
+        tokio::spawn(async move {
+            work.await;
+            drop(running);
+        });
     }
 
     /// Starts nothing more, and waits for what runs, for `limit` at the most. Says how much is still running.

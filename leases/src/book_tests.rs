@@ -345,6 +345,32 @@ fn what_is_shared_is_there_as_long_as_somebody_shares_it() {
 }
 
 #[test]
+fn what_is_retired_is_kept_for_those_who_have_it_and_given_to_nobody_else() {
+    let (mut book, now) = (Book::default(), at(1, 0));
+    let a = acquired(&mut book, &ask_shared(1, 100), id(1), &now);
+    assert!(book.retire(&id(100), &now).is_empty(), "it is not there yet");
+    for (lease, device) in [(id(100), 7), (a.id.clone(), 7)] {
+        let (_, changes) = book.grant(&lease, grant(device), &now).unwrap();
+        apply(&mut book, changes);
+    }
+    let late = acquired(&mut book, &ask_shared(2, 101), id(2), &now);
+    let changes = book.retire(&id(100), &now);
+    apply(&mut book, changes);
+    assert!(book.retire(&id(100), &now).is_empty() && book.retire(&a.id, &now).is_empty());
+    assert!(matches!(book.grant(&late.id, grant(7), &now), Err(BookError::NotShared { .. })));
+    let next = acquired(&mut book, &ask_shared(3, 102), id(3), &now);
+    assert_eq!((next.shares, book.sharers(&id(100))), (Some(id(102)), 2));
+    assert!(book.get(&a.id).unwrap().is_held() && Book::load(stored(&book)).is_ok());
+    failed(&mut book, &late.id, &now);
+    released(&mut book, &back(1), &now);
+    removed(&mut book, &id(100));
+    assert!(book.get(&id(100)).is_some(), "somebody has it");
+    removed(&mut book, &a.id);
+    removed(&mut book, &id(100));
+    assert!(book.get(&id(100)).is_none());
+}
+
+#[test]
 fn what_cannot_be_shared_is_released_when_nobody_names_it() {
     let (mut book, now) = (Book::default(), at(1, 0));
     for n in 1..=3 {
@@ -379,6 +405,11 @@ fn who_renews_what_an_operator_gave_up_is_told() {
     released(&mut book, &Release { abandon: true, ..back(1) }, &now);
     assert_eq!(book.renew(&lease.id, None, None, &now), Err(BookError::Abandoned(lease.id.clone())));
     released(&mut book, &back(1), &now);
+    assert!(matches!(book.get(&lease.id).unwrap().state, State::Releasing { abandoned: true, .. }));
+    // Also of what its launcher has given back before.
+    let lease = granted(&mut book, &ask(2, 1), 2, &now);
+    released(&mut book, &back(2), &now);
+    released(&mut book, &Release { abandon: true, ..back(2) }, &now);
     assert!(matches!(book.get(&lease.id).unwrap().state, State::Releasing { abandoned: true, .. }));
 }
 

@@ -437,7 +437,8 @@ impl Book {
         let scratch = grant.scratch.as_ref().map(|scratch| (&scratch.device.dm_name, id));
         for (device, whose) in root.into_iter().chain(scratch) {
             let owner = self.owner_of(device);
-            if owner.is_none() && whose != id {
+            let is_shared = || owner.is_some() && self.get(whose).is_some_and(Lease::is_held);
+            if whose != id && !is_shared() {
                 return Err(BookError::NotShared { device: device.clone(), asked: id.clone() });
             }
             if let Some(owner) = owner.filter(|owner| *owner != whose) {
@@ -470,6 +471,17 @@ impl Book {
         draft.put(&alone, State::Failed { failure, since: now.wall, cleared: false });
         if let Some(request) = self.request_of(id) {
             draft.changes.push(Change::Request(request.clone(), None));
+        }
+        draft.changes
+    }
+
+    /// What is shared is not what it was: Granted → Releasing, so that the next to ask has it made anew. It stays as long as
+    /// others name it. Nothing if it is no such lease, or not granted.
+    pub fn retire(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
+        let mut draft = Draft::on(self);
+        let shared = |lease: &&Lease| lease.vm.is_image() && matches!(lease.state, State::Granted(_));
+        if let Some(lease) = self.get(id).filter(shared) {
+            draft.release(lease, false, now);
         }
         draft.changes
     }
@@ -514,6 +526,12 @@ impl Book {
             }
             Some(lease) => {
                 draft.see(lease, now);
+                if let (true, State::Releasing { grant, since, abandoned: false }) =
+                    (ask.abandon, &lease.state)
+                {
+                    let (grant, since) = (grant.clone(), *since);
+                    draft.put(lease, State::Releasing { grant, since, abandoned: true });
+                }
                 Releasing::Again(Box::new(lease.clone()))
             }
         };

@@ -12,7 +12,7 @@ use crate::{
     busy::Hold,
     device::{Activation, Deactivated, DeviceError, Filesystem},
     error::{Code, Error, Result},
-    snapshotter::{Inner, Mount},
+    snapshotter::{Inner, Mount, now},
     tree::{Base, BasePlan, Change, Kind, Plan, Snapshot, SnapshotId, ThinId, Traces, UnixNanos, Wish},
 };
 
@@ -267,11 +267,13 @@ impl Inner {
                 }
             }
         }
-        let id = new.id;
+        let (id, base_size) = (new.id, self.settings.base_size);
         Ok(self
             .write(move |tree| {
                 let Change::Put(snapshot) = tree.confirm(id)? else { return Ok((Vec::new(), ())) };
-                Ok((vec![Change::Put(Box::new(Snapshot { mapped, ..*snapshot }))], ()))
+                let mut changes = vec![Change::Put(Box::new(Snapshot { mapped, ..*snapshot }))];
+                changes.extend(tree.surplus_blanks(base_size, now()));
+                Ok((changes, ()))
             })
             .await?)
     }

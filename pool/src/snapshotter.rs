@@ -369,8 +369,11 @@ impl Snapshotter {
         let (snapshot, below) = self.0.store.read(|tree| {
             let snapshot = tree.ready(key)?.clone();
             let kind = if snapshot.is_raw() { Kind::Raw } else { Kind::Blank };
-            let blank =
-                |bytes| tree.all().find(|s| s.kind == kind && s.state == State::Ready && s.bytes == bytes);
+            let blank = |bytes| {
+                tree.all().find(|s| {
+                    s.kind == kind && s.state == State::Ready && (s.bytes == bytes || kind == Kind::Raw)
+                })
+            };
             let below = match snapshot.parent {
                 Some(parent) => tree.get(parent),
                 None => blank(snapshot.bytes),

@@ -152,7 +152,7 @@ impl Standing {
 }
 
 fn open(settings: &Settings, metrics: &Metrics, tries: &mut Tries) -> Result<Now, OpenError> {
-    let lock = lock(&settings.store)?;
+    let lock = lock(&settings.store).inspect_err(|_| tries.see())?;
     let snapshotter =
         tries.go(|if_missing| Snapshotter::open(settings.clone(), metrics.clone(), if_missing))?;
     Ok(Now::Open(snapshotter, lock))

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use crate::{
     error::{Code, Error, Result},
     ids::ThinIds,
-    size::Bytes,
+    size::{Bytes, SMALLEST},
 };
 
 /// Identifies a snapshot for ever; never used again, and part of its device's name.
@@ -269,6 +269,8 @@ impl Default for Tree {
     }
 }
 
+/// So many blanks of other sizes than the usual one are kept.
+const ODD_BLANKS: usize = 8;
 const SIZE_LABELS: [&str; 2] = ["containerd.io/snapshot/cowshed.size", "containerd.io/snapshot/max-size"];
 /// Of what has no parent: "raw" if it is to have no filesystem.
 const FORMAT_LABEL: &str = "containerd.io/snapshot/cowshed.format";
@@ -377,8 +379,10 @@ impl Tree {
             ));
         }
         let (wanted, raw) = (wanted_size(wish)?, wants_raw(wish)?);
+        let bytes = wanted.unwrap_or(wish.base_size);
         let (base, parent) = if wish.parent.is_empty() {
-            (Base { of: None, bytes: wanted.unwrap_or(wish.base_size), raw }, None)
+            // What has nothing on it does for all sizes.
+            (Base { of: None, bytes: if raw { SMALLEST } else { bytes }, raw }, None)
         } else {
             let parent = self.ready(&wish.parent)?;
             if parent.kind != Kind::Committed {
@@ -410,7 +414,7 @@ impl Tree {
             layer: is_layer(wish),
             created: wish.now,
             updated: wish.now,
-            ..self.intent(parent.map(|p| p.id), base.bytes)?
+            ..self.intent(parent.map(|p| p.id), if raw { bytes } else { base.bytes })?
         };
         Ok(Plan::Make(Box::new(new), Box::new(origin.clone())))
     }
@@ -434,6 +438,14 @@ impl Tree {
         let new = Snapshot { kind, created: now, updated: now, ..self.intent(base.of, base.bytes)? };
         let left = self.bases.get(&base).and_then(|id| self.get(*id)).cloned().map(Box::new);
         Ok(Some(BasePlan { new: Box::new(new), origin: parent.cloned().map(Box::new), left }))
+    }
+
+    /// The blanks of odd sizes that are one too many, the oldest first: anybody can ask for any size.
+    pub(crate) fn surplus_blanks(&self, base_size: Bytes, now: UnixNanos) -> Vec<Change> {
+        let is_odd = |s: &&Snapshot| s.kind == Kind::Blank && s.state == State::Ready && s.bytes != base_size;
+        let mut odd: Vec<&Snapshot> = self.all().filter(is_odd).collect();
+        odd.sort_by_key(|blank| std::cmp::Reverse(blank.created));
+        odd.into_iter().skip(ODD_BLANKS).map(|blank| removing(blank, now)).collect()
     }
 
     fn ready_base(&self, base: Base) -> Option<&Snapshot> {

@@ -240,6 +240,28 @@ fn what_the_pool_has_is_avoided() {
 }
 
 #[test]
+fn blanks_of_odd_sizes_do_not_become_ever_more() {
+    let mut tree = Tree::default();
+    make(&mut tree, &wish("usual", "")).unwrap();
+    for n in 1..=ODD_BLANKS as u64 + 3 {
+        let size = label(SIZE_LABELS[0], &format!("{}MiB", 16 + n));
+        let asked = Wish { labels: size, now: UnixNanos(n as i64), ..wish(&format!("odd-{n}"), "") };
+        make(&mut tree, &asked).unwrap();
+    }
+    let base_size = wish("", "").base_size;
+    let surplus = tree.surplus_blanks(base_size, UnixNanos(100));
+    surplus.into_iter().for_each(|change| drop(tree.apply(change)));
+    assert!(tree.surplus_blanks(base_size, UnixNanos(100)).is_empty());
+    let ready = |tree: &Tree| tree.all().filter(|s| s.kind == Kind::Blank && s.state == State::Ready).count();
+    assert_eq!(ready(&tree), 1 + ODD_BLANKS);
+    // The oldest went, and are made anew.
+    let oldest = Wish { labels: label(SIZE_LABELS[0], "17MiB"), ..wish("again", "") };
+    assert!(matches!(tree.prepare(&oldest), Ok(Plan::Needs(_))));
+    make(&mut tree, &oldest).unwrap();
+    assert_eq!(ready(&tree), 2 + ODD_BLANKS);
+}
+
+#[test]
 fn what_is_empty_has_a_base_for_each_format() {
     let mut tree = Tree::default();
     make(&mut tree, &wish("l", "")).unwrap();
@@ -250,6 +272,17 @@ fn what_is_empty_has_a_base_for_each_format() {
     make(&mut tree, &wish("formatted", "")).unwrap();
     let bases = |kind| tree.all().filter(|s| s.kind == kind).count();
     assert_eq!((bases(Kind::Blank), bases(Kind::Raw)), (1, 1));
+    // One raw base does for all sizes.
+    let sized = |key, size: &str| {
+        let mut labels = label(FORMAT_LABEL, "raw");
+        labels.extend(label(SIZE_LABELS[0], size));
+        Wish { labels, ..wish(key, "") }
+    };
+    for (key, size) in [("small", "16MiB"), ("large", "3TiB")] {
+        let id = make(&mut tree, &sized(key, size)).unwrap();
+        assert_eq!(tree.get(id).unwrap().bytes, size.parse().unwrap());
+    }
+    assert_eq!(tree.all().filter(|s| s.kind == Kind::Raw).count(), 1);
     for refused in [raw("x", "layer", "raw"), raw("x", "", "xfs")] {
         assert_eq!(tree.prepare(&refused).unwrap_err().code, Code::InvalidArgument);
     }

@@ -167,6 +167,11 @@ impl Ledger {
         self.change_each(ids, move |book, id| Ok(book.fail(id, failure.clone(), &now))).await
     }
 
+    /// Lets nobody more share what this lease has; see [`Book::retire`].
+    pub async fn retire(&self, id: LeaseId, now: Moment) -> Result<()> {
+        self.change_each(vec![id], move |book, id| Ok(book.retire(id, &now))).await.map(drop)
+    }
+
     /// Forgets why the lease has failed: its caller was told.
     pub async fn see(&self, id: LeaseId, now: Moment) -> Result<()> {
         self.change_each(vec![id], move |book, id| Ok(book.see(id, &now))).await.map(drop)

@@ -14,7 +14,7 @@ use rusqlite::{Connection, params};
 pub(super) const FORMAT: Format = Format {
     noun: "ledger",
     application_id: 0x434f_5753, // "COWS"
-    version: 1,
+    version: 2,                  // 1: without what VMs share
     tables: "
 CREATE TABLE leases (
     id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits

@@ -152,6 +152,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
         tracing::info!("stopping: finishing what has begun");
         monitoring.abort();
+        // It may be about to say something else.
+        let _ended = monitoring.await;
         reporter.say(false).await;
         let unfinished = tasks.close(limit).await;
         if unfinished > 0 {

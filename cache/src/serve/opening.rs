@@ -3,7 +3,12 @@
 //! As long as it cannot, the state directory's lock is held only during a try, so that an operator can run
 //! `cowshed ledger restore` beside the service. The lock that a try has succeeded with is kept.
 
-use std::{fs::File, mem, path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    mem::{self, ManuallyDrop},
+    path::PathBuf,
+    time::Duration,
+};
 
 use cowshed_pool::store::again::Tries;
 use nix::fcntl::Flock;
@@ -32,7 +37,9 @@ enum Held {
 /// One that is open, and what keeps others from it.
 pub(super) struct Opened {
     pub(super) ledger: Ledger,
-    pub(super) lock: Flock<File>,
+    /// The kernel lets go of it when the process has ended: until then somebody who is stuck may write yet.
+    #[cfg_attr(not(test), expect(dead_code, reason = "held"))]
+    pub(super) lock: ManuallyDrop<Flock<File>>,
 }
 
 impl Opening {
@@ -60,10 +67,17 @@ impl Opening {
             Held::Refused(refused) => Err(refused),
             Held::Spent => lock::take(&self.directory),
         };
-        let lock = lock.map_err(|refused| self.slot.refuse(refused.to_string())).ok()?;
+        let lock = match lock {
+            Ok(lock) => lock,
+            Err(refused) => {
+                self.tries.see();
+                self.slot.refuse(refused.to_string());
+                return None;
+            }
+        };
         let opened = self.tries.go(|if_missing| Ledger::open_or(&self.directory, if_missing));
         let ledger = opened.map_err(|refused| self.slot.refuse(refused.to_string())).ok()?;
-        Some(Opened { ledger, lock })
+        Some(Opened { ledger, lock: ManuallyDrop::new(lock) })
     }
 
     /// Tries until it is open.
@@ -145,8 +159,9 @@ mod tests {
             assert!(contents(directory.path()).is_empty(), "an empty ledger was made");
             fs::write(&path, &good).unwrap();
             let opened = opening.attempt().unwrap();
-            assert!(lock::take(directory.path()).is_err(), "the lock was let go");
             opened.ledger.close().await;
+            assert!(lock::take(directory.path()).is_err(), "the lock was let go");
+            drop(ManuallyDrop::into_inner(opened.lock));
         }
     }
 
@@ -168,6 +183,24 @@ mod tests {
         assert!(opening.attempt().is_none(), "what may have been a ledger was made anew");
         let (_sound, good) = sound_ledger().await;
         fs::write(state.join("ledger.db"), good).unwrap();
+        opening.attempt().unwrap().ledger.close().await;
+    }
+
+    /// The filesystem that it is on cannot be written, and is unmounted to be repaired.
+    #[tokio::test]
+    async fn a_ledger_that_was_there_is_not_made_anew_where_no_lock_could_be_had() {
+        let (directory, good) = sound_ledger().await;
+        let (lock, ledger) = (directory.path().join("lock"), directory.path().join("ledger.db"));
+        // Nobody can open that for writing.
+        fs::create_dir(&lock).unwrap();
+        let (mut opening, slot) = begin(directory.path());
+        assert!(opening.attempt().is_none());
+        fs::remove_dir(&lock).unwrap();
+        fs::remove_file(&ledger).unwrap();
+        assert!(opening.attempt().is_none());
+        assert!(!ledger.exists(), "an empty ledger was made");
+        assert!(refusal(&slot).contains("is missing"), "{}", refusal(&slot));
+        fs::write(&ledger, good).unwrap();
         opening.attempt().unwrap().ledger.close().await;
     }
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use cowshed_leases::{Lease, LeaseId};
+use cowshed_leases::{Book, Lease, LeaseId};
 use cowshed_pool::{Api, Health, IsHeld, Metrics, SnapshotsServer, Standing};
 use futures_util::TryStreamExt as _;
 use prometheus::Registry;
@@ -38,6 +38,13 @@ pub(crate) struct Connected {
 impl Connected {
     /// What is wrong if it has not, when it should have. Waits in the first seconds after the start.
     pub(crate) async fn problem(&self) -> Option<String> {
+        // The sender goes with the server.
+        if self.seen.has_changed().is_err() {
+            return Some(format!(
+                "nobody serves the snapshotter's socket {} any more: restart",
+                self.socket.display()
+            ));
+        }
         if self.clone().arrives().await {
             return None;
         }
@@ -49,7 +56,9 @@ impl Connected {
     }
 
     async fn arrives(mut self) -> bool {
-        tokio::time::timeout_at(self.until, self.seen.wait_for(|seen| *seen)).await.is_ok()
+        tokio::time::timeout_at(self.until, self.seen.wait_for(|seen| *seen))
+            .await
+            .is_ok_and(|seen| seen.is_ok())
     }
 
     /// Waits for it, for a while.
@@ -95,8 +104,10 @@ pub(super) fn held_in(ledger: LedgerSlot) -> IsHeld {
         let Ok(ledger) = ledger.get() else { return true };
         let id = key.rsplit('/').next().and_then(LeaseId::from_snapshot_key);
         // One that is still being made is taken back by containerd if that fails.
-        let held = |lease: &Lease| lease.is_held() && lease.grant().is_some();
-        id.is_some_and(|id| ledger.read(|book| book.get(&id).is_some_and(held)))
+        let held = |book: &Book, lease: &Lease| {
+            (lease.is_held() || book.sharers(&lease.id) > 0) && lease.grant().is_some()
+        };
+        id.is_some_and(|id| ledger.read(|book| book.get(&id).is_some_and(|lease| held(book, lease))))
     })
 }
 

@@ -2,12 +2,10 @@
 //! itself.
 
 use std::{
-    fs::File,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
-use nix::fcntl::Flock;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
@@ -59,12 +57,14 @@ pub(super) struct Ground {
 pub(super) struct Work {
     reclaiming: JoinHandle<()>,
     ledger: Ledger,
-    _lock: Flock<File>,
 }
 
 impl Work {
     pub(super) async fn end(self) {
-        let _cancelled = tokio::time::timeout(GOODBYE, self.reclaiming).await;
+        let mut reclaiming = self.reclaiming;
+        if tokio::time::timeout(GOODBYE, &mut reclaiming).await.is_err() {
+            reclaiming.abort();
+        }
         if tokio::time::timeout(GOODBYE, self.ledger.close()).await.is_err() {
             tracing::warn!("the ledger was still writing after {GOODBYE:?}");
         }
@@ -84,15 +84,16 @@ impl Ground {
         Some(self.begin(opened).await)
     }
 
-    pub(super) async fn begin(self, Opened { ledger, lock }: Opened) -> Work {
+    pub(super) async fn begin(self, Opened { ledger, .. }: Opened) -> Work {
         let api = self.assemble(&ledger);
         let reclaimer = api.reclaimer.clone();
-        // From now on the snapshotter knows what is held.
-        self.source.ledger.put(ledger.clone());
         if let Err(error) = reclaimer.recover().await {
             // Each pass of the reclaimer tries again; what has to be known meanwhile is.
             tracing::warn!(%error, "what the last run has left cannot be marked yet");
         }
+        self.front.open(api);
+        // From now on the snapshotter knows what is held, and the status that all is served.
+        self.source.ledger.put(ledger.clone());
         let reclaiming = tokio::spawn({
             let (reclaimer, stopped) = (reclaimer.clone(), self.stopped.clone());
             async move { reclaimer.run(stopped).await }
@@ -101,8 +102,7 @@ impl Ground {
         tokio::spawn(async move { reclaimer.watch_time(stopped).await });
         // It makes containerd connect to the snapshotter, if nothing else does.
         tokio::spawn(sweep(self.source.containerd.clone(), self.tasks.clone()));
-        self.front.open(api);
-        Work { reclaiming, ledger, _lock: lock }
+        Work { reclaiming, ledger }
     }
 
     fn assemble(&self, ledger: &Ledger) -> Api {

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::file::OpenError;
+use super::file::{OpenError, beside};
 
 /// What a try may do if the store is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,21 @@ impl Tries {
     /// Whether another try can come to something else.
     pub fn is_due(&self) -> bool {
         self.wrong.is_none() || self.wrong != looks(&self.path).ok()
+    }
+
+    /// Looks whether there is anything of it, for a try that comes to nothing before it is opened.
+    pub fn see(&mut self) {
+        use io::ErrorKind::{NotADirectory, NotFound};
+        let lock = beside(&self.path, ".lock");
+        let is_of_it = |(found, ..): &(OsString, _, _, _, _)| Some(found.as_os_str()) != lock.file_name();
+        let seen = match looks(&self.path) {
+            Ok(looks) => looks.iter().any(is_of_it),
+            // What cannot be looked at may be there.
+            Err(error) => !matches!(error.kind(), NotFound | NotADirectory),
+        };
+        if seen {
+            self.if_missing = IfMissing::Refuse;
+        }
     }
 
     /// One try.

@@ -17,7 +17,7 @@ use crate::{
 const FORMAT: Format = Format {
     noun: "snapshot store",
     application_id: 0x434f_5750, // "COWP"
-    version: 1,
+    version: 2, // 1: without raw bases
     tables: "
 CREATE TABLE snapshots (
     id      INTEGER PRIMARY KEY,   -- never used again; part of the device's name
