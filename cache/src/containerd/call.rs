@@ -142,11 +142,12 @@ pub(super) async fn within<T>(
 fn classify(status: &Status, snapshotter: &str) -> Reason {
     let message = status.message();
     let text = message.to_ascii_lowercase();
-    if status.code() == Code::Unavailable
+    // One with a source was made on this side of the connection: what was at the other end has gone in the middle of a call.
+    // In order, it takes back what it was about to do.
+    if matches!(status.code(), Code::Unavailable | Code::Cancelled)
+        || std::error::Error::source(status).is_some()
         || text.contains("transport error")
         || text.contains("error trying to connect")
-        // it ended in the middle of its answer
-        || text.contains("h2 protocol error")
     {
         return Reason::ContainerdUnavailable;
     }
@@ -182,13 +183,12 @@ mod tests {
 
     #[test]
     fn who_has_gone_is_unavailable() {
+        let broken = std::io::Error::other("error reading a body from connection");
         for (status, reason) in [
             (Status::unavailable("error reading server preface"), Reason::ContainerdUnavailable),
             (Status::unknown("transport error"), Reason::ContainerdUnavailable),
-            (
-                Status::internal("h2 protocol error: error reading a body from connection"),
-                Reason::ContainerdUnavailable,
-            ),
+            (Status::cancelled("context canceled"), Reason::ContainerdUnavailable),
+            (Status::from_error(Box::new(broken)), Reason::ContainerdUnavailable),
             (Status::unknown("snapshot x: internal error"), Reason::ContainerdError),
         ] {
             assert_eq!(classify(&status, "cowshed"), reason, "{status:?}");
