@@ -90,6 +90,11 @@ impl Desk {
         self.view(book).get(lease)?.shares
     }
 
+    /// By how many leases it is shared, as the book counts them.
+    pub(super) fn sharers(&self, book: u32, lease: u8) -> usize {
+        self.books[book as usize].0.sharers(&id(lease.into()))
+    }
+
     pub(super) fn books(&self) -> usize {
         self.books.len()
     }
@@ -211,6 +216,10 @@ fn allowed(before: &Book, after: &Book) -> Result<(), String> {
         // Leases are numbered in the order in which they were made.
         if lease.generation != generation_of(number_of(&lease.id)) {
             return Err(format!("generation {} was given out before", lease.generation.0));
+        }
+        let sharers = after.after(None).filter(|other| other.shares.as_ref() == Some(&lease.id)).count();
+        if after.sharers(&lease.id) != sharers {
+            return Err(format!("the sharers of lease {} are miscounted", number_of(&lease.id)));
         }
         if then != Some(lease) && lease.revision <= before.last_revision() {
             return Err(format!("the revision of lease {} is not a new one", number_of(&lease.id)));

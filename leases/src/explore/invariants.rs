@@ -56,8 +56,8 @@ fn granted_leases_have_their_disks(world: &World, lease: &LeaseView) -> Result<(
     Ok(())
 }
 
-/// From when a VM has it until the last one has let go of it. What could not be made of it is being released, and its record
-/// stays until nobody names it.
+/// From when a VM has it until the last one has let go of it. What could not be made of it is being released, and its
+/// record stays until nobody names it.
 fn what_is_shared_is_there(desk: &Desk, world: &World, lease: &LeaseView) -> Result<(), String> {
     if lease.is_of_image() && matches!(lease.stand, Stand::Suspect { .. } | Stand::Failed { .. }) {
         return Err(format!("lease {} is shared, and is doubtful or has failed", lease.lease));

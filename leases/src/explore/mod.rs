@@ -1,6 +1,6 @@
 //! The book as its own model: the real one, with the service, containerd, the kernel and launchers played around it, taken
-//! through every order in which two clients, two VMs with disks of their own or with one that they share, the reclaimer, time,
-//! crashes and power cuts can come.
+//! through every order in which two clients, two VMs with disks of their own or with one that they share, the reclaimer,
+//! time, crashes and power cuts can come.
 //!
 //! ```text
 //! search ──► world: who can do what ──► play, sharing, reclaiming: what it does ──► desk: asks the book ──► Book

@@ -30,12 +30,12 @@ impl World {
             self.reclaimer = Reclaimer::Overdue(lease);
         }
         let at_work = self.is_being_made(desk, lease) && flaw != Some(Flaw::RemovesWhatIsBeingMade);
-        let view = desk.view(self.book);
-        if !at_work && view.get(lease).is_some_and(|lease| is_left_half_made(lease, flaw)) {
+        let view = desk.view(self.book).get(lease);
+        if !at_work && view.is_some_and(|lease| is_left_half_made(lease, flaw)) {
             self.reclaimer = Reclaimer::HalfMade(lease);
         }
         let shared =
-            view.sharers(lease).next().is_some() && flaw != Some(Flaw::Book(BookFlaw::RemovesWhatIsShared));
+            desk.sharers(self.book, lease) > 0 && flaw != Some(Flaw::Book(BookFlaw::RemovesWhatIsShared));
         if found.is_to_be_reclaimed() && !at_work && !open && !shared {
             self.reclaimer = Reclaimer::ToReclaim(lease);
         }
