@@ -4,6 +4,7 @@
 
 mod book;
 mod device;
+mod draft;
 #[cfg(test)]
 mod explore;
 mod id;
