@@ -7,12 +7,7 @@ use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 use cowshed_leases::{Revision, State, Suspicion};
 
 use super::*;
-use crate::fakes::{Fault, Process_, Sight, State_, World, start, wish, world};
-
-/// Whatever the VM has.
-fn back(vm: &str) -> Release {
-    Release { vm: vm.parse().unwrap(), lease: None, generation: None, request: None, abandon: false }
-}
+use crate::fakes::{Fault, Process_, Sight, State_, World, back, start, wish, world};
 
 #[tokio::test]
 async fn equal_wishes_get_one_lease_and_different_vms_different_disks() {
@@ -146,7 +141,7 @@ async fn a_crash_at_any_effect_is_recovered_from() {
             let dead = start(&world, directory.path());
             let kept = dead.acquirer.acquire(wish("kept")).await.unwrap().lease.clone();
             world.arm(fault, fail_at);
-            story(&dead, &world).await;
+            dead.story(&world, wish("other")).await;
             if !world.has_struck() {
                 break;
             }
@@ -164,24 +159,6 @@ async fn a_crash_at_any_effect_is_recovered_from() {
     }
     // Two of the acquire and three of the reclaimer, each before and after.
     assert!(struck >= 10, "only {struck} crash points were reached");
-}
-
-/// Acquire, release, reclaim, as far as it gets.
-async fn story(process: &Process_, world: &World) {
-    let struck = async {
-        while !world.has_struck() {
-            tokio::task::yield_now().await;
-        }
-    };
-    let all = async {
-        let acquired = process.acquirer.acquire(wish("other")).await.unwrap();
-        process.acquirer.release(back(acquired.lease.vm.as_str())).await.unwrap();
-        process.settle().await;
-    };
-    tokio::select! {
-        () = all => {}
-        () = struck => {}
-    }
 }
 
 #[tokio::test]

@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use cowshed_leases::Release;
-
 use super::*;
-use crate::fakes::{Fault, Process_, World, start, wish, world};
+use crate::fakes::{Fault, Process_, back, start, wish, world};
 
 fn shared(vm: &str, scratch: Option<u64>) -> Wish {
     let scratch = scratch.map(|size_bytes| Scratch { size_bytes, raw: false });
@@ -17,9 +15,7 @@ async fn acquire(process: &Process_, wish: Wish) -> Lease {
 }
 
 async fn release(process: &Process_, vm: &str) {
-    let vm = vm.parse().unwrap();
-    let ask = Release { vm, lease: None, generation: None, request: None, abandon: false };
-    process.acquirer.release(ask).await.unwrap();
+    process.acquirer.release(back(vm)).await.unwrap();
 }
 
 fn device(lease: &Lease) -> &DeviceIdentity {
@@ -208,7 +204,7 @@ async fn a_crash_at_any_effect_is_recovered_from() {
             let dead = start(&world, directory.path());
             let kept = if with_another { Some(acquire(&dead, shared("kept", None)).await) } else { None };
             world.arm(fault, fail_at);
-            story(&dead, &world).await;
+            dead.story(&world, shared("other", Some(16 << 20))).await;
             if !world.has_struck() {
                 break;
             }
@@ -227,22 +223,4 @@ async fn a_crash_at_any_effect_is_recovered_from() {
         }
     }
     assert!(struck >= 30, "only {struck} crash points were reached");
-}
-
-/// Acquire, release, reclaim, as far as it gets.
-async fn story(process: &Process_, world: &World) {
-    let struck = async {
-        while !world.has_struck() {
-            tokio::task::yield_now().await;
-        }
-    };
-    let all = async {
-        acquire(process, shared("other", Some(16 << 20))).await;
-        release(process, "other").await;
-        process.settle().await;
-    };
-    tokio::select! {
-        () = all => {}
-        () = struck => {}
-    }
 }

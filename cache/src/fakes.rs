@@ -14,7 +14,8 @@ use std::{
 };
 
 use cowshed_leases::{
-    BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Mode, Moment, Scratch, State, Ttl, UnixMicros, Uptime,
+    BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Mode, Moment, Release, Scratch, State, Ttl,
+    UnixMicros, Uptime,
 };
 use tonic::Status;
 
@@ -502,7 +503,30 @@ pub(crate) fn wish(vm: &str) -> Wish {
     }
 }
 
+/// Whatever the VM has.
+pub(crate) fn back(vm: &str) -> Release {
+    Release { vm: vm.parse().unwrap(), lease: None, generation: None, request: None, abandon: false }
+}
+
 impl Process_ {
+    /// Acquire, release, reclaim, as far as it gets before the fault strikes.
+    pub(crate) async fn story(&self, world: &World, wish: Wish) {
+        let struck = async {
+            while !world.has_struck() {
+                tokio::task::yield_now().await;
+            }
+        };
+        let all = async {
+            let acquired = self.acquirer.acquire(wish).await.unwrap();
+            self.acquirer.release(back(acquired.lease.vm.as_str())).await.unwrap();
+            self.settle().await;
+        };
+        tokio::select! {
+            () = all => {}
+            () = struck => {}
+        }
+    }
+
     /// What the service does between requests, to the end.
     pub(crate) async fn settle(&self) {
         for _ in 0..4 {
