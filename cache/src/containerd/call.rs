@@ -148,6 +148,7 @@ fn classify(status: &Status, snapshotter: &str) -> Reason {
         || std::error::Error::source(status).is_some()
         || text.contains("transport error")
         || text.contains("error trying to connect")
+        || text.contains("h2 protocol error")
     {
         return Reason::ContainerdUnavailable;
     }
@@ -189,6 +190,7 @@ mod tests {
             (Status::unknown("transport error"), Reason::ContainerdUnavailable),
             (Status::cancelled("context canceled"), Reason::ContainerdUnavailable),
             (Status::from_error(Box::new(broken)), Reason::ContainerdUnavailable),
+            (Status::internal("h2 protocol error: error reading a body"), Reason::ContainerdUnavailable),
             (Status::unknown("snapshot x: internal error"), Reason::ContainerdError),
         ] {
             assert_eq!(classify(&status, "cowshed"), reason, "{status:?}");
