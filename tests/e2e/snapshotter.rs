@@ -120,11 +120,13 @@ fn by_hand() -> Outcome {
          mount $({ctr} mounts /tmp/e2e-mnt e2e-a | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt
          echo moo > /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
          {ctr} commit e2e-c e2e-a
-         {ctr} view e2e-v e2e-c > /dev/null
-         mount -o ro $({ctr} mounts /tmp/e2e-mnt e2e-v | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt
+         for n in 1 2 3; do
+           {ctr} view e2e-v$n e2e-c > /dev/null
+           ! mount -o ro $({ctr} mounts /tmp/e2e-mnt e2e-v$n | grep -o '/dev/mapper/[^ ]*') /tmp/e2e-mnt || break
+         done
          cat /tmp/e2e-mnt/cow; umount /tmp/e2e-mnt
          {ctr} usage e2e-c | tail -1 | awk '{{ print ($2 > 0) ? \"used\" : $0 }}'
-         {ctr} rm e2e-v 2> /dev/null || true; {ctr} rm e2e-c"
+         for n in 1 2 3; do {ctr} rm e2e-v$n 2> /dev/null || true; done; {ctr} rm e2e-c"
     );
     let printed = sh(&script)?;
     check!(printed.starts_with("moo\n"), "{printed}");
