@@ -21,7 +21,7 @@ use crate::{
     admission::Admission,
     clock::Clock,
     containerd::{CallError, Mount, Snapshots},
-    disks::{Order, in_name_of, is_shared},
+    disks::in_name_of,
     drain::Drain,
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
@@ -249,10 +249,9 @@ impl Acquirer {
         let (image, cache) = self.image(wish, &mut stages).await?;
         let id = fresh();
         let maker = self.making.begin(id.clone());
-        let share = if is_shared(wish.mode) {
-            Some(Share { image: in_name_of(&image)?, fresh: fresh() })
-        } else {
-            None
+        let share = match wish.mode {
+            Mode::CopyOnWrite => None,
+            Mode::SharedReadOnly => Some(Share { image: in_name_of(&image)?, fresh: fresh() }),
         };
         // Whoever makes it: it has a maker from before its intent on.
         let _shared = share.as_ref().map(|share| self.making.begin(share.fresh.clone()));
@@ -263,7 +262,7 @@ impl Acquirer {
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
-        match self.make(Order { wish, lease: &lease, image }, &mut stages).await {
+        match self.make(wish, &lease, image, &mut stages).await {
             Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false }),
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
@@ -310,8 +309,9 @@ impl Acquirer {
         })
     }
 
-    /// A lease's device, that of this lease's `snapshot`, as it is now, or how it differs from what was granted. An error if that cannot be told: who
-    /// releases a disk because its device is not there *yet* (after a reboot, say) loses what is on it.
+    /// The device of `snapshot`, which is the lease's own or the one that it shares, as it is now, or how it differs from what
+    /// was granted. An error if that cannot be told: who releases a disk because its device is not there *yet* (after a
+    /// reboot, say) loses what is on it.
     pub(crate) async fn identify(
         &self,
         lease: &Lease,

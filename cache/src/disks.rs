@@ -13,7 +13,7 @@ use std::{
 };
 
 use cowshed_leases::{
-    DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Process, Scratch, ScratchGrant, State, VmId,
+    DeviceIdentity, Failure, Grant, Lease, LeaseId, Process, Scratch, ScratchGrant, State, VmId,
 };
 use tracing::Instrument as _;
 
@@ -29,17 +29,15 @@ use crate::{
 /// How long a device node may take to appear after its snapshot was made (udev makes it).
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 
-/// What a VM's wish is to be made of.
-pub(crate) struct Order<'a> {
-    pub(crate) wish: &'a Wish,
-    pub(crate) lease: &'a Lease,
-    pub(crate) image: ResolvedImage,
-}
-
 impl Acquirer {
     /// From intent to confirmation.
-    pub(crate) async fn make(self: &Arc<Self>, order: Order<'_>, stages: &mut Stages) -> Result<Lease> {
-        let Order { wish, lease, image } = order;
+    pub(crate) async fn make(
+        self: &Arc<Self>,
+        wish: &Wish,
+        lease: &Lease,
+        image: ResolvedImage,
+        stages: &mut Stages,
+    ) -> Result<Lease> {
         let grant = match &lease.shares {
             None => self.image_disk(wish, lease, image, stages).await?,
             Some(shared) => {
@@ -266,11 +264,6 @@ impl Acquirer {
 pub(crate) fn in_name_of(image: &ResolvedImage) -> Result<VmId> {
     let digest = image.manifest.to_string();
     VmId::of_image(&digest).map_err(|error| Error::new(Reason::InternalError, format!("{digest}: {error}")))
-}
-
-/// Whether such VMs have one device.
-pub(crate) fn is_shared(mode: Mode) -> bool {
-    mode == Mode::SharedReadOnly
 }
 
 fn being_removed(wish: &Wish) -> Error {

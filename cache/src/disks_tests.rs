@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use cowshed_leases::Mode;
+
 use super::*;
 use crate::fakes::{Fault, Process_, back, start, wish, world};
 

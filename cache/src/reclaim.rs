@@ -313,18 +313,20 @@ impl Reclaimer {
         inventory.abandoned_pulls = pulls.into_keys().filter(|lease| !running.contains(lease)).collect();
         inventory.running_pulls = running;
         let now = self.clock.now();
-        let (looked_at, others): (Vec<Lease>, Vec<Lease>) = self.ledger.read(|book| {
+        let (looked_at, held): (Vec<Lease>, BTreeSet<LeaseId>) = self.ledger.read(|book| {
             // What is shared goes after all that name it.
             let is_over = |lease: &Lease| {
                 lease.is_overdue(&now) || lease.is_to_be_reclaimed() && book.sharers(&lease.id) == 0
             };
-            let leases = book.after(None).filter(|lease| everything || is_over(lease)).cloned();
-            leases.partition(|lease| is_over(lease))
+            let leases = || book.after(None).filter(|lease| everything || is_over(lease));
+            // And it is on record until then.
+            let held = leases().filter(|lease| lease.is_held() || book.sharers(&lease.id) > 0);
+            (
+                leases().filter(|lease| is_over(lease)).cloned().collect(),
+                held.map(|lease| lease.id.clone()).collect(),
+            )
         });
-        // What is shared is on record until all who name it are gone.
-        let named = |lease: &&Lease| lease.is_held() || self.ledger.read(|book| book.sharers(&lease.id) > 0);
-        let held = others.iter().chain(&looked_at).filter(named);
-        inventory.held = held.map(|lease| lease.id.clone()).collect();
+        inventory.held = held;
         // Again the ledger first: who makes one of these now has begun before it was released.
         let making = self.making.now();
         for lease in looked_at {
@@ -443,7 +445,10 @@ impl Reclaimer {
         let gone: Vec<LeaseId> = removed.iter().filter(is_gone).map(|id| (*id).clone()).collect();
         self.metrics.reclaim_failures(left.len());
         for (id, why) in &left {
-            tracing::warn!(lease = %id, why, "a released disk is still there");
+            // Once, however often it is tried.
+            if self.waiting.read().unwrap_or_else(PoisonError::into_inner).get(id) != Some(why) {
+                tracing::warn!(lease = %id, why, "a released disk is still there");
+            }
         }
         left.extend(at_leisure);
         self.forget(gone).await;
