@@ -8,6 +8,7 @@ use cowshed_leases::{Revision, State, Suspicion};
 
 use super::*;
 use crate::fakes::{Fault, Process_, Sight, State_, World, back, start, wish, world};
+use crate::identity::CONTAINERD_WAIT;
 
 #[tokio::test]
 async fn equal_wishes_get_one_lease_and_different_vms_different_disks() {

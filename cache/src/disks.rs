@@ -1,4 +1,4 @@
-//! The disks of a lease: made from its intent on, and looked at.
+//! The disks of a lease, made from its intent on.
 //!
 //! ```text
 //!  COPY_ON_WRITE     containerd lease ─► Prepare ─► verify ─────────────────────────────────► confirm

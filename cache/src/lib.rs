@@ -15,6 +15,7 @@ pub mod exit;
 #[cfg(test)]
 mod fakes;
 mod flights;
+mod identity;
 pub mod image;
 pub mod kernel;
 pub mod ledger;
