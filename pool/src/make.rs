@@ -272,7 +272,7 @@ impl Inner {
             .write(move |tree| {
                 let Change::Put(snapshot) = tree.confirm(id)? else { return Ok((Vec::new(), ())) };
                 let mut changes = vec![Change::Put(Box::new(Snapshot { mapped, ..*snapshot }))];
-                changes.extend(tree.surplus_blanks(base_size, now()));
+                changes.extend(tree.surplus_blanks(id, base_size, now()));
                 Ok((changes, ()))
             })
             .await?)

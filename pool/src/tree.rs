@@ -440,12 +440,16 @@ impl Tree {
         Ok(Some(BasePlan { new: Box::new(new), origin: parent.cloned().map(Box::new), left }))
     }
 
-    /// The blanks of odd sizes that are one too many, the oldest first: anybody can ask for any size.
-    pub(crate) fn surplus_blanks(&self, base_size: Bytes, now: UnixNanos) -> Vec<Change> {
-        let is_odd = |s: &&Snapshot| s.kind == Kind::Blank && s.state == State::Ready && s.bytes != base_size;
-        let mut odd: Vec<&Snapshot> = self.all().filter(is_odd).collect();
-        odd.sort_by_key(|blank| std::cmp::Reverse(blank.created));
-        odd.into_iter().skip(ODD_BLANKS).map(|blank| removing(blank, now)).collect()
+    /// The blanks of odd sizes that are too many when `new` is there as well, which somebody waits for: those made first.
+    /// Anybody can ask for any size.
+    pub(crate) fn surplus_blanks(&self, new: SnapshotId, base_size: Bytes, now: UnixNanos) -> Vec<Change> {
+        let is_odd = |s: &&Snapshot| s.kind == Kind::Blank && s.bytes != base_size;
+        let there = |s: &&Snapshot| s.state == State::Ready && s.id != new;
+        // By id, which is the order in which they were begun; the time is that of whoever had asked.
+        let odd: Vec<&Snapshot> = self.all().filter(is_odd).filter(there).collect();
+        let one_more = usize::from(self.get(new).as_ref().is_some_and(is_odd));
+        let surplus = (odd.len() + one_more).saturating_sub(ODD_BLANKS);
+        odd.into_iter().take(surplus).map(|blank| removing(blank, now)).collect()
     }
 
     fn ready_base(&self, base: Base) -> Option<&Snapshot> {

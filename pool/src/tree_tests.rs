@@ -242,23 +242,30 @@ fn what_the_pool_has_is_avoided() {
 #[test]
 fn blanks_of_odd_sizes_do_not_become_ever_more() {
     let mut tree = Tree::default();
-    make(&mut tree, &wish("usual", "")).unwrap();
-    for n in 1..=ODD_BLANKS as u64 + 3 {
-        let size = label(SIZE_LABELS[0], &format!("{}MiB", 16 + n));
-        let asked = Wish { labels: size, now: UnixNanos(n as i64), ..wish(&format!("odd-{n}"), "") };
-        make(&mut tree, &asked).unwrap();
-    }
     let base_size = wish("", "").base_size;
-    let surplus = tree.surplus_blanks(base_size, UnixNanos(100));
-    surplus.into_iter().for_each(|change| drop(tree.apply(change)));
-    assert!(tree.surplus_blanks(base_size, UnixNanos(100)).is_empty());
-    let ready = |tree: &Tree| tree.all().filter(|s| s.kind == Kind::Blank && s.state == State::Ready).count();
-    assert_eq!(ready(&tree), 1 + ODD_BLANKS);
-    // The oldest went, and are made anew.
-    let oldest = Wish { labels: label(SIZE_LABELS[0], "17MiB"), ..wish("again", "") };
-    assert!(matches!(tree.prepare(&oldest), Ok(Plan::Needs(_))));
-    make(&mut tree, &oldest).unwrap();
-    assert_eq!(ready(&tree), 2 + ODD_BLANKS);
+    make(&mut tree, &wish("usual", "")).unwrap();
+    let asked = |n: usize| {
+        let labels = label(SIZE_LABELS[0], &format!("{}MiB", 16 + n));
+        // Who has asked last is served first.
+        Wish { labels, now: UnixNanos(-(n as i64)), ..wish(&format!("odd-{n}"), "") }
+    };
+    let ready = |tree: &Tree| {
+        let blanks = tree.all().filter(|s| s.kind == Kind::Blank && s.state == State::Ready);
+        blanks.map(|s| s.bytes.0 >> 20).collect::<Vec<_>>()
+    };
+    for n in 1..=ODD_BLANKS + 3 {
+        make(&mut tree, &asked(n)).unwrap();
+        let new = tree.all().filter(|s| s.kind == Kind::Blank).last().unwrap().id;
+        let surplus = tree.surplus_blanks(new, base_size, UnixNanos(100));
+        surplus.into_iter().for_each(|change| drop(tree.apply(change)));
+        assert!(ready(&tree).contains(&(16 + n as u64)), "what somebody waits for is gone");
+        assert!(ready(&tree).len() <= 1 + ODD_BLANKS);
+    }
+    // The usual one, and the latest ones; the others are made anew.
+    assert_eq!(ready(&tree).len(), 1 + ODD_BLANKS);
+    assert!(ready(&tree).contains(&(base_size.0 >> 20)));
+    let again = Wish { key: "again".into(), ..asked(1) };
+    assert!(matches!(tree.prepare(&again), Ok(Plan::Needs(_))));
 }
 
 #[test]
