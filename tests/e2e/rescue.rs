@@ -98,7 +98,8 @@ const DAMAGES: [(&str, Damage); 4] = [
     ("its header overwritten", |file, _| file.write_all_at(&[0xff; 64], 0)),
     ("cut off", |file, length| file.set_len(length / 2)),
     ("emptied", |file, _| file.set_len(0)),
-    ("a page overwritten", |file, length| file.write_all_at(&[0xa5; 4096], length - 4096)),
+    // The root of the first table: any other may be a free one, whose contents are nobody's.
+    ("a page overwritten", |file, _| file.write_all_at(&[0xa5; 4096], 4096)),
 ];
 
 fn damage(path: &Path, damage: Damage) -> Outcome {
