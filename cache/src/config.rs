@@ -14,6 +14,8 @@ use cowshed_pool::Bytes;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
+use crate::image::{PullLimits, Unpacker};
+
 /// Where `serve` looks if it is not told; if nothing is there, everything has its default.
 pub const DEFAULT_PATH: &str = "/etc/cowshed/cowshed.toml";
 /// Where the service listens and clients call if they are not told.
@@ -69,6 +71,8 @@ pub struct Config {
     pub snapshotter: Snapshotter,
     /// How to fetch images.
     pub registry: Registry,
+    /// How to unpack and keep them.
+    pub images: Images,
     /// How long leases are kept that nobody may want any more.
     pub leases: Leases,
     /// When to look after released disks.
@@ -171,6 +175,20 @@ pub struct Registry {
     pub connect_timeout_seconds: u64,
     /// A download without a byte for this time is broken off, in seconds.
     pub read_timeout_seconds: u64,
+}
+
+/// `[images]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Images {
+    /// Who unpacks layers.
+    pub unpacker: Unpacker,
+    /// A layer with more bytes than this, inflated, is refused.
+    pub layer_size_max: Bytes,
+    /// A layer with more files, directories and links than this is refused.
+    pub layer_members_max: u64,
+    /// Whether compressed layers stay in containerd's content store when they are unpacked.
+    pub keep_layers: bool,
 }
 
 /// `[leases]`
@@ -277,6 +295,13 @@ impl Default for Registry {
     }
 }
 
+impl Default for Images {
+    fn default() -> Self {
+        let PullLimits { unpacker, layer, keep_layers, .. } = PullLimits::default();
+        Self { unpacker, layer_size_max: Bytes(layer.bytes), layer_members_max: layer.members, keep_layers }
+    }
+}
+
 impl Default for Leases {
     fn default() -> Self {
         Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
@@ -367,6 +392,14 @@ impl Config {
         ] {
             if !(1..=86_400).contains(&number) {
                 return Err(value(section, field, format!("{number} is not between 1 and 86400")));
+            }
+        }
+        for (field, number) in [
+            ("layer_size_max", self.images.layer_size_max.0),
+            ("layer_members_max", self.images.layer_members_max),
+        ] {
+            if number == 0 {
+                return Err(value("images", field, "0 would refuse every image".to_owned()));
             }
         }
         for (field, seconds) in [

@@ -18,6 +18,7 @@ mod flights;
 mod identity;
 pub mod image;
 pub mod kernel;
+pub mod layer;
 pub mod ledger;
 pub mod making;
 pub mod metrics;

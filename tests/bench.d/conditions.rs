@@ -29,7 +29,7 @@ pub(crate) async fn of_host(sides: &Sides, standing: usize) -> Outcome<Value> {
         "kernel": text("/proc/sys/kernel/osrelease")?,
         "cores": thread::available_parallelism()?.get(),
         "cpu": model.trim_start_matches([' ', '\t', ':']),
-        "emulated": model.contains("TCG"),
+        "emulated": model.contains("TCG") || model.contains("QEMU"),
         "memory": memory.lines().next().unwrap_or_default().trim_start_matches("MemTotal:").trim(),
         "rcu_expedited": rcu_expedited()?,
         "udev": if Path::new("/run/udev/control").exists() { "running" } else { "not running" },

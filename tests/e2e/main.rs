@@ -8,6 +8,7 @@ mod guest;
 mod held;
 mod identity;
 mod images;
+mod layers;
 mod lifecycle;
 mod odd_registries;
 mod pulls;
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 20] = [
+    let groups: [(&str, &[Test]); 21] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         ("watching", watching::TESTS),
         ("upkeep", upkeep::TESTS),
         ("images", images::TESTS),
+        ("layers", layers::TESTS),
         ("pulls", pulls::TESTS),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),

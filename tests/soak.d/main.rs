@@ -42,6 +42,9 @@ struct Arguments {
     /// Makes the order of everything another one.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Acquires from one trouble to the next, in the mean.
+    #[arg(long, default_value_t = 80)]
+    troubles_every: usize,
 }
 
 const CLIENTS: usize = 8;
@@ -107,14 +110,15 @@ impl Soak {
         let killed = self.arguments.acquires * KILLED_PERCENT / 100;
         self.warm_up().await?;
         let first = self.figures("after a warm-up").await?;
-        self.go_on(killed, 1, Some(Troubles::all(self.arguments.seed))).await?;
+        self.go_on(killed, 1, Some(Troubles::all(self.arguments.seed, self.arguments.troubles_every)))
+            .await?;
         let second = self.figures("after troubles of all kinds").await?;
         self.warm_up().await?;
         let third = self.figures("after another warm-up").await?;
         self.go_on(
             self.arguments.acquires - killed,
             2,
-            Some(Troubles::without_kills_of_cowshed(self.arguments.seed)),
+            Some(Troubles::without_kills_of_cowshed(self.arguments.seed, self.arguments.troubles_every)),
         )
         .await?;
         let last = self.figures("at the end, cowshed having lived").await?;

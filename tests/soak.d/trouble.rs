@@ -12,29 +12,36 @@ enum Trouble {
     RemoveImage,
 }
 
-/// Some trouble every 15 to 45 acquires.
+/// Some trouble again and again.
 pub(crate) struct Troubles {
     dice: Dice,
+    /// Acquires from one to the next, half to one and a half times as many.
+    every: usize,
     kinds: &'static [Trouble],
 }
 
 impl Troubles {
-    pub(crate) fn all(seed: u64) -> Self {
+    pub(crate) fn all(seed: u64, every: usize) -> Self {
         use Trouble::*;
         Self {
             dice: Dice((seed + 1) * 0x5851_f42d),
+            every,
             kinds: &[KillCowshed, KillContainerd, StopContainerd, RemoveImage],
         }
     }
 
-    pub(crate) fn without_kills_of_cowshed(seed: u64) -> Self {
+    pub(crate) fn without_kills_of_cowshed(seed: u64, every: usize) -> Self {
         use Trouble::*;
-        Self { dice: Dice((seed + 1) * 0x1405_7b7e), kinds: &[KillContainerd, StopContainerd, RemoveImage] }
+        Self {
+            dice: Dice((seed + 1) * 0x1405_7b7e),
+            every,
+            kinds: &[KillContainerd, StopContainerd, RemoveImage],
+        }
     }
 
     pub(crate) async fn run(&mut self, tally: &Tally) -> Outcome {
         loop {
-            let next = tally.acquires() + 15 + self.dice.below(30) as u64;
+            let next = tally.acquires() + (self.every / 2 + self.dice.below(self.every.max(1))) as u64;
             while tally.acquires() < next {
                 if tally.is_done() {
                     return Ok(());

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::{
-    AbortRequest, Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
-    WriteContentResponse, content_client::ContentClient,
+    AbortRequest, Info, InfoRequest, ReadContentRequest, ReadContentResponse, UpdateRequest, WriteAction,
+    WriteContentRequest, WriteContentResponse, content_client::ContentClient,
 };
 use prost_types::FieldMask;
 use tokio::sync::mpsc;
@@ -51,6 +51,14 @@ impl Containerd {
                 return Ok(None);
             }
         }
+    }
+
+    /// A blob from `offset` on, piece by piece.
+    pub async fn open_blob(&self, digest: &str, offset: u64) -> Result<ContentReader, CallError> {
+        let offset = i64::try_from(offset).unwrap_or(i64::MAX);
+        let request = self.request(ReadContentRequest { digest: digest.to_owned(), offset, size: 0 });
+        let pieces = self.call("Content.Read", self.content().read(request)).await?;
+        Ok(ContentReader { containerd: self.clone(), pieces })
     }
 
     /// Adds labels to a blob that is there.
@@ -101,6 +109,23 @@ impl Containerd {
             Err(error) if error.is_not_found() => Ok(()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// A blob that is read.
+#[derive(Debug)]
+pub struct ContentReader {
+    containerd: Containerd,
+    pieces: Streaming<ReadContentResponse>,
+}
+
+impl ContentReader {
+    /// The next piece; empty at the end.
+    pub async fn next(&mut self) -> Result<Vec<u8>, CallError> {
+        let pieces = &mut self.pieces;
+        let next = async { pieces.message().await.map(Response::new) };
+        let piece = self.containerd.call("Content.Read", next).await?;
+        Ok(piece.map(|piece| piece.data).unwrap_or_default())
     }
 }
 

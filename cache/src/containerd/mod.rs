@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 pub use call::CallError;
-pub use content::ContentWriter;
+pub use content::{ContentReader, ContentWriter};
 pub use events::ImageEvents;
 pub use images::ImageRecord;
 pub use leases::ContainerdLease;

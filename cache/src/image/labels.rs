@@ -13,9 +13,9 @@ const LABEL_MAX_BYTES: usize = 4096;
 
 pub(super) type Labels = HashMap<String, String>;
 
-/// What a manifest holds.
-pub(super) fn of_manifest(manifest: &Manifest) -> Labels {
-    let layers = manifest.layers.iter().enumerate();
+/// What a manifest holds: its layers as well, if they are kept.
+pub(super) fn of_manifest(manifest: &Manifest, keeps_layers: bool) -> Labels {
+    let layers = manifest.layers.iter().enumerate().filter(|_| keeps_layers);
     let layers =
         layers.map(|(at, layer)| (format!("containerd.io/gc.ref.content.l.{at}"), layer.digest.to_string()));
     let config = ("containerd.io/gc.ref.content.config".to_owned(), manifest.config.digest.to_string());
@@ -108,7 +108,8 @@ mod tests {
             config: descriptor("c", "c"),
             layers: vec![descriptor("l", "x"), descriptor("l", "y")],
         };
-        let labels = of_manifest(&manifest);
+        assert_eq!(of_manifest(&manifest, false).len(), 1, "the configuration alone");
+        let labels = of_manifest(&manifest, true);
         for (name, of) in [("config", "c"), ("l.0", "x"), ("l.1", "y")] {
             assert_eq!(
                 labels[&format!("containerd.io/gc.ref.content.{name}")],

@@ -13,6 +13,7 @@ mod progress;
 mod pull;
 mod reference;
 mod store;
+mod tap;
 mod unpack;
 
 use std::{
@@ -31,6 +32,7 @@ pub use reference::ImageRef;
 use crate::{
     containerd::{Containerd, ImageRecord},
     error::{Error, Result},
+    layer::Bounds,
     registry::Registries,
 };
 use facts::Facts;
@@ -101,11 +103,34 @@ pub struct PullLimits {
     pub unpack_timeout: Duration,
     /// How often a blob is tried.
     pub attempts: u32,
+    /// Who unpacks.
+    pub unpacker: Unpacker,
+    /// How much a layer may be.
+    pub layer: Bounds,
+    /// Whether compressed layers are kept when they are unpacked.
+    pub keep_layers: bool,
+}
+
+/// Who unpacks layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unpacker {
+    /// Cowshed, while they arrive; layers of a kind that it does not know, containerd.
+    Cowshed,
+    /// containerd's differ, when they have arrived.
+    Containerd,
 }
 
 impl Default for PullLimits {
     fn default() -> Self {
-        Self { concurrent_downloads: 3, unpack_timeout: Duration::from_secs(1800), attempts: 4 }
+        Self {
+            concurrent_downloads: 3,
+            unpack_timeout: Duration::from_secs(1800),
+            attempts: 4,
+            unpacker: Unpacker::Cowshed,
+            layer: Bounds { bytes: 64 << 30, members: 4_000_000 },
+            keep_layers: true,
+        }
     }
 }
 
@@ -164,6 +189,8 @@ struct Shared {
     flights: flight::Flights,
     /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
     locks: Locks,
+    /// For bytes that are fetched and not unpacked yet.
+    room: Arc<tap::Room>,
 }
 
 impl Images {
@@ -185,6 +212,7 @@ impl Images {
             running: Mutex::default(),
             flights: flight::Flights::default(),
             locks: Locks::default(),
+            room: Arc::default(),
         }))
     }
 

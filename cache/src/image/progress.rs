@@ -47,7 +47,7 @@ pub struct LayerProgress {
 }
 
 /// Of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LayerStage {
     /// Not begun.
     Waiting,
@@ -55,7 +55,7 @@ pub enum LayerStage {
     Fetching,
     /// In the content store.
     Fetched,
-    /// Being applied.
+    /// Being applied; it may still be arriving.
     Unpacking,
     /// Committed.
     Done,
@@ -88,8 +88,8 @@ impl Board {
     pub(super) fn stage(&self, layer: usize, stage: LayerStage) {
         self.sender.send_modify(|progress| {
             if let Some(layer) = progress.layers.get_mut(layer) {
-                layer.stage = stage;
-                if matches!(stage, LayerStage::Fetched | LayerStage::Unpacking | LayerStage::Done) {
+                layer.stage = layer.stage.max(stage);
+                if matches!(stage, LayerStage::Fetched | LayerStage::Done) {
                     layer.bytes_fetched = layer.bytes_total;
                 }
             }

@@ -6,8 +6,7 @@
 use std::{collections::HashMap, sync::PoisonError};
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
-use futures_util::{StreamExt as _, stream};
-use tokio::sync::oneshot;
+use futures_util::{StreamExt as _, stream, stream::FuturesUnordered};
 
 use super::{
     Cache, Digest, ImageRef, LayerStage, Platform, ResolvedImage, Shared,
@@ -19,7 +18,8 @@ use super::{
     manifest::{self, DOCUMENT_MAX_BYTES, Document, ImageConfig, Manifest},
     progress::Board,
     store::Store,
-    unpack::{Layer, unpack},
+    tap::{Outlet, Tap, tap},
+    unpack::{Inflating, Layer, is_held, unpack},
 };
 use crate::{
     containerd::LEASE_LABEL,
@@ -96,7 +96,7 @@ async fn complete(
         Some((_, present)) if labels::missing(&present, holds).is_empty() => {}
         _ => return Ok(None),
     }
-    for layer in &manifest.layers {
+    for layer in manifest.layers.iter().filter(|_| shared.limits.keep_layers) {
         if blob(layer.digest.to_string()).await?.is_none() {
             return Ok(None);
         }
@@ -134,7 +134,7 @@ async fn pull(
         cache = either(cache, store.put(digest, bytes, labels.clone()).await?);
     }
     let manifest = &resolved.manifest;
-    let fetched = store.fetch(&manifest.config, Labels::new(), |_| ()).await?;
+    let fetched = store.fetch(&manifest.config, Labels::new(), None, |_| ()).await?;
     let config = read_config(store, manifest, platform).await?;
     board.layers(sizes(manifest));
     cache = either(cache, fetched);
@@ -156,7 +156,7 @@ async fn resolve(
         let (media_type, parsed) = manifest::parse(&bytes)?;
         match parsed {
             Document::Manifest(manifest) => {
-                let labels = labels::of_manifest(&manifest);
+                let labels = labels::of_manifest(&manifest, store.shared.limits.keep_layers);
                 documents.push(Stored { digest: digest.clone(), media_type, bytes, labels });
                 return Ok(Resolved { documents, manifest_digest: digest, manifest });
             }
@@ -219,20 +219,27 @@ async fn read_config(store: &Store<'_>, manifest: &Manifest, platform: &Platform
     Ok(config)
 }
 
-/// Fetches layers, several at a time, and unpacks each as soon as it and all below it are there. If one fails, the
-/// others stop, but none is dropped: each clears up first.
+/// Layers that are inflated ahead of the one that is applied.
+const AHEAD: usize = 2;
+
+/// Fetches layers, several at a time, and unpacks each on the one below while it arrives. If one fails, the others stop,
+/// but none is dropped: each clears up first.
 async fn layers(
     store: &Store<'_>,
     manifest: &Manifest,
     config: &ImageConfig,
     board: &Board,
 ) -> Result<Cache> {
-    let (arrivals, arrived): (Vec<_>, Vec<_>) =
-        manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
-    let fetching = stream::iter(arrivals.into_iter().enumerate().map(|(at, arrival)| async move {
-        match Box::pin(fetch_layer(store, manifest, board, at)).await {
+    let chain = chain_ids(&config.diff_ids);
+    let there = unpacked_already(store, &chain).await?;
+    (0..there).for_each(|at| board.stage(at, LayerStage::Unpacking));
+    let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(&store.shared.room)).unzip();
+    let keeps = store.shared.limits.keep_layers;
+    let wanted = taps.into_iter().enumerate().filter(|(at, _)| keeps || *at >= there);
+    let fetching = stream::iter(wanted.map(|(at, tap)| async move {
+        match Box::pin(fetch_layer(store, manifest, board, at, &tap)).await {
             Ok(fetched) => {
-                let _unpacking_has_failed = arrival.send(());
+                tap.stored(manifest.layers[at].size);
                 fetched
             }
             Err(error) => {
@@ -244,8 +251,23 @@ async fn layers(
     let fetching = fetching
         .buffer_unordered(store.shared.limits.concurrent_downloads.max(1))
         .fold(Cache::Hit, |all, one| async move { either(all, one) });
-    let (fetched, unpacked) = tokio::join!(fetching, unpack_layers(store, manifest, config, board, arrived));
+    let unpacking = unpack_layers(store, manifest, config, board, &chain, there, outlets);
+    let (fetched, unpacked) = tokio::join!(fetching, unpacking);
+    (0..there).for_each(|at| board.stage(at, LayerStage::Done));
     store.brake.check(either(fetched, unpacked))
+}
+
+/// How many layers, from the lowest on, are unpacked, by whatever image; from now on they are held.
+async fn unpacked_already(store: &Store<'_>, chain: &[Digest]) -> Result<usize> {
+    let mut there = 0;
+    while there < chain.len() && store.shared.has_snapshot(&chain[there]).await? {
+        there += 1;
+    }
+    // The highest one holds those below. If it has gone meanwhile, all are looked at one by one.
+    match there.checked_sub(1) {
+        Some(highest) if !is_held(store.shared, store.lease, &chain[highest]).await? => Ok(0),
+        _ => Ok(there),
+    }
 }
 
 async fn unpack_layers(
@@ -253,20 +275,38 @@ async fn unpack_layers(
     manifest: &Manifest,
     config: &ImageConfig,
     board: &Board,
-    arrived: Vec<oneshot::Receiver<()>>,
+    chain: &[Digest],
+    there: usize,
+    outlets: Vec<Outlet>,
 ) -> Cache {
-    let chain = chain_ids(&config.diff_ids);
+    let begin = |at: usize| Inflating::begin(store.shared, &manifest.layers[at], &outlets[at]);
     let mut cache = Cache::Hit;
-    for (at, arrived) in arrived.into_iter().enumerate() {
-        // Fails only if fetching has failed, and that has pulled the brake.
-        if arrived.await.is_err() {
-            break;
-        }
+    let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
+    let mut labelling = FuturesUnordered::new();
+    for at in there..chain.len() {
         board.stage(at, LayerStage::Unpacking);
+        for next in at..chain.len().min(at + 1 + AHEAD) {
+            ahead.entry(next).or_insert_with(|| begin(next));
+        }
         let parent = at.checked_sub(1).map(|below| &chain[below]);
         let (blob, diff_id) = (&manifest.layers[at], &config.diff_ids[at]);
-        match unpack(store, &Layer { blob, diff_id, chain_id: &chain[at], parent }).await {
-            Ok(unpacked) => cache = either(cache, unpacked),
+        let layer = Layer { blob, diff_id, chain_id: &chain[at], parent, bytes: &outlets[at] };
+        let unpacking = unpack(store, &layer, ahead.remove(&at).flatten());
+        tokio::pin!(unpacking);
+        // Labels of the layers below are written meanwhile.
+        let unpacked = loop {
+            tokio::select! {
+                unpacked = &mut unpacking => break unpacked,
+                Some(labelled) = labelling.next() => fail_with(store, labelled),
+            }
+        };
+        match unpacked {
+            // Only now: until it was applied, it was but what the image's configuration claims.
+            Ok(Cache::Miss) => {
+                cache = Cache::Miss;
+                labelling.push(store.label(&blob.digest, labels::of_applied(diff_id)));
+            }
+            Ok(Cache::Hit) => {}
             Err(error) => {
                 store.brake.pull(error.context(format!("layer {} of {}", at + 1, chain.len())));
                 break;
@@ -274,13 +314,29 @@ async fn unpack_layers(
         }
         board.stage(at, LayerStage::Done);
     }
+    while let Some(labelled) = labelling.next().await {
+        fail_with(store, labelled);
+    }
     cache
 }
 
-async fn fetch_layer(store: &Store<'_>, manifest: &Manifest, board: &Board, at: usize) -> Result<Cache> {
+fn fail_with(store: &Store<'_>, outcome: Result<()>) {
+    if let Err(error) = outcome {
+        store.brake.pull(error);
+    }
+}
+
+async fn fetch_layer(
+    store: &Store<'_>,
+    manifest: &Manifest,
+    board: &Board,
+    at: usize,
+    tap: &Tap,
+) -> Result<Cache> {
     let blob = &manifest.layers[at];
     board.stage(at, LayerStage::Fetching);
-    let fetched = store.fetch(blob, labels::of_layer(store.image), |bytes| board.bytes(at, bytes)).await;
+    let progress = |bytes| board.bytes(at, bytes);
+    let fetched = store.fetch(blob, labels::of_layer(store.image), Some(tap), progress).await;
     let fetched = fetched.map_err(|e| e.context(format!("layer {} of {}", at + 1, manifest.layers.len())))?;
     board.stage(at, LayerStage::Fetched);
     Ok(fetched)

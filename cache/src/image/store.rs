@@ -14,6 +14,7 @@ use super::{
     locks::Turn,
     manifest::Descriptor,
     pace::Pace,
+    tap::Tap,
 };
 use crate::{
     containerd::{CallError, ContentWriter},
@@ -43,6 +44,8 @@ struct Errand<'a> {
     labels: Labels,
     /// The name under which it is written.
     reference: String,
+    /// Who gets the bytes while they arrive.
+    tap: Option<&'a Tap>,
 }
 
 impl Store<'_> {
@@ -73,11 +76,12 @@ impl Store<'_> {
         }
     }
 
-    /// Fetches a blob, or finds it; calls `progress` with the bytes that are there.
+    /// Fetches a blob, or finds it; calls `progress` with the bytes that are there, and gives those that arrive to `tap`.
     pub(super) async fn fetch(
         &self,
         blob: &Descriptor,
         labels: Labels,
+        tap: Option<&Tap>,
         progress: impl Fn(u64) + Send + Sync,
     ) -> Result<Cache> {
         let turn = self.brake.or(self.turn(&blob.digest)).await?;
@@ -85,7 +89,7 @@ impl Store<'_> {
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
-        let errand = Errand { blob, labels, reference: self.reference(&blob.digest, &turn) };
+        let errand = Errand { blob, labels, reference: self.reference(&blob.digest, &turn), tap };
         let mut pause = FIRST_PAUSE;
         let mut attempt = 0;
         loop {
@@ -102,6 +106,7 @@ impl Store<'_> {
             }
             tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
             if let Broken::Wrong(error) = &broken {
+                tap.inspect(|tap| tap.spoil());
                 self.abort_or(&errand.reference, error).await?;
             }
             // If the brake is pulled, the next try says so.
@@ -116,7 +121,7 @@ impl Store<'_> {
         attempt: u32,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
-        let Errand { blob, labels, reference } = errand;
+        let Errand { blob, labels, reference, tap } = errand;
         let mut writer = match self.writer(reference, &blob.digest, blob.size).await {
             Ok(writer) => writer,
             Err(error) if error.is_already_exists() => {
@@ -129,7 +134,7 @@ impl Store<'_> {
             writer.restart();
         }
         if writer.offset() < blob.size || blob.size == 0 {
-            self.copy(blob, attempt, &mut writer, progress).await?;
+            self.copy(blob, attempt, &mut writer, *tap, progress).await?;
         }
         match writer.commit(labels.clone()).await {
             Err(error) if error.is_already_exists() => {
@@ -145,6 +150,7 @@ impl Store<'_> {
         blob: &Descriptor,
         attempt: u32,
         writer: &mut ContentWriter,
+        tap: Option<&Tap>,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
         let source = self.source.blob(&blob.digest, writer.offset(), attempt).await.map_err(Broken::from)?;
@@ -168,10 +174,10 @@ impl Store<'_> {
                 ));
             }
             if piece.len() >= PIECE {
-                self.flush(writer, &mut piece, progress).await?;
+                self.flush(writer, &mut piece, tap, progress).await?;
             }
         }
-        self.flush(writer, &mut piece, progress).await?;
+        self.flush(writer, &mut piece, tap, progress).await?;
         if writer.offset() < blob.size {
             return Err(Broken::ForNow(self.interrupted(
                 blob,
@@ -186,10 +192,12 @@ impl Store<'_> {
         &self,
         writer: &mut ContentWriter,
         piece: &mut Vec<u8>,
+        tap: Option<&Tap>,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
         // What arrives in large parts still goes on in pieces that containerd takes.
         for message in std::mem::take(piece).chunks(PIECE) {
+            tap.inspect(|tap| tap.pour(writer.offset(), message));
             writer.write(message.to_vec()).await.map_err(|e| self.broken(e))?;
             progress(writer.offset());
         }
@@ -199,6 +207,10 @@ impl Store<'_> {
     /// Whether the blob is there, and from now on held.
     async fn is_held(&self, digest: &Digest) -> Result<bool> {
         let containerd = &self.shared.containerd;
+        // What is written is held by itself: to hold what is not there is a transaction of containerd's for nothing.
+        if containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?.is_none() {
+            return Ok(false);
+        }
         containerd.hold_blob(self.lease, digest.as_str()).await.map_err(|e| self.explain(e))?;
         Ok(containerd.blob(digest.as_str()).await.map_err(|e| self.explain(e))?.is_some())
     }

@@ -1,14 +1,23 @@
-//! Unpacks layers into the configured snapshotter, each on the one below, as containerd's own clients do: the result
-//! is the same committed snapshots under the same chain ids.
+//! Unpacks layers into the configured snapshotter, each on the one below: the result is the same committed snapshots under
+//! the same chain ids as with containerd's own clients.
+//!
+//! ```text
+//!  Prepare ─► mount, apply, compare the digest, write back, unmount (layer, here) ─► the blob is stored? ─► Commit
+//!         └─► or containerd's Diff service, for layers of a kind that is not known here
+//! ```
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
 
-use super::{Cache, Digest, Shared, labels, manifest::Descriptor, store::Store};
+use super::{Cache, Digest, Shared, Unpacker, manifest::Descriptor, store::Store, tap::Outlet};
 use crate::{
     containerd::{CallError, Mount},
     error::{Error, Reason, Result},
+    layer::{self, Bounds, Detached, Inflated, LayerError, MountPoint, Stop},
 };
 
 /// One layer to unpack.
@@ -21,10 +30,52 @@ pub(super) struct Layer<'a> {
     pub(super) chain_id: &'a Digest,
     /// Chain id of the layer below; `None` for the lowest.
     pub(super) parent: Option<&'a Digest>,
+    /// Where its bytes come from.
+    pub(super) bytes: &'a Outlet,
+}
+
+/// A layer that is being inflated.
+pub(super) struct Inflating {
+    inflated: Inflated,
+    stop: StopWhenDropped,
+}
+
+/// Nobody may be left to wait for the threads.
+struct StopWhenDropped(Stop);
+
+impl Drop for StopWhenDropped {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+impl Inflating {
+    /// Begins, unless it is a layer that containerd has to unpack.
+    pub(super) fn begin(shared: &Shared, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
+        (shared.limits.unpacker == Unpacker::Cowshed && is_known(&blob.media_type)).then(|| {
+            let stop = Stop::default();
+            let (work, inflated) = layer::inflate(&stop);
+            let flow = bytes.flow(&shared.containerd, blob.digest.as_str());
+            tokio::task::spawn_blocking(move || work(Box::new(flow)));
+            Self { inflated, stop: StopWhenDropped(stop) }
+        })
+    }
+}
+
+/// Tars, compressed or not. containerd can be taught others, encrypted ones for example.
+fn is_known(media_type: &str) -> bool {
+    let known = [
+        "application/vnd.oci.image.layer.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    ];
+    let rest = known.iter().find_map(|known| media_type.strip_prefix(known));
+    matches!(rest, Some("" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
 }
 
 /// Unpacks `layer` unless it is there; its snapshot is held by the store's lease.
-pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>) -> Result<Cache> {
+pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<Inflating>) -> Result<Cache> {
     let (shared, lease) = (store.shared, store.lease);
     // The same bytes take everybody equally long, and each try is bounded by the unpack timeout. Other bytes that claim to
     // be the same layer are strangers: they may need all of that time and come to nothing. Working beside them does no
@@ -35,31 +86,36 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>) -> Result<Cache
         return Ok(Cache::Hit);
     }
     let begun = Instant::now();
-    let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
-    match apply(shared, lease, &key, layer).await {
-        Ok(()) => {
-            // Only now: until it was applied, it was but what the image's configuration claims.
-            store.label(&layer.blob.digest, labels::of_applied(layer.diff_id)).await?;
-            shared.observer.layer_unpacked(begun.elapsed());
-            Ok(Cache::Miss)
-        }
-        Err(error) => {
-            let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
-            // Another client's unpacking of the same layer may have come first.
-            if is_held(shared, lease, layer.chain_id).await.unwrap_or(false) {
-                return Ok(Cache::Hit);
+    let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes));
+    loop {
+        let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
+        let error = match apply(store, &key, layer, ahead).await {
+            Ok(()) => {
+                shared.observer.layer_unpacked(begun.elapsed());
+                return Ok(Cache::Miss);
             }
-            Err(match removed {
-                Ok(()) => error,
-                Err(second) => error
-                    .context(format!("(and the unfinished snapshot {key:?} stays in containerd: {second})")),
-            })
+            Err(error) => error,
+        };
+        let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
+        // Another client's unpacking of the same layer may have come first.
+        if is_held(shared, lease, layer.chain_id).await.unwrap_or(false) {
+            return Ok(Cache::Hit);
         }
+        if let Err(second) = removed {
+            return Err(
+                error.context(format!("(and the unfinished snapshot {key:?} stays in containerd: {second})"))
+            );
+        }
+        // What had arrived was wrong, and comes again from somewhere else.
+        if !layer.bytes.take_spoiled() || !store.brake.or(layer.bytes.stored()).await? {
+            return Err(error);
+        }
+        ahead = Inflating::begin(shared, layer.blob, layer.bytes);
     }
 }
 
 /// Whether the layer is unpacked, and from now on held.
-async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> Result<bool> {
+pub(super) async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> Result<bool> {
     let containerd = &shared.containerd;
     if !shared.has_snapshot(chain_id).await? {
         return Ok(false);
@@ -68,13 +124,24 @@ async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> Result<bool
     shared.has_snapshot(chain_id).await
 }
 
-async fn apply(shared: &Shared, lease: &str, key: &str, layer: &Layer<'_>) -> Result<()> {
+async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<Inflating>) -> Result<()> {
+    let (shared, lease) = (store.shared, store.lease);
     let containerd = &shared.containerd;
     let parent = layer.parent.map(Digest::as_str).unwrap_or_default();
     let labels = HashMap::from([("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string())]);
     let prepared = containerd.prepare_snapshot(lease, key, parent, labels.clone()).await;
     let mounts = prepared.map_err(|e| containerd.explain(e))?;
-    let applied = apply_diff(shared, layer, mounts).await?;
+    let point = mount_point(&mounts);
+    let applied = match (ahead, point) {
+        (Some(ahead), Some(point)) => apply_here(store, layer, point, ahead).await?,
+        (ahead, _) => {
+            drop(ahead);
+            if !store.brake.or(layer.bytes.stored()).await? {
+                return Err(not_fetched(layer));
+            }
+            apply_there(shared, layer, mounts).await?
+        }
+    };
     if applied != layer.diff_id.as_str() {
         let message = format!(
             "layer {} unpacks to {applied}, its configuration says {}: the image is damaged, build and push it again",
@@ -82,11 +149,152 @@ async fn apply(shared: &Shared, lease: &str, key: &str, layer: &Layer<'_>) -> Re
         );
         return Err(Error::new(Reason::ImageCorrupt, message).with("digest", &layer.blob.digest));
     }
+    // Before its digest is verified it is nobody's layer, whatever it unpacks to.
+    if !store.brake.or(layer.bytes.stored()).await? {
+        return Err(not_fetched(layer));
+    }
     let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await;
     committed.map_err(|e| containerd.explain(e))
 }
 
-async fn apply_diff(shared: &Shared, layer: &Layer<'_>, mounts: Vec<Mount>) -> Result<String> {
+/// A block device with a filesystem, which is all that can be mounted here.
+fn mount_point(mounts: &[Mount]) -> Option<MountPoint> {
+    match mounts {
+        [Mount { r#type, source, options, .. }] if source.starts_with("/dev/") => {
+            Some(MountPoint { kind: r#type.clone(), source: source.clone(), options: options.clone() })
+        }
+        _ => None,
+    }
+}
+
+/// Applies it in a thread of this process. Returns its digest.
+async fn apply_here(
+    store: &Store<'_>,
+    layer: &Layer<'_>,
+    point: MountPoint,
+    Inflating { inflated, stop }: Inflating,
+) -> Result<String> {
+    let limits = &store.shared.limits;
+    let expected = layer.diff_id.clone();
+    let size = layer.blob.size;
+    let (bounds, stopped) = (limits.layer, stop.0.clone());
+    let is_plain = layer.blob.media_type.ends_with(".tar");
+    let work = tokio::task::spawn_blocking(move || {
+        let least = if is_plain { size } else { 0 };
+        fill(&point, inflated, least, bounds, &expected, &stopped)
+    });
+    tokio::pin!(work);
+    let outcome = tokio::select! {
+        outcome = &mut work => outcome,
+        // Its thread has come to an end before the snapshot is removed.
+        why = ended(store, layer, limits.unpack_timeout) => {
+            stop.0.stop();
+            match (work.await, why) {
+                (Ok((Err(LayerError::Stopped), _)), Some(error)) => return Err(error),
+                (outcome, _) => outcome,
+            }
+        }
+    };
+    match outcome {
+        Ok((Ok(applied), _)) => Ok(applied.to_string()),
+        Ok((Err(error), disk)) => Err(refused_here(layer, &error, disk)),
+        Err(panic) => Err(Error::new(Reason::InternalError, format!("layer {}: {panic}", layer.blob.digest))),
+    }
+}
+
+/// Ends when the layer should: the pull has failed elsewhere, or it takes too long though its bytes are there.
+async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Option<Error> {
+    let late = async {
+        layer.bytes.stored().await;
+        tokio::time::sleep(limit).await;
+    };
+    match store.brake.or(late).await {
+        Err(stopped) => Some(stopped),
+        Ok(()) => {
+            let message = format!(
+                "layer {} was not unpacked within {} s ([containerd] unpack_timeout_seconds)",
+                layer.blob.digest,
+                limit.as_secs()
+            );
+            Some(Error::new(Reason::ContainerdTimeout, message).with("digest", &layer.blob.digest))
+        }
+    }
+}
+
+/// Mounts, applies, compares, writes back, unmounts. Returns also how many bytes the disk has.
+fn fill(
+    point: &MountPoint,
+    inflated: Inflated,
+    least: u64,
+    bounds: Bounds,
+    expected: &Digest,
+    stop: &Stop,
+) -> (Result<Digest, LayerError>, u64) {
+    let mount = match Detached::mount(point) {
+        Ok(mount) => mount,
+        Err(error) => return (Err(error), 0),
+    };
+    let mut disk = 0;
+    let filled = (|| {
+        disk = mount.size()?;
+        if least > disk {
+            return Err(LayerError::Full);
+        }
+        let applied = layer::apply(mount.root()?, inflated, bounds, stop)?.finish()?;
+        // What is thrown away need not be written.
+        if applied == *expected {
+            mount.unmount()?;
+        }
+        Ok(applied)
+    })();
+    (filled, disk)
+}
+
+fn refused_here(layer: &Layer<'_>, error: &LayerError, disk: u64) -> Error {
+    let digest = &layer.blob.digest;
+    let (reason, message) = match error {
+        LayerError::Full => return too_large(digest, Some(disk)),
+        LayerError::Damaged(_) => (
+            Reason::ImageCorrupt,
+            format!("layer {digest} cannot be unpacked: {error}; build and push the image again"),
+        ),
+        LayerError::Refused(_) => (Reason::ImageUnsupported, format!("layer {digest} is refused: {error}")),
+        LayerError::Source(_) | LayerError::Stopped => {
+            (Reason::ContainerdUnavailable, format!("layer {digest}: {error}; repeat"))
+        }
+        LayerError::Filesystem { .. } => (
+            Reason::ContainerdError,
+            format!("layer {digest} cannot be unpacked: {error}; the kernel's log may say why"),
+        ),
+    };
+    Error::new(reason, message).with("digest", digest)
+}
+
+/// The fetching has failed, and says why itself.
+fn not_fetched(layer: &Layer<'_>) -> Error {
+    let message = format!("layer {} was not fetched; repeat", layer.blob.digest);
+    Error::new(Reason::RegistryUnavailable, message).with("digest", &layer.blob.digest)
+}
+
+fn too_large(digest: &Digest, disk: Option<u64>) -> Error {
+    let sizes = match disk.filter(|bytes| *bytes > 0) {
+        // The filesystem's own part of the disk is not in it.
+        Some(bytes) => format!(
+            ", which have {} MiB; try \"{}GiB\"",
+            bytes >> 20,
+            (bytes >> 30).saturating_add(1).next_power_of_two().max(2)
+        ),
+        None => String::new(),
+    };
+    let message = format!(
+        "layer {digest} does not fit: the unpacked image is larger than the snapshotter's disks{sizes}; make them larger \
+         ([snapshotter] base_size; of containerd's devmapper: base_image_size)"
+    );
+    Error::new(Reason::ImageUnsupported, message).with("digest", digest)
+}
+
+/// Has containerd apply it.
+async fn apply_there(shared: &Shared, layer: &Layer<'_>, mounts: Vec<Mount>) -> Result<String> {
     let descriptor = ContainerdDescriptor {
         media_type: layer.blob.media_type.clone(),
         digest: layer.blob.digest.to_string(),
@@ -94,19 +302,15 @@ async fn apply_diff(shared: &Shared, layer: &Layer<'_>, mounts: Vec<Mount>) -> R
         ..Default::default()
     };
     let applied = shared.containerd.apply(descriptor, mounts, shared.limits.unpack_timeout).await;
-    applied.map_err(|error| refused(shared, layer, error))
+    applied.map_err(|error| refused_there(shared, layer, error))
 }
 
-fn refused(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error {
+fn refused_there(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error {
     let text = error.message().to_ascii_lowercase();
     let digest = &layer.blob.digest;
     // Within an apply, "no space" is the snapshot's own filesystem.
     if text.contains("no space left on device") {
-        let message = format!(
-            "layer {digest} does not fit: the unpacked image is larger than the snapshotter's disks; make them larger \
-             ([snapshotter] base_size; of containerd's devmapper: base_image_size)"
-        );
-        return Error::new(Reason::ImageUnsupported, message).with("digest", digest);
+        return too_large(digest, None);
     }
     let damaged = [
         "unexpected eof",
@@ -121,4 +325,26 @@ fn refused(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error {
         return Error::new(Reason::ImageCorrupt, message).with("digest", digest);
     }
     shared.containerd.explain(error).context(format!("layer {digest}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_are_known_here() {
+        let table = [
+            ("application/vnd.oci.image.layer.v1.tar+gzip", true),
+            ("application/vnd.oci.image.layer.v1.tar", true),
+            ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", true),
+            ("application/vnd.docker.image.rootfs.diff.tar.gzip", true),
+            ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", true),
+            ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", false),
+            ("application/vnd.oci.image.layer.v1.erofs", false),
+            ("", false),
+        ];
+        for (media_type, known) in table {
+            assert_eq!(is_known(media_type), known, "{media_type}");
+        }
+    }
 }

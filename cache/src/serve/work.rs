@@ -27,6 +27,7 @@ use crate::{
     flights::Flights,
     image::{Images, PullLimits},
     kernel::{DeviceMapper, Devices},
+    layer::Bounds,
     ledger::{Ledger, LedgerSlot},
     making::Making,
     metrics::Metrics,
@@ -199,6 +200,9 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
     let limits = PullLimits {
         concurrent_downloads: r.concurrent_downloads,
         unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
+        unpacker: config.images.unpacker,
+        layer: Bounds { bytes: config.images.layer_size_max.0, members: config.images.layer_members_max },
+        keep_layers: config.images.keep_layers,
         ..PullLimits::default()
     };
     Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)

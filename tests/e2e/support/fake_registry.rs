@@ -14,6 +14,7 @@ use std::{
 use super::{
     Outcome,
     fake_image::{FakeImage, MANIFEST, digest},
+    stack::Stack,
 };
 
 const CERTS: &str = "/etc/containerd/certs.d";
@@ -114,6 +115,24 @@ impl FakeRegistry {
         self.manifest(&digest(&image.manifest), Answer::Bytes(image.manifest.clone()));
         self.blob(&digest(&image.config), Answer::Bytes(image.config.clone()));
         self.blob(&digest(&image.layer), Answer::Bytes(image.layer.clone()));
+    }
+
+    /// From now on the other one is asked too, after this one.
+    pub(crate) fn mirrored_by(&self, other: &Self) -> Outcome {
+        let text = format!(
+            "server = \"http://{}\"\n[host.\"http://{}\"]\ncapabilities = [\"pull\"]\n",
+            other.authority, self.authority
+        );
+        Ok(fs::write(self.hosts.join("hosts.toml"), text)?)
+    }
+
+    /// Serves the image of several layers under a tag, and by its digests.
+    pub(crate) fn serve_stack(&self, tag: &str, image: &Stack) {
+        self.manifest(tag, Answer::Bytes(image.manifest.clone()));
+        for bytes in [&image.manifest, &image.config].into_iter().chain(&image.layers) {
+            self.blob(&digest(bytes), Answer::Bytes(bytes.clone()));
+            self.manifest(&digest(bytes), Answer::Bytes(bytes.clone()));
+        }
     }
 
     pub(crate) fn manifest(&self, reference: &str, answer: Answer) {

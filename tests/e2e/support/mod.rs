@@ -12,7 +12,9 @@ pub(crate) mod registry_log;
 pub(crate) mod second;
 #[path = "../../support/snapshots.rs"]
 pub(crate) mod snapshots;
+pub(crate) mod stack;
 pub(crate) mod thin_metadata;
+pub(crate) mod tree;
 
 use std::time::{Duration, Instant};
 

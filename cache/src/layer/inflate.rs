@@ -1,0 +1,205 @@
+//! Inflating, and the digest of what comes out, in a thread of its own, ahead of whoever applies it.
+
+use std::{
+    io::{self, BufRead, BufReader, Read},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+};
+
+use sha2::{Digest as _, Sha256};
+
+use super::{LayerError, Result};
+use crate::image::Digest;
+
+/// Bytes per chunk, and chunks that may wait: 4 MiB a layer.
+const CHUNK: usize = 256 << 10;
+const CHUNKS: usize = 16;
+/// Bytes asked of the source at once.
+const INPUT: usize = 64 << 10;
+
+/// Tells the threads of a layer to end.
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// From now on.
+    pub fn stop(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::Relaxed) { Err(LayerError::Stopped) } else { Ok(()) }
+    }
+}
+
+enum Part {
+    Bytes(Vec<u8>),
+    /// There are no more; the digest of all of them.
+    End(Digest),
+    Failed(LayerError),
+}
+
+/// The layer as it comes out of the inflater.
+#[derive(Debug)]
+pub struct Inflated {
+    parts: Receiver<Part>,
+    chunk: Vec<u8>,
+    at: usize,
+    end: Option<Digest>,
+    failed: Option<LayerError>,
+    stop: Stop,
+}
+
+/// Begins to inflate `source`, on this thread until `Inflated` was read to its end or dropped. What it is compressed with, its
+/// first bytes say: media types are often wrong about it.
+pub fn inflate(stop: &Stop) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
+    let (sender, parts) = sync_channel(CHUNKS);
+    let work = move |source: Box<dyn Read + Send>| {
+        let last = match copy(source, &sender) {
+            Ok(digest) => Part::End(digest),
+            Err(error) => Part::Failed(error),
+        };
+        // Nobody may be there to read it.
+        let _read = sender.send(last);
+    };
+    (work, Inflated { parts, chunk: Vec::new(), at: 0, end: None, failed: None, stop: stop.clone() })
+}
+
+fn copy(source: Box<dyn Read + Send>, sender: &SyncSender<Part>) -> Result<Digest> {
+    let mut inflater = inflater(source)?;
+    let mut digest = Sha256::new();
+    loop {
+        let mut chunk = vec![0; CHUNK];
+        let length = fill(&mut *inflater, &mut chunk)?;
+        chunk.truncate(length);
+        digest.update(&chunk);
+        if length > 0 && sender.send(Part::Bytes(chunk)).is_err() {
+            return Err(LayerError::Stopped);
+        }
+        if length < CHUNK {
+            return Ok(Digest::of_hash(&digest.finalize()));
+        }
+    }
+}
+
+/// Reads until `chunk` is full, or the end.
+fn fill(from: &mut dyn Read, chunk: &mut [u8]) -> Result<usize> {
+    let mut length = 0;
+    while length < chunk.len() {
+        match from.read(&mut chunk[length..]) {
+            Ok(0) => break,
+            Ok(more) => length += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(unreadable(error)),
+        }
+    }
+    Ok(length)
+}
+
+fn inflater(source: Box<dyn Read + Send>) -> Result<Box<dyn Read>> {
+    let mut source = BufReader::with_capacity(INPUT, Source(source));
+    let first = source.fill_buf().map_err(unreadable)?;
+    Ok(match first {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
+        // A frame, or one that is skipped.
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
+            Box::new(zstd::stream::read::Decoder::with_buffer(source).map_err(unreadable)?)
+        }
+        _ => Box::new(source),
+    })
+}
+
+/// Marks errors of the source, which are no errors of the compression.
+struct Source(Box<dyn Read + Send>);
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct SourceError(io::Error);
+
+impl Read for Source {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(into).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => error,
+            _ => io::Error::other(SourceError(error)),
+        })
+    }
+}
+
+fn unreadable(error: io::Error) -> LayerError {
+    match error.downcast::<SourceError>() {
+        Ok(SourceError(error)) => LayerError::Source(error),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            LayerError::Damaged("it ends in the middle of its compressed data".to_owned())
+        }
+        Err(error) => LayerError::Damaged(format!("it cannot be inflated: {error}")),
+    }
+}
+
+impl Inflated {
+    /// Reads what is left, and returns the digest of everything.
+    ///
+    /// # Errors
+    /// What the inflater has failed with.
+    pub fn finish(mut self) -> Result<Digest> {
+        loop {
+            self.at = self.chunk.len();
+            if self.more()? == 0 {
+                break;
+            }
+        }
+        self.end.ok_or_else(vanished)
+    }
+
+    /// How many bytes are there to be read; 0 at the end.
+    fn more(&mut self) -> Result<usize> {
+        self.stop.check()?;
+        while self.at == self.chunk.len() && self.end.is_none() {
+            match self.parts.recv() {
+                Ok(Part::Bytes(chunk)) => (self.chunk, self.at) = (chunk, 0),
+                Ok(Part::End(digest)) => self.end = Some(digest),
+                Ok(Part::Failed(error)) => return Err(error),
+                Err(_) => return Err(vanished()),
+            }
+        }
+        Ok(self.chunk.len() - self.at)
+    }
+
+    /// The error behind one that came through [`Read`].
+    pub(super) fn why(&mut self, error: &io::Error) -> LayerError {
+        self.failed.take().unwrap_or_else(|| LayerError::Damaged(error.to_string()))
+    }
+}
+
+fn vanished() -> LayerError {
+    LayerError::Source(io::Error::other("the inflater has ended without a word"))
+}
+
+impl Read for Inflated {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let from = self.fill_buf()?;
+        let length = from.len().min(into.len());
+        into[..length].copy_from_slice(&from[..length]);
+        self.consume(length);
+        Ok(length)
+    }
+}
+
+impl BufRead for Inflated {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        match self.more() {
+            Ok(_) => Ok(&self.chunk[self.at..]),
+            Err(error) => {
+                let told = io::Error::other(error.to_string());
+                self.failed = Some(error);
+                Err(told)
+            }
+        }
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.at += amount;
+    }
+}
