@@ -111,9 +111,77 @@ pub(crate) const MEMORY: Figure = lower(
     "resident memory (VmRSS, 10^6 bytes) of `cowshed serve` with 2,000 snapshots; the p50",
 );
 
-/// In the order in which they are told.
+pub(crate) const LAYERS_30: Figure = ratio(
+    "pull_30_layers_of_1_mb",
+    "ms",
+    4.0,
+    10.0,
+    "a pull of an image of 30 layers of 1 MB that does not compress, nothing of it being in containerd; the p50s' ratio",
+);
+pub(crate) const PYTHON: Figure = ratio(
+    "pull_python_application",
+    "ms",
+    1.6,
+    2.5,
+    "the same of an application in Python, eight layers of Debian's packages and some of its own; the p50s' ratio",
+);
+pub(crate) const LARGE: Figure = ratio(
+    "pull_one_large_layer",
+    "ms",
+    1.0,
+    1.5,
+    "the same of an image with one gzip layer of 500 MB; the p50s' ratio",
+);
+pub(crate) const SECOND: Figure = lower(
+    "second_image_bytes",
+    "ratio",
+    "bytes",
+    1.0,
+    1.0,
+    "bytes fetched of an image that shares its first six layers with one that is there, against the bytes of what is new \
+     in it; no layer that is there was unpacked again",
+);
+pub(crate) const CALLERS_BYTES: Figure = lower(
+    "callers_100_bytes",
+    "ratio",
+    "bytes",
+    1.0,
+    1.0,
+    "bytes that the registry sent when 100 callers asked at once for one image that was not there, against its size",
+);
+pub(crate) const CALLERS_TIME: Figure = lower(
+    "callers_100_makespan",
+    "ratio",
+    "ms",
+    1.1,
+    1.0,
+    "until the last of the 100 had its answer, against one caller alone; the p50s' ratio",
+);
+pub(crate) const LARGE_MEMORY: Figure = lower(
+    "memory_of_a_2_gb_layer",
+    "MB",
+    "MB",
+    150.0,
+    80.0,
+    "the most resident memory (VmHWM, 10^6 bytes) of `cowshed serve` while it pulled one gzip layer of 2 GB, inflated",
+);
+
+/// Of the benchmark `snapshots`, in the order in which they are told.
 pub(crate) const ALL: [&Figure; 8] =
     [&PREPARE, &AT_ONCE, &CYCLES, &RECLAIM, &UNPACK, &PREPARE_STARTS, &REMOVE_STARTS, &MEMORY];
+
+/// Of the benchmark `images`.
+pub(crate) const IMAGES: [&Figure; 7] =
+    [&LAYERS_30, &PYTHON, &LARGE, &SECOND, &CALLERS_BYTES, &CALLERS_TIME, &LARGE_MEMORY];
+
+/// Of a benchmark by its name.
+pub(crate) fn of(benchmark: &str) -> &'static [&'static Figure] {
+    match benchmark {
+        "snapshots" => &ALL,
+        "images" => &IMAGES,
+        _ => &[],
+    }
+}
 
 impl Figure {
     /// A line of the results. `peer` is its name and measurements, if it has any.

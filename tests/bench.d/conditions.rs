@@ -1,10 +1,13 @@
 //! Under which conditions was measured.
 
-use std::{fs, path::Path, thread};
+use std::{fs, path::Path, process::Command, thread};
 
 use serde_json::{Value, json};
 
-use crate::{Outcome, snapshots::Sides};
+use crate::{
+    Outcome,
+    snapshots::{Effort, Sides},
+};
 
 const RCU: &str = "/sys/kernel/rcu_expedited";
 
@@ -17,15 +20,12 @@ pub(crate) fn set_rcu_expedited(value: u8) -> Outcome {
     fs::write(RCU, value.to_string()).map_err(|e| format!("{RCU}: {e}").into())
 }
 
-pub(crate) async fn of_host(sides: &Sides, standing: usize) -> Outcome<Value> {
+/// The machine's and the kernel's.
+fn of_machine() -> Outcome<Value> {
     let cpu = text("/proc/cpuinfo")?;
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
     let memory = text("/proc/meminfo")?;
     Ok(json!({
-        "sides": { "ours": sides.ours.snapshotter, "peer": sides.peer.snapshotter },
-        "pools": { "ours": sides.ours.pool()?.name, "peer": sides.peer.pool()?.name },
-        "effort": format!("{:?}", sides.effort).to_lowercase(),
-        "containerd": sides.ours.version().await?,
         "kernel": text("/proc/sys/kernel/osrelease")?,
         "cores": thread::available_parallelism()?.get(),
         "cpu": model.trim_start_matches([' ', '\t', ':']),
@@ -33,9 +33,42 @@ pub(crate) async fn of_host(sides: &Sides, standing: usize) -> Outcome<Value> {
         "memory": memory.lines().next().unwrap_or_default().trim_start_matches("MemTotal:").trim(),
         "rcu_expedited": rcu_expedited()?,
         "udev": if Path::new("/run/udev/control").exists() { "running" } else { "not running" },
+    }))
+}
+
+pub(crate) fn of_images(effort: Effort) -> Outcome<Value> {
+    let igzip = Command::new("igzip").arg("--version").output();
+    let version = Command::new("containerd").arg("--version").output()?;
+    merged(
+        of_machine()?,
+        json!({
+            "sides": { "ours": "cowshed pull", "peer": "ctr images pull, devmapper" },
+            "effort": format!("{effort:?}").to_lowercase(),
+            "containerd": String::from_utf8_lossy(&version.stdout).split_whitespace().nth(2),
+            "igzip": if igzip.is_ok() { "installed" } else { "not installed" },
+            "peer_configuration": "async_remove, discard_blocks, ext4; the blobs' registry is the host's own",
+        }),
+    )
+}
+
+fn merged(mut one: Value, other: Value) -> Outcome<Value> {
+    let (Some(all), Value::Object(more)) = (one.as_object_mut(), other) else {
+        return Err("no object".into());
+    };
+    all.extend(more);
+    Ok(one)
+}
+
+pub(crate) async fn of_host(sides: &Sides, standing: usize) -> Outcome<Value> {
+    let here = json!({
+        "sides": { "ours": sides.ours.snapshotter, "peer": sides.peer.snapshotter },
+        "pools": { "ours": sides.ours.pool()?.name, "peer": sides.peer.pool()?.name },
+        "effort": format!("{:?}", sides.effort).to_lowercase(),
+        "containerd": sides.ours.version().await?,
         "standing_devices_per_side": standing,
         "peer_configuration": "async_remove, discard_blocks, base_image_size 1GB, ext4",
-    }))
+    });
+    merged(of_machine()?, here)
 }
 
 fn text(path: &str) -> Outcome<String> {

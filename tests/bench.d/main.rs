@@ -3,9 +3,12 @@
 
 mod catalogue;
 mod conditions;
+#[path = "../support/cowshed.rs"]
+mod cowshed;
 mod cycles;
 mod devices;
 mod execs;
+mod images;
 mod memory;
 mod plot;
 mod prepare;
@@ -35,6 +38,8 @@ struct Arguments {
 enum Verb {
     /// Two snapshotters of one containerd, side by side.
     Snapshots(snapshots::Options),
+    /// Pulls, by Cowshed and by `ctr`.
+    Images(images::Options),
     /// Writes BENCHMARKS.md and its plots from results.
     Render {
         /// Where the results NAME.json and NAME.meta.json are.
@@ -51,6 +56,7 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Arguments::parse().verb {
         Verb::Snapshots(options) => snapshots::run(options),
+        Verb::Images(options) => images::run(options),
         Verb::Render { results, page, plots } => render::render(&results, &page, &plots),
     };
     match done {

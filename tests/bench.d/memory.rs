@@ -73,7 +73,7 @@ async fn kill_and_prepare(side: &Side) -> Outcome<Duration> {
 }
 
 /// A process by its program's name and, if it is given, its first argument.
-fn pid_of(program: &str, verb: Option<&str>) -> Outcome<u32> {
+pub(crate) fn pid_of(program: &str, verb: Option<&str>) -> Outcome<u32> {
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -88,7 +88,7 @@ fn pid_of(program: &str, verb: Option<&str>) -> Outcome<u32> {
 }
 
 /// A line of the process' status, in 10^6 bytes.
-fn megabytes(pid: u32, field: &str) -> Outcome<f64> {
+pub(crate) fn megabytes(pid: u32, field: &str) -> Outcome<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kibibytes = line.and_then(|line| line.split_ascii_whitespace().next());

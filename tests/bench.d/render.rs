@@ -76,21 +76,21 @@ fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot:
             side(&figure["ours"], unit),
         )?;
     }
-    if name == "snapshots" {
-        for missing in catalogue::ALL.iter().filter(|known| figures.iter().all(|f| f["figure"] != known.name))
-        {
-            writeln!(text, "| {} | not measured | | | **miss** | | |", missing.name)?;
-        }
+    for missing in
+        catalogue::of(name).iter().filter(|known| figures.iter().all(|f| f["figure"] != known.name))
+    {
+        writeln!(text, "| {} | not measured | | | **miss** | | |", missing.name)?;
     }
-    explain(text, figures, meta)
+    explain(text, name, figures, meta)
 }
 
 /// What was measured, what was not, and where.
-fn explain(text: &mut String, figures: &[Value], meta: &Value) -> Outcome {
+fn explain(text: &mut String, benchmark: &str, figures: &[Value], meta: &Value) -> Outcome {
     text.push_str("\nWhat they are:\n\n");
     for figure in figures {
         let name = string(&figure["figure"]);
-        let what = catalogue::ALL.iter().find(|known| known.name == name).map_or("", |known| known.what);
+        let what =
+            catalogue::of(benchmark).iter().find(|known| known.name == name).map_or("", |known| known.what);
         let how = meta["conditions"][&name].as_str().map(|how| format!(" ({how})")).unwrap_or_default();
         writeln!(text, "- `{name}`: {what}{how}")?;
     }

@@ -124,9 +124,7 @@ async fn measure_all(options: Options) -> Outcome {
             failed += 1;
             eprintln!("{names}: {error}");
         }
-        for result in results.iter().flatten() {
-            println!("@figure {result}");
-        }
+        results.iter().flatten().for_each(figure);
         let seconds = begun.elapsed().as_secs();
         eprintln!("{names}: {seconds} s");
         for figure in figures {
@@ -195,6 +193,11 @@ impl Measurement {
         };
         Ok(vec![result?])
     }
+}
+
+/// Tells a figure.
+pub(crate) fn figure(result: &Value) {
+    println!("@figure {result}");
 }
 
 /// Tells a condition.

@@ -129,8 +129,10 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
     let containerd = &shared.containerd;
     let parent = layer.parent.map(Digest::as_str).unwrap_or_default();
     let labels = HashMap::from([("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string())]);
+    let mut clock = Clock::start();
     let prepared = containerd.prepare_snapshot(lease, key, parent, labels.clone()).await;
     let mounts = prepared.map_err(|e| containerd.explain(e))?;
+    let prepared = clock.lap();
     let point = mount_point(&mounts);
     let applied = match (ahead, point) {
         (Some(ahead), Some(point)) => apply_here(store, layer, point, ahead).await?,
@@ -142,6 +144,7 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
             apply_there(shared, layer, mounts).await?
         }
     };
+    let applying = clock.lap();
     if applied != layer.diff_id.as_str() {
         let message = format!(
             "layer {} unpacks to {applied}, its configuration says {}: the image is damaged, build and push it again",
@@ -153,8 +156,26 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
     if !store.brake.or(layer.bytes.stored()).await? {
         return Err(not_fetched(layer));
     }
+    let waited = clock.lap();
     let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await;
-    committed.map_err(|e| containerd.explain(e))
+    committed.map_err(|e| containerd.explain(e))?;
+    let committed = clock.lap();
+    tracing::debug!(digest = %layer.blob.digest, ?prepared, ?applying, ?waited, ?committed, "a layer was unpacked");
+    Ok(())
+}
+
+/// Where the time goes.
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn lap(&mut self) -> Duration {
+        let begun = std::mem::replace(&mut self.0, Instant::now());
+        self.0.duration_since(begun)
+    }
 }
 
 /// A block device with a filesystem, which is all that can be mounted here.
