@@ -169,6 +169,8 @@ pub enum ServeSnapshotter {
 pub struct Registry {
     /// Directory of containerd's `hosts.toml` files.
     pub config_path: PathBuf,
+    /// docker's `config.json`: names and passwords for registries, and credential helpers. It need not be there.
+    pub docker_config: PathBuf,
     /// Layers of one image that are fetched at the same time.
     pub concurrent_downloads: usize,
     /// A connection must be made within this time, in seconds.
@@ -288,6 +290,7 @@ impl Default for Registry {
     fn default() -> Self {
         Self {
             config_path: "/etc/containerd/certs.d".into(),
+            docker_config: "/etc/cowshed/docker/config.json".into(),
             concurrent_downloads: 3,
             connect_timeout_seconds: 10,
             read_timeout_seconds: 60,
@@ -363,6 +366,7 @@ impl Config {
             ("state", "directory", &self.state.directory),
             ("containerd", "address", &self.containerd.address),
             ("registry", "config_path", &self.registry.config_path),
+            ("registry", "docker_config", &self.registry.docker_config),
             ("snapshotter", "socket", &self.snapshotter.socket),
         ] {
             if !path.is_absolute() {
@@ -398,8 +402,9 @@ impl Config {
             ("layer_size_max", self.images.layer_size_max.0),
             ("layer_members_max", self.images.layer_members_max),
         ] {
-            if number == 0 {
-                return Err(value("images", field, "0 would refuse every image".to_owned()));
+            // No file is larger than the kernel can count.
+            if number == 0 || i64::try_from(number).is_err() {
+                return Err(value("images", field, format!("{number} is not between 1 and 2^63 - 1")));
             }
         }
         for (field, seconds) in [

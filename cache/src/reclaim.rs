@@ -14,6 +14,7 @@ use std::{
 
 use cowshed_gc::{DeviceUse, Foreign, Inventory, Step, WaitReason};
 use cowshed_leases::{Failure, Grace, Lease, LeaseId, Moment, SNAPSHOT_KEY_PREFIX, State, Suspicion, Uptime};
+use futures_util::{StreamExt as _, stream};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -34,6 +35,8 @@ use crate::{
 /// At most so many disks are removed per garbage collection of containerd's, so that a crowd that leaves together
 /// does not hold containerd's locks for long.
 const BATCH: usize = 50;
+/// Calls to containerd at once: each waits for a transaction of its own.
+const ABREAST: usize = 8;
 /// How often the time is looked at.
 const TICK: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -410,8 +413,9 @@ impl Reclaimer {
     /// Removes disks whose devices are closed; returns those that are still there, and why.
     async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
         let (mut removed, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
-        for id in ids {
-            match self.remove(id).await {
+        let removals = abreast(ids.iter().map(|id| self.remove(id)).collect()).await;
+        for (id, removal) in ids.iter().zip(removals) {
+            match removal {
                 Removal::Done => removed.push(id),
                 Removal::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
                 Removal::Failed(why) => drop(left.insert(id.clone(), why)),
@@ -458,6 +462,10 @@ impl Reclaimer {
 
     /// Asks once more, right before: since the plan was made, hundreds of others may have been removed.
     async fn remove(&self, id: &LeaseId) -> Removal {
+        // Its snapshot has gone; what is left is the snapshotter's to do.
+        if self.was_just_collected(id) {
+            return Removal::Done;
+        }
         let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return Removal::Done };
         if let Some(why) = self.device_use(&lease).await.hinders() {
             return Removal::Fenced(why);
@@ -471,9 +479,9 @@ impl Reclaimer {
     /// One garbage collection for all: only the last deletion waits for it.
     async fn collect(&self, ids: &[&LeaseId]) -> Result<(), crate::containerd::CallError> {
         let Some((last, others)) = ids.split_last() else { return Ok(()) };
-        for id in others {
-            self.snapshots.delete_lease(&id.snapshot_key(), false).await?;
-        }
+        let keys: Vec<String> = others.iter().map(|id| id.snapshot_key()).collect();
+        let deletions = keys.iter().map(|key| self.snapshots.delete_lease(key, false)).collect();
+        abreast(deletions).await.into_iter().collect::<Result<(), _>>()?;
         // Deleting a lease that is gone collects nothing, so there has to be one.
         self.snapshots.create_lease(&last.snapshot_key(), our_label(last)).await?;
         self.snapshots.delete_lease(&last.snapshot_key(), true).await
@@ -489,6 +497,10 @@ impl Reclaimer {
         (due, overdue)
     }
 
+    fn was_just_collected(&self, id: &LeaseId) -> bool {
+        self.collected().get(id).is_some_and(|collected| collected.elapsed() < AT_LEISURE)
+    }
+
     fn note_collected(&self, ids: &[&LeaseId]) {
         let now = Instant::now();
         self.collected().extend(ids.iter().map(|id| ((*id).clone(), now)));
@@ -502,12 +514,10 @@ impl Reclaimer {
     /// fails in it, and a snapshotter may remove devices at its leisure.
     async fn what_remains(&self, ids: &[&LeaseId]) -> HashMap<LeaseId, Remains> {
         let until = Instant::now() + A_MOMENT;
-        let mut remaining = HashMap::new();
-        for id in ids {
-            if let Some(remains) = self.remains(id).await {
-                remaining.insert((*id).clone(), remains);
-            }
-        }
+        let looks = abreast(ids.iter().map(|id| self.remains(id)).collect()).await;
+        let looked = ids.iter().zip(looks);
+        let mut remaining: HashMap<LeaseId, Remains> =
+            looked.filter_map(|(id, remains)| Some(((*id).clone(), remains?))).collect();
         while Instant::now() < until && remaining.values().any(|left| matches!(left, Remains::Device(_))) {
             tokio::time::sleep(POLL).await;
             let mut gone = Vec::new();
@@ -589,6 +599,11 @@ impl Reclaimer {
         suspects.reported = both;
         suspects.seen = foreign;
     }
+}
+
+/// All of them, some at a time, in their order.
+async fn abreast<T>(all: Vec<impl Future<Output = T>>) -> Vec<T> {
+    stream::iter(all).buffered(ABREAST).collect().await
 }
 
 pub(crate) fn our_label(id: &LeaseId) -> HashMap<String, String> {

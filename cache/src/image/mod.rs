@@ -22,6 +22,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::sync::Semaphore;
+
 pub use digest::Digest;
 pub use flight::Pull;
 pub use manifest::ProcessConfig;
@@ -172,6 +174,9 @@ pub trait RunningPulls: Send + Sync {
     fn running(&self) -> BTreeSet<String>;
 }
 
+/// Layers that are inflated ahead of their turn, of all pulls. Each has some memory of its own.
+const SPARE_THREADS: usize = 8;
+
 /// The images of one containerd. Clones share everything.
 #[derive(Clone)]
 pub struct Images(Arc<Shared>);
@@ -191,6 +196,8 @@ struct Shared {
     locks: Locks,
     /// For bytes that are fetched and not unpacked yet.
     room: Arc<tap::Room>,
+    /// For layers that are inflated ahead of their turn.
+    spare_threads: Arc<Semaphore>,
 }
 
 impl Images {
@@ -213,6 +220,7 @@ impl Images {
             flights: flight::Flights::default(),
             locks: Locks::default(),
             room: Arc::default(),
+            spare_threads: Arc::new(Semaphore::new(SPARE_THREADS)),
         }))
     }
 

@@ -34,7 +34,7 @@ pub(super) async fn run(
     platform: &Platform,
     board: &Board,
 ) -> Result<(ResolvedImage, Cache)> {
-    let source = shared.registries.source(image)?;
+    let source = shared.registries.source(image).await?;
     let (bytes, digest) = top(shared, image, &source).await?;
     if let Some((found, manifest)) = complete(shared, image, platform, &digest).await? {
         board.layers(sizes(&manifest));
@@ -279,13 +279,13 @@ async fn unpack_layers(
     there: usize,
     outlets: Vec<Outlet>,
 ) -> Cache {
-    let begin = |at: usize| Inflating::begin(store.shared, &manifest.layers[at], &outlets[at]);
+    let begin = |at: usize| Inflating::begin_ahead(store.shared, &manifest.layers[at], &outlets[at]);
     let mut cache = Cache::Hit;
     let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
     let mut labelling = FuturesUnordered::new();
     for at in there..chain.len() {
         board.stage(at, LayerStage::Unpacking);
-        for next in at..chain.len().min(at + 1 + AHEAD) {
+        for next in at + 1..chain.len().min(at + 1 + AHEAD) {
             ahead.entry(next).or_insert_with(|| begin(next));
         }
         let parent = at.checked_sub(1).map(|below| &chain[below]);

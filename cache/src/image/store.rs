@@ -125,19 +125,23 @@ impl Store<'_> {
         let mut writer = match self.writer(reference, &blob.digest, blob.size).await {
             Ok(writer) => writer,
             Err(error) if error.is_already_exists() => {
+                tap.inspect(|tap| tap.spoil());
                 self.forget(reference).await;
                 return self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
             }
             Err(error) => return Err(self.broken(error)),
         };
         if writer.offset() > blob.size {
+            tap.inspect(|tap| tap.spoil());
             writer.restart();
         }
         if writer.offset() < blob.size || blob.size == 0 {
             self.copy(blob, attempt, &mut writer, *tap, progress).await?;
         }
         match writer.commit(labels.clone()).await {
+            // What was poured is nobody's word for what is there.
             Err(error) if error.is_already_exists() => {
+                tap.inspect(|tap| tap.spoil());
                 self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood)
             }
             committed => committed.map_err(|error| self.refused(blob, error)),
@@ -155,6 +159,7 @@ impl Store<'_> {
     ) -> Result<(), Broken> {
         let source = self.source.blob(&blob.digest, writer.offset(), attempt).await.map_err(Broken::from)?;
         if source.offset != writer.offset() {
+            tap.inspect(|tap| tap.spoil());
             writer.restart();
         }
         let mut bytes = source.bytes;

@@ -23,6 +23,8 @@ use crate::containerd::{Containerd, ContentReader};
 
 /// Bytes that wait in all taps of all pulls.
 const ROOM: u64 = 24 << 20;
+/// Bytes that wait in one.
+const SHARE: u64 = 6 << 20;
 
 /// The room for bytes in flight.
 #[derive(Debug, Default)]
@@ -52,6 +54,7 @@ enum Fetching {
 #[derive(Debug)]
 struct State {
     waiting: VecDeque<Vec<u8>>,
+    waiting_bytes: u64,
     /// Offset of what is to be poured next.
     next: u64,
     /// Whether what is poured is still passed on.
@@ -81,9 +84,8 @@ impl Pipe {
     }
 
     fn empty(&self, state: &mut State) {
-        for piece in state.waiting.drain(..) {
-            self.room.give(piece.len() as u64);
-        }
+        state.waiting.clear();
+        self.room.give(std::mem::take(&mut state.waiting_bytes));
     }
 
     fn tell(&self, fetching: Fetching) {
@@ -110,8 +112,14 @@ pub(super) struct Tap(Arc<Pipe>);
 pub(super) struct Outlet(Arc<Pipe>);
 
 pub(super) fn tap(room: &Arc<Room>) -> (Tap, Outlet) {
-    let state =
-        State { waiting: VecDeque::new(), next: 0, is_open: true, is_spoiled: false, has_flow: false };
+    let state = State {
+        waiting: VecDeque::new(),
+        waiting_bytes: 0,
+        next: 0,
+        is_open: true,
+        is_spoiled: false,
+        has_flow: false,
+    };
     let pipe = Arc::new(Pipe {
         state: Mutex::new(state),
         changed: Condvar::new(),
@@ -128,10 +136,13 @@ impl Tap {
         if !state.is_open {
             return;
         }
-        if offset != state.next || !self.0.room.take(bytes.len() as u64) {
+        let length = bytes.len() as u64;
+        let has_room = state.waiting_bytes + length <= SHARE;
+        if offset != state.next || !has_room || !self.0.room.take(length) {
             return self.0.shut(&mut state);
         }
-        state.next += bytes.len() as u64;
+        state.next += length;
+        state.waiting_bytes += length;
         state.waiting.push_back(bytes.to_vec());
         self.0.changed.notify_all();
     }
@@ -229,6 +240,7 @@ impl Flow {
                     return Err(io::Error::other("what has arrived of it was wrong"));
                 }
                 if let Some(piece) = state.waiting.pop_front() {
+                    state.waiting_bytes -= piece.len() as u64;
                     self.pipe.room.give(piece.len() as u64);
                     return Ok(piece);
                 }
@@ -307,7 +319,7 @@ mod tests {
     #[tokio::test]
     async fn what_has_no_room_or_does_not_follow_is_read_from_the_store() {
         let room = Arc::new(Room::default());
-        for (offset, length) in [(1, 1), (0, ROOM + 1)] {
+        for (offset, length) in [(1, 1), (0, SHARE + 1)] {
             let (tap, outlet) = tap(&room);
             tap.pour(offset, &vec![0; length as usize]);
             tap.stored(length);

@@ -12,6 +12,7 @@ use std::{
 };
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{Cache, Digest, Shared, Unpacker, manifest::Descriptor, store::Store, tap::Outlet};
 use crate::{
@@ -50,16 +51,46 @@ impl Drop for StopWhenDropped {
 }
 
 impl Inflating {
-    /// Begins, unless it is a layer that containerd has to unpack.
-    pub(super) fn begin(shared: &Shared, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
-        (shared.limits.unpacker == Unpacker::Cowshed && is_known(&blob.media_type)).then(|| {
-            let stop = Stop::default();
-            let (work, inflated) = layer::inflate(&stop);
-            let flow = bytes.flow(&shared.containerd, blob.digest.as_str());
-            tokio::task::spawn_blocking(move || work(Box::new(flow)));
-            Self { inflated, stop: StopWhenDropped(stop) }
-        })
+    /// Begins ahead of its turn, if there is a thread to spare.
+    pub(super) fn begin_ahead(shared: &Shared, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
+        let spare = shared.spare_threads.clone().try_acquire_owned().ok()?;
+        Self::begin(shared, blob, bytes, Some(spare))
     }
+
+    /// Begins, unless it is a layer that containerd has to unpack.
+    fn begin(
+        shared: &Shared,
+        blob: &Descriptor,
+        bytes: &Outlet,
+        spare: Option<OwnedSemaphorePermit>,
+    ) -> Option<Self> {
+        if shared.limits.unpacker != Unpacker::Cowshed || !is_known(&blob.media_type) {
+            return None;
+        }
+        let stop = Stop::default();
+        let (work, inflated) = layer::inflate(shared.limits.layer.inflated(), &stop);
+        let flow = bytes.flow(&shared.containerd, blob.digest.as_str());
+        // Its receiver is told if it cannot be made, as if it had ended.
+        let _made = thread("inflate", move || {
+            work(Box::new(flow));
+            drop(spare);
+        });
+        Some(Self { inflated, stop: StopWhenDropped(stop) })
+    }
+}
+
+/// A thread of its own: it may wait for a registry, and must not keep those of the runtime from whoever needs them.
+fn thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::io::Result<oneshot::Receiver<T>> {
+    let (sender, receiver) = oneshot::channel();
+    let span = tracing::Span::current();
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Nobody may wait for it any more.
+        let _told = sender.send(span.in_scope(work));
+    })?;
+    Ok(receiver)
 }
 
 /// Tars, compressed or not. containerd can be taught others, encrypted ones for example.
@@ -80,13 +111,15 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     // The same bytes take everybody equally long, and each try is bounded by the unpack timeout. Other bytes that claim to
     // be the same layer are strangers: they may need all of that time and come to nothing. Working beside them does no
     // harm: each has a snapshot of its own until it is committed.
+    // And it may have to wait for its bytes: those who pull from another registry are strangers as well.
     let thing = format!("unpack {}", layer.chain_id);
-    let _turn = store.brake.or(shared.locks.turn(&thing, layer.blob.digest.as_str())).await?;
+    let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
+    let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
     if is_held(shared, lease, layer.chain_id).await? {
         return Ok(Cache::Hit);
     }
     let begun = Instant::now();
-    let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes));
+    let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
     loop {
         let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
         let error = match apply(store, &key, layer, ahead).await {
@@ -106,11 +139,12 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
                 error.context(format!("(and the unfinished snapshot {key:?} stays in containerd: {second})"))
             );
         }
-        // What had arrived was wrong, and comes again from somewhere else.
-        if !layer.bytes.take_spoiled() || !store.brake.or(layer.bytes.stored()).await? {
+        // What had arrived may turn out to be wrong, and come again from somewhere else.
+        if !store.brake.or(layer.bytes.stored()).await? || !layer.bytes.take_spoiled() {
             return Err(error);
         }
-        ahead = Inflating::begin(shared, layer.blob, layer.bytes);
+        tracing::warn!(%error, "what had arrived was not the layer; it is unpacked anew");
+        ahead = Inflating::begin(shared, layer.blob, layer.bytes, None);
     }
 }
 
@@ -200,18 +234,20 @@ async fn apply_here(
     let size = layer.blob.size;
     let (bounds, stopped) = (limits.layer, stop.0.clone());
     let is_plain = layer.blob.media_type.ends_with(".tar");
-    let work = tokio::task::spawn_blocking(move || {
+    let work = thread("apply", move || {
         let least = if is_plain { size } else { 0 };
         fill(&point, inflated, least, bounds, &expected, &stopped)
     });
-    tokio::pin!(work);
+    let mut work = work.map_err(|error| {
+        Error::new(Reason::NotReady, format!("no thread can be made to unpack a layer: {error}; repeat"))
+    })?;
     let outcome = tokio::select! {
         outcome = &mut work => outcome,
         // Its thread has come to an end before the snapshot is removed.
         why = ended(store, layer, limits.unpack_timeout) => {
             stop.0.stop();
             match (work.await, why) {
-                (Ok((Err(LayerError::Stopped), _)), Some(error)) => return Err(error),
+                (Ok((Err(LayerError::Stopped), _)), error) => return Err(error),
                 (outcome, _) => outcome,
             }
         }
@@ -219,25 +255,28 @@ async fn apply_here(
     match outcome {
         Ok((Ok(applied), _)) => Ok(applied.to_string()),
         Ok((Err(error), disk)) => Err(refused_here(layer, &error, disk)),
-        Err(panic) => Err(Error::new(Reason::InternalError, format!("layer {}: {panic}", layer.blob.digest))),
+        Err(_) => {
+            let message = format!("unpacking layer {} panicked; the log says more", layer.blob.digest);
+            Err(Error::new(Reason::InternalError, message))
+        }
     }
 }
 
 /// Ends when the layer should: the pull has failed elsewhere, or it takes too long though its bytes are there.
-async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Option<Error> {
+async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Error {
     let late = async {
         layer.bytes.stored().await;
         tokio::time::sleep(limit).await;
     };
     match store.brake.or(late).await {
-        Err(stopped) => Some(stopped),
+        Err(stopped) => stopped,
         Ok(()) => {
             let message = format!(
                 "layer {} was not unpacked within {} s ([containerd] unpack_timeout_seconds)",
                 layer.blob.digest,
                 limit.as_secs()
             );
-            Some(Error::new(Reason::ContainerdTimeout, message).with("digest", &layer.blob.digest))
+            Error::new(Reason::ContainerdTimeout, message).with("digest", &layer.blob.digest)
         }
     }
 }
@@ -261,7 +300,7 @@ fn fill(
         if least > disk {
             return Err(LayerError::Full);
         }
-        let applied = layer::apply(mount.root()?, inflated, bounds, stop)?.finish()?;
+        let applied = layer::apply(mount.root(stop)?, inflated, bounds)?.finish()?;
         // What is thrown away need not be written.
         if applied == *expected {
             mount.unmount()?;

@@ -1,7 +1,7 @@
 //! Applies an archive to a directory: what containerd's differ does on a filesystem that has the layers below.
 
 use std::{
-    collections::{HashSet, hash_map::RandomState},
+    collections::{HashMap, HashSet, hash_map::RandomState},
     hash::BuildHasher as _,
     os::fd::OwnedFd,
 };
@@ -14,7 +14,7 @@ use rustix::{
 use super::{
     Inflated, LayerError, Result, Root, Stop,
     archive::{Archive, Kind, Member, Time},
-    root::{Directory, components, join, kind, names},
+    root::{Directory, components, each_name, join, kind},
     shown,
     sparse::Map,
 };
@@ -25,32 +25,46 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Bytes that are written, or found to be zeros, at once.
 const PIECE: usize = 64 << 10;
+/// What is remembered of a layer may take so many bytes: enough for millions of files, and for as many directories as any
+/// image has.
+const MEMORY_MAX: usize = 96 << 20;
+/// What an entry of a map takes besides its name.
+const ENTRY: usize = 64;
 
 /// How much a layer may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Bytes of its files, holes and zeros included.
     pub bytes: u64,
-    /// Members: of each, some ten bytes are kept in memory.
+    /// Members.
     pub members: u64,
+}
+
+impl Bounds {
+    /// What such a layer can have when it is inflated, headers and all.
+    pub fn inflated(self) -> u64 {
+        const HEADERS: u64 = 4096;
+        self.bytes.saturating_add(self.members.saturating_mul(HEADERS))
+    }
 }
 
 /// Applies the layer to `root`, and reads it to its end.
 ///
 /// # Errors
 /// [`LayerError`]; what was applied is not taken back.
-pub fn apply(root: Root, layer: Inflated, bounds: Bounds, stop: &Stop) -> Result<Inflated> {
+pub fn apply(root: Root, layer: Inflated, bounds: Bounds) -> Result<Inflated> {
     let mut archive = Archive::new(layer);
     let mut layer = Layer {
         root,
         made: HashSet::new(),
         hasher: RandomState::new(),
         cleared: HashSet::new(),
-        directories: Vec::new(),
+        directories: HashMap::new(),
+        remembered: 0,
     };
     let (mut members, mut bytes) = (0_u64, 0_u64);
     while let Some(member) = archive.next()? {
-        stop.check()?;
+        layer.root.stop().check()?;
         members += 1;
         bytes = bytes.saturating_add(member.size());
         if members > bounds.members || bytes > bounds.bytes {
@@ -60,7 +74,7 @@ pub fn apply(root: Root, layer: Inflated, bounds: Bounds, stop: &Stop) -> Result
                 bounds.bytes, bounds.members
             )));
         }
-        layer.member(&member, &mut archive, stop)?;
+        layer.member(&member, &mut archive)?;
     }
     layer.times_of_directories()?;
     Ok(archive.into_rest())
@@ -75,7 +89,9 @@ struct Layer {
     /// Opaque directories that were cleared.
     cleared: HashSet<Vec<u8>>,
     /// Their times are set last: whatever is made in them changes them.
-    directories: Vec<(Vec<u8>, Times)>,
+    directories: HashMap<Vec<u8>, Times>,
+    /// Bytes of all of that.
+    remembered: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -85,7 +101,7 @@ struct Times {
 }
 
 impl Layer {
-    fn member(&mut self, member: &Member, archive: &mut Archive, stop: &Stop) -> Result<()> {
+    fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
         let Some((parent, name)) = place(&member.name)? else { return Ok(()) };
         let directory = self.root.directory(&parent)?;
         if name == OPAQUE {
@@ -122,7 +138,7 @@ impl Layer {
                     rustix::fs::openat(&directory.fd, name.as_slice(), flags, Mode::from_raw_mode(0o600))
                 })?;
                 let made = made.map_err(|e| refused("making the file", e))?;
-                write(&made, &path, archive, member.stored, map.as_ref(), stop)?;
+                write(&made, &path, archive, member.stored, map.as_ref(), self.root.stop())?;
                 file = Some(made);
             }
             Kind::HardLink => self.hard_link(&directory, &name, member)?,
@@ -153,20 +169,34 @@ impl Layer {
         let times = Times::of(member);
         dress(&directory.fd, &name, &path, member, file.as_ref(), times)?;
         if member.kind == Kind::Directory {
-            self.directories.push((member.name.clone(), times));
+            // By where it is: an archive may name it in as many ways as it likes.
+            if self.directories.insert(path.clone(), times).is_none() {
+                self.remember(path.len() + ENTRY)?;
+            }
         }
-        self.note(&path);
+        self.note(&path)
+    }
+
+    fn remember(&mut self, bytes: usize) -> Result<()> {
+        self.remembered += bytes;
+        if self.remembered > MEMORY_MAX {
+            let what =
+                format!("to remember its directories and files takes more than {MEMORY_MAX} bytes of memory");
+            return Err(LayerError::Refused(what));
+        }
         Ok(())
     }
 
     /// Remembers what an opaque directory keeps: what this layer has in it, and the directories that lead there.
-    fn note(&mut self, mut path: &[u8]) {
+    fn note(&mut self, mut path: &[u8]) -> Result<()> {
         while self.made.insert(self.hasher.hash_one(path)) {
+            self.remember(2 * size_of::<u64>())?;
             match path.iter().rposition(|byte| *byte == b'/') {
                 Some(end) => path = &path[..end],
-                None => return,
+                None => break,
             }
         }
+        Ok(())
     }
 
     /// Makes what may be there already: that goes first.
@@ -212,6 +242,7 @@ impl Layer {
     /// Removes what the layers below have in it.
     fn clear(&mut self, directory: &Directory) -> Result<()> {
         if self.cleared.insert(directory.path.clone()) {
+            self.remember(directory.path.len() + ENTRY)?;
             self.clear_below(&directory.path)?;
         }
         Ok(())
@@ -220,27 +251,31 @@ impl Layer {
     fn clear_below(&mut self, path: &[u8]) -> Result<()> {
         let directory = self.root.directory(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let listed = rustix::fs::openat(&directory.fd, ".", flags, Mode::empty()).and_then(|fd| names(&fd));
-        for name in listed.map_err(|errno| LayerError::at("listing", path, errno))? {
-            let inner = join(path, &name);
+        let listed = rustix::fs::openat(&directory.fd, ".", flags, Mode::empty());
+        let listed = listed.map_err(|errno| LayerError::at("listing", path, errno))?;
+        each_name(&listed, path, |name| {
+            let inner = join(path, name);
             if !self.made.contains(&self.hasher.hash_one(inner.as_slice())) {
-                self.root.remove(&directory, &name)?;
-            } else if kind(&directory.fd, &name).map_err(|e| LayerError::at("looking at", &inner, e))?
-                == Some(FileType::Directory)
-            {
-                self.clear_below(&inner)?;
+                return self.root.remove(&directory, name);
             }
-        }
-        Ok(())
+            match kind(&directory.fd, name).map_err(|e| LayerError::at("looking at", &inner, e))? {
+                Some(FileType::Directory) => self.clear_below(&inner),
+                _ => Ok(()),
+            }
+        })
     }
 
     fn times_of_directories(&mut self) -> Result<()> {
         for (path, times) in std::mem::take(&mut self.directories) {
-            let resolved = self.root.resolve(&path)?;
-            match times.set(self.root.fd(), &resolved) {
-                // It was removed again.
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => return Err(LayerError::at("setting the time of", &resolved, errno)),
+            self.root.stop().check()?;
+            // It may have been removed again, or be something else.
+            let parent = path.iter().rposition(|byte| *byte == b'/').map_or(&b""[..], |end| &path[..end]);
+            if self.root.resolve(parent)? != parent {
+                continue;
+            }
+            match times.set(self.root.fd(), &path) {
+                Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+                Err(errno) => return Err(LayerError::at("setting the time of", &path, errno)),
             }
         }
         Ok(())
@@ -375,6 +410,11 @@ fn set_attribute(path: &[u8], key: &str, member: &Member, set: Result<(), Errno>
     match set {
         Ok(()) => Ok(()),
         Err(Errno::OPNOTSUPP) => Ok(()),
+        // Not the disk: a file has one block for them.
+        Err(Errno::NOSPC) => Err(LayerError::Refused(format!(
+            "the attributes of {:?} are more than a file can have",
+            shown(path)
+        ))),
         // Only files and directories have such.
         Err(Errno::PERM)
             if key.starts_with("user.") && !matches!(member.kind, Kind::File(_) | Kind::Directory) =>

@@ -75,7 +75,9 @@ impl Archive {
     pub(super) fn next(&mut self) -> Result<Option<Member>> {
         let (mut long_name, mut long_link, mut pax) = (None, None, None);
         loop {
-            self.pass(self.left + self.padding)?;
+            self.pass(self.left, false)?;
+            // What was never closed ends without.
+            self.pass(self.padding, true)?;
             (self.left, self.padding) = (0, 0);
             let Some(header) = self.header()? else {
                 return match (long_name, long_link, pax) {
@@ -105,7 +107,7 @@ impl Archive {
             long.or_else(|| pax.get(key).map(<[u8]>::to_vec)).unwrap_or(short)
         };
         let link = named(long_link, "linkpath", header.link_name_bytes().unwrap_or_default().into_owned());
-        let mut name = named(long_name, "path", header.path_bytes().into_owned());
+        let mut name = named(long_name, "path", short_name(header.as_bytes()));
         if let Some(real) = pax.get("GNU.sparse.name") {
             name = real.to_vec();
         }
@@ -118,23 +120,26 @@ impl Archive {
                 shown(&name)
             )));
         }
-        let field = |what: &str, value: std::io::Result<u64>| {
-            value.map_err(|_| damaged(&format!("the {what} of {:?} is no number", shown(&name))))
+        let bytes = header.as_bytes();
+        let field = |what: &str, at: std::ops::Range<usize>| {
+            number(&bytes[at])
+                .ok_or_else(|| damaged(&format!("the {what} of {:?} is no number", shown(&name))))
         };
-        let owner = |what: &str, key: &str, value: std::io::Result<u64>| -> Result<u32> {
+        let owner = |what: &str, key: &str, at: std::ops::Range<usize>| -> Result<u32> {
             let number = match pax.number(key)? {
-                Some(number) => number,
-                None => field(what, value)?,
+                Some(number) => i64::try_from(number).unwrap_or(i64::MAX),
+                None => field(what, at)?,
             };
-            // The highest one means "unchanged" to chown.
-            u32::try_from(number).ok().filter(|id| *id != u32::MAX).ok_or_else(|| {
+            // -2 is "nobody" of some; -1 means "unchanged" to chown.
+            let id = i32::try_from(number).map(i32::cast_unsigned).ok().or(u32::try_from(number).ok());
+            id.filter(|id| *id != u32::MAX).ok_or_else(|| {
                 LayerError::Refused(format!(
                     "the {what} of {:?} is {number}, more than Linux has",
                     shown(&name)
                 ))
             })
         };
-        let mut kind = match header.as_bytes()[156] {
+        let mut kind = match bytes[156] {
             // As the first of all tars said it.
             0 if name.ends_with(b"/") => Kind::Directory,
             0 | b'0' | b'S' => Kind::File(None),
@@ -154,34 +159,43 @@ impl Archive {
         if let Kind::File(map) = &mut kind {
             stored = match pax.number("size")? {
                 Some(size) => size,
-                None => field("size", header.entry_size())?,
+                None => u64::try_from(field("size", SIZE)?)
+                    .map_err(|_| damaged("the size of a member is negative"))?,
             };
             (self.left, self.padding) = (stored, stored.wrapping_neg() % BLOCK);
-            if header.as_bytes()[156] == b'S' {
+            if bytes[156] == b'S' {
                 let header =
                     header.as_gnu().ok_or_else(|| damaged("a sparse file in it has no such header"))?;
-                *map = Some(Map::of_gnu(header, &mut self.input, stored)?);
-            } else if let Some((found, taken)) = Map::of_pax(&pax, &mut self.data(), stored)? {
-                stored -= taken;
-                *map = Some(found);
+                let found = Map::of_gnu(header, &mut self.input, stored);
+                *map = Some(found.map_err(|error| self.input.failed().unwrap_or(error))?);
+            } else {
+                let found = Map::of_pax(&pax, &mut self.data(), stored);
+                if let Some((found, taken)) = found.map_err(|error| self.input.failed().unwrap_or(error))? {
+                    stored -= taken;
+                    *map = Some(found);
+                }
             }
         }
         let (major, minor) = match kind {
-            Kind::BlockDevice | Kind::CharDevice => (
-                header.device_major().ok().flatten().unwrap_or_default(),
-                header.device_minor().ok().flatten().unwrap_or_default(),
-            ),
+            Kind::BlockDevice | Kind::CharDevice => {
+                let part = |what: &str, at| {
+                    u32::try_from(field(what, at)?).map_err(|_| damaged("a device number in it is none"))
+                };
+                (part("device", 329..337)?, part("device", 337..345)?)
+            }
             _ => (0, 0),
         };
         let modified = match pax.time("mtime")? {
             Some(time) => time,
-            None => (i64::try_from(field("time", header.mtime())?).unwrap_or(i64::MAX), 0),
+            None => (field("time", 136..148)?, 0),
         };
-        let attributes = pax.beginning("SCHILY.xattr.");
+        let mut attributes = pax.beginning("SCHILY.xattr.");
+        // Those of overlayfs are among them, which would mean something to a guest's own; containerd sets none either.
+        attributes.retain(|key, _| !key.starts_with("trusted."));
         Ok(Member {
-            mode: u32::try_from(field("mode", header.mode().map(u64::from))?).unwrap_or_default() & 0o7777,
-            uid: owner("owner", "uid", header.uid())?,
-            gid: owner("group", "gid", header.gid())?,
+            mode: (field("mode", 100..108)? & 0o7777) as u32,
+            uid: owner("owner", "uid", 108..116)?,
+            gid: owner("group", "gid", 116..124)?,
             modified,
             accessed: pax.time("atime")?,
             attributes: attributes
@@ -227,15 +241,16 @@ impl Archive {
         let unsigned: u32 = 256 + others.clone().map(|byte| u32::from(*byte)).sum::<u32>();
         // Some tars have summed up signed bytes.
         let signed: i64 = 256 + others.map(|byte| i64::from(byte.cast_signed())).sum::<i64>();
-        let sum = header.cksum().map_err(|_| damaged("it is no tar archive"))?;
-        if sum != unsigned && i64::from(sum) != signed {
+        let sum = number(&header.as_bytes()[148..156]).ok_or_else(|| damaged("it is no tar archive"))?;
+        if sum != i64::from(unsigned) && sum != signed {
             return Err(damaged("the sum of one of its headers is wrong"));
         }
         Ok(Some(header))
     }
 
     fn extension(&mut self, header: &tar::Header) -> Result<Vec<u8>> {
-        let size = header.entry_size().map_err(|_| damaged("the size of an extended header is no number"))?;
+        let size = number(&header.as_bytes()[SIZE]).and_then(|size| u64::try_from(size).ok());
+        let size = size.ok_or_else(|| damaged("the size of an extended header is no number"))?;
         if size > EXTENSION_MAX {
             let what = format!("one of its extended headers has {size} bytes; {EXTENSION_MAX} are allowed");
             return Err(LayerError::Refused(what));
@@ -246,9 +261,10 @@ impl Archive {
         Ok(bytes)
     }
 
-    fn pass(&mut self, mut bytes: u64) -> Result<()> {
+    fn pass(&mut self, mut bytes: u64, may_end: bool) -> Result<()> {
         while bytes > 0 {
             let there = match self.input.fill_buf() {
+                Ok([]) if may_end => return Ok(()),
                 Ok([]) => return Err(cut_off()),
                 Ok(there) => there.len(),
                 Err(error) => return Err(self.input.why(&error)),
@@ -284,6 +300,39 @@ impl Read for Data<'_> {
     }
 }
 
+/// Where a header has the size.
+const SIZE: std::ops::Range<usize> = 124..136;
+
+/// A number as tars write it: octal digits between blanks and NULs, none being 0, or base 256 with its sign.
+fn number(field: &[u8]) -> Option<i64> {
+    if field[0] & 0x80 != 0 {
+        // The first bit is only a mark; the second is the sign.
+        let first = i64::from((field[0] << 1).cast_signed() >> 1);
+        return field[1..].iter().try_fold(first, |number, byte| {
+            number.checked_mul(256).and_then(|number| number.checked_add(i64::from(*byte)))
+        });
+    }
+    let is_blank = |byte: &u8| *byte == b' ' || *byte == 0;
+    let begin = field.iter().position(|byte| !is_blank(byte)).unwrap_or(field.len());
+    let digits = field[begin..].split(is_blank).next().unwrap_or_default();
+    if digits.is_empty() {
+        return Some(0);
+    }
+    i64::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok().filter(|number| *number >= 0)
+}
+
+/// The name in a header, with the prefix that POSIX has given it: whatever version the header says it is of, and not if it is
+/// GNU's, which has other things there.
+fn short_name(header: &[u8]) -> Vec<u8> {
+    let name = until_nul(header[..100].to_vec());
+    let prefix = match &header[257..263] {
+        b"ustar\0" if &header[508..512] == b"tar\0" => until_nul(header[345..476].to_vec()),
+        b"ustar\0" => until_nul(header[345..500].to_vec()),
+        _ => Vec::new(),
+    };
+    if prefix.is_empty() { name } else { [prefix, b"/".to_vec(), name].concat() }
+}
+
 fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
     if let Some(nul) = bytes.iter().position(|byte| *byte == 0) {
         bytes.truncate(nul);
@@ -297,4 +346,47 @@ fn damaged(what: &str) -> LayerError {
 
 fn cut_off() -> LayerError {
     damaged("it ends in the middle of a member")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        let table: [(&[u8], Option<i64>); 13] = [
+            (b"0000644\0", Some(0o644)),
+            (b"   644 \0", Some(0o644)),
+            (b"\0\0\0\0\0\0\0\0", Some(0)),
+            (b"        ", Some(0)),
+            (b"00000000001\0", Some(1)),
+            (b"777 junk", Some(0o777)),
+            (b"0000648\0", None),
+            (b"-1\0\0\0\0\0\0", None),
+            (b"\x80\0\0\0\0\x01\x86\xa0", Some(100_000)),
+            (b"\xff\xff\xff\xff\xff\xff\xff\xfe", Some(-2)),
+            (b"\x80\0\0\0\x02\0\0\0\0\0\0\0", Some(1 << 57)),
+            (b"\x80\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", None),
+            (b"\xbf\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", None),
+        ];
+        for (field, expected) in table {
+            assert_eq!(number(field), expected, "{field:?}");
+        }
+    }
+
+    #[test]
+    fn names_with_a_prefix() {
+        let mut header = [0; 512];
+        header[..4].copy_from_slice(b"name");
+        header[345..350].copy_from_slice(b"a/dir");
+        for (magic, expected) in [
+            (&b"ustar\x0000"[..], &b"a/dir/name"[..]),
+            (b"ustar\0  ", b"a/dir/name"),
+            (b"ustar  \0", b"name"),
+            (b"\0\0\0", b"name"),
+        ] {
+            header[257..257 + magic.len()].copy_from_slice(magic);
+            assert_eq!(short_name(&header), expected, "{magic:?}");
+        }
+    }
 }

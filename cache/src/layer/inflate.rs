@@ -53,12 +53,13 @@ pub struct Inflated {
     stop: Stop,
 }
 
-/// Begins to inflate `source`, on this thread until `Inflated` was read to its end or dropped. What it is compressed with, its
-/// first bytes say: media types are often wrong about it.
-pub fn inflate(stop: &Stop) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
+/// What inflates a source, on the thread that calls it, until `Inflated` was read to its end or dropped. What the source is
+/// compressed with, its first bytes say: media types are often wrong about it. More than `most` bytes are refused.
+pub fn inflate(most: u64, stop: &Stop) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
     let (sender, parts) = sync_channel(CHUNKS);
+    let source_stop = stop.clone();
     let work = move |source: Box<dyn Read + Send>| {
-        let last = match copy(source, &sender) {
+        let last = match copy(Source { from: source, stop: source_stop }, most, &sender) {
             Ok(digest) => Part::End(digest),
             Err(error) => Part::Failed(error),
         };
@@ -68,13 +69,19 @@ pub fn inflate(stop: &Stop) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>
     (work, Inflated { parts, chunk: Vec::new(), at: 0, end: None, failed: None, stop: stop.clone() })
 }
 
-fn copy(source: Box<dyn Read + Send>, sender: &SyncSender<Part>) -> Result<Digest> {
+fn copy(source: Source, most: u64, sender: &SyncSender<Part>) -> Result<Digest> {
     let mut inflater = inflater(source)?;
     let mut digest = Sha256::new();
+    let mut total = 0_u64;
     loop {
         let mut chunk = vec![0; CHUNK];
         let length = fill(&mut *inflater, &mut chunk)?;
         chunk.truncate(length);
+        total = total.saturating_add(length as u64);
+        if total > most {
+            let what = format!("it has more than {most} bytes when it is inflated ([images] layer_size_max)");
+            return Err(LayerError::Refused(what));
+        }
         digest.update(&chunk);
         if length > 0 && sender.send(Part::Bytes(chunk)).is_err() {
             return Err(LayerError::Stopped);
@@ -99,8 +106,8 @@ fn fill(from: &mut dyn Read, chunk: &mut [u8]) -> Result<usize> {
     Ok(length)
 }
 
-fn inflater(source: Box<dyn Read + Send>) -> Result<Box<dyn Read>> {
-    let mut source = BufReader::with_capacity(INPUT, Source(source));
+fn inflater(source: Source) -> Result<Box<dyn Read>> {
+    let mut source = BufReader::with_capacity(INPUT, source);
     let first = source.fill_buf().map_err(unreadable)?;
     Ok(match first {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
@@ -112,8 +119,11 @@ fn inflater(source: Box<dyn Read + Send>) -> Result<Box<dyn Read>> {
     })
 }
 
-/// Marks errors of the source, which are no errors of the compression.
-struct Source(Box<dyn Read + Send>);
+/// Marks errors of the source, which are no errors of the compression; ends when it is told to.
+struct Source {
+    from: Box<dyn Read + Send>,
+    stop: Stop,
+}
 
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -121,7 +131,8 @@ struct SourceError(io::Error);
 
 impl Read for Source {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.0.read(into).map_err(|error| match error.kind() {
+        self.stop.check().map_err(|stopped| io::Error::other(SourceError(io::Error::other(stopped))))?;
+        self.from.read(into).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => error,
             _ => io::Error::other(SourceError(error)),
         })
@@ -130,7 +141,10 @@ impl Read for Source {
 
 fn unreadable(error: io::Error) -> LayerError {
     match error.downcast::<SourceError>() {
-        Ok(SourceError(error)) => LayerError::Source(error),
+        Ok(SourceError(error)) => match error.downcast::<LayerError>() {
+            Ok(stopped) => stopped,
+            Err(error) => LayerError::Source(error),
+        },
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             LayerError::Damaged("it ends in the middle of its compressed data".to_owned())
         }
@@ -169,7 +183,12 @@ impl Inflated {
 
     /// The error behind one that came through [`Read`].
     pub(super) fn why(&mut self, error: &io::Error) -> LayerError {
-        self.failed.take().unwrap_or_else(|| LayerError::Damaged(error.to_string()))
+        self.failed().unwrap_or_else(|| LayerError::Damaged(error.to_string()))
+    }
+
+    /// What reading has failed with, if it has.
+    pub(super) fn failed(&mut self) -> Option<LayerError> {
+        self.failed.take()
     }
 }
 

@@ -60,9 +60,17 @@ impl LayerError {
         let source = error.into();
         match source.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
             Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Self::Full,
-            Some(rustix::io::Errno::NAMETOOLONG | rustix::io::Errno::LOOP) => {
-                Self::Refused(format!("{doing} {:?}: {source}", shown(path)))
-            }
+            // What no image of the kernel's making would ask for.
+            Some(
+                rustix::io::Errno::NAMETOOLONG
+                | rustix::io::Errno::LOOP
+                | rustix::io::Errno::NOTDIR
+                | rustix::io::Errno::NOENT
+                | rustix::io::Errno::INVAL
+                | rustix::io::Errno::RANGE
+                | rustix::io::Errno::TOOBIG
+                | rustix::io::Errno::MLINK,
+            ) => Self::Refused(format!("{doing} {:?}: {source}", shown(path))),
             _ => Self::Filesystem { doing: format!("{doing} {:?}", shown(path)), source },
         }
     }

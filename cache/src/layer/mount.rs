@@ -11,7 +11,7 @@ use rustix::{
     },
 };
 
-use super::{LayerError, Result, Root};
+use super::{LayerError, Result, Root, Stop};
 
 /// What a snapshotter says of how its snapshot is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,10 +65,10 @@ impl Detached {
     ///
     /// # Errors
     /// [`LayerError::Filesystem`], by the kernel's word.
-    pub fn root(&self) -> Result<Root> {
+    pub fn root(&self, stop: &Stop) -> Result<Root> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(&self.0, ".", flags, Mode::empty());
-        root.map(Root::new).map_err(|errno| LayerError::at("opening", b"/", errno))
+        root.map(|fd| Root::new(fd, stop)).map_err(|errno| LayerError::at("opening", b"/", errno))
     }
 
     /// Bytes that the filesystem has in all.

@@ -1,6 +1,11 @@
 //! The records of a PAX extended header: "LENGTH KEY=VALUE\n", the value of any bytes.
 
+use std::collections::BTreeMap;
+
 use super::{LayerError, Result};
+
+/// More records of one member are refused.
+const RECORDS_MAX: usize = 10_000;
 
 /// What the records of one member say; a later record of a key counts.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -19,6 +24,10 @@ impl Pax {
             let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(damaged)?;
             let key = String::from_utf8(record[..equals].to_vec()).map_err(|_| damaged())?;
             records.push((key, record[equals + 1..].to_vec()));
+            if records.len() > RECORDS_MAX {
+                let what = format!("one of its extended headers has more than {RECORDS_MAX} records");
+                return Err(LayerError::Refused(what));
+            }
             bytes = &bytes[length..];
         }
         Ok(Self(records))
@@ -49,17 +58,9 @@ impl Pax {
     }
 
     /// Names without `prefix`, and values, of all whose key begins with it; of each name the last.
-    pub(super) fn beginning(&self, prefix: &str) -> Vec<(&str, &[u8])> {
-        let mut found: Vec<(&str, &[u8])> = Vec::new();
-        for (key, value) in &self.0 {
-            if let Some(name) = key.strip_prefix(prefix) {
-                found.retain(|(there, _)| *there != name);
-                if !value.is_empty() {
-                    found.push((name, value));
-                }
-            }
-        }
-        found
+    pub(super) fn beginning<'a>(&'a self, prefix: &str) -> BTreeMap<&'a str, &'a [u8]> {
+        let named = |(key, value): &'a (String, Vec<u8>)| Some((key.strip_prefix(prefix)?, value.as_slice()));
+        self.0.iter().filter_map(named).collect()
     }
 
     /// All records, in order.
@@ -110,7 +111,8 @@ mod tests {
         let pax = Pax::parse(&bytes).unwrap();
         assert_eq!(pax.get("path"), Some(&b"two"[..]));
         assert_eq!(pax.get("linkpath"), None);
-        assert_eq!(pax.beginning("SCHILY.xattr."), [("user.x", &b"\x00\n=\n 12 a=b\n"[..])]);
+        let attributes = [("user.gone", &b""[..]), ("user.x", &b"\x00\n=\n 12 a=b\n"[..])];
+        assert_eq!(pax.beginning("SCHILY.xattr."), BTreeMap::from(attributes));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{LayerError, Result, shown};
+use super::{LayerError, Result, Stop, shown};
 
 /// As many links as Linux follows in one path.
 const LINKS_MAX: usize = 40;
@@ -18,6 +18,7 @@ const DEPTH_MAX: usize = 400;
 #[derive(Debug)]
 pub struct Root {
     fd: OwnedFd,
+    stop: Stop,
     /// The last directory that was asked for.
     last: Option<Last>,
 }
@@ -38,9 +39,13 @@ pub(super) struct Directory {
 }
 
 impl Root {
-    /// Of this directory.
-    pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, last: None }
+    /// Of this directory. What takes long ends when it is stopped.
+    pub fn new(fd: OwnedFd, stop: &Stop) -> Self {
+        Self { fd, stop: stop.clone(), last: None }
+    }
+
+    pub(super) fn stop(&self) -> &Stop {
+        &self.stop
     }
 
     pub(super) fn fd(&self) -> &OwnedFd {
@@ -134,40 +139,48 @@ impl Root {
 
     /// Removes `name` of `directory`, and all below it. Succeeds if it is not there.
     pub(super) fn remove(&mut self, directory: &Directory, name: &[u8]) -> Result<()> {
-        let removed = remove_all(&directory.fd, name);
-        if removed != Ok(false) {
+        let path = join(&directory.path, name);
+        if self.remove_all(&directory.fd, name, &path)? {
             // It may have been what was remembered, or a link on the way to it.
             self.last = None;
         }
-        removed.map(drop).map_err(|errno| LayerError::at("removing", &join(&directory.path, name), errno))
+        Ok(())
+    }
+
+    /// Whether there was something.
+    fn remove_all(&self, directory: &OwnedFd, name: &[u8], path: &[u8]) -> Result<bool> {
+        self.stop.check()?;
+        let failed = |errno| LayerError::at("removing", path, errno);
+        match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+            Ok(()) => return Ok(true),
+            Err(Errno::NOENT) => return Ok(false),
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let inner = rustix::fs::openat(directory, name, flags, Mode::empty()).map_err(failed)?;
+        each_name(&inner, path, |name| self.remove_all(&inner, name, path).map(drop))?;
+        drop(inner);
+        rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR).map_err(failed)?;
+        Ok(true)
     }
 }
 
-/// Whether there was something.
-fn remove_all(directory: &OwnedFd, name: &[u8]) -> Result<bool, Errno> {
-    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
-        Ok(()) => return Ok(true),
-        Err(Errno::NOENT) => return Ok(false),
-        Err(Errno::ISDIR | Errno::PERM) => {}
-        Err(errno) => return Err(errno),
+/// Does `each` to everything in a directory, one after the other: it may be a crowd. What it makes there is not seen for sure.
+pub(super) fn each_name(
+    directory: &OwnedFd,
+    path: &[u8],
+    mut each: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let failed = |errno| LayerError::at("listing", path, errno);
+    for entry in Dir::read_from(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            each(name)?;
+        }
     }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let inner = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-    for name in names(&inner)? {
-        remove_all(&inner, &name)?;
-    }
-    drop(inner);
-    rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR)?;
-    Ok(true)
-}
-
-/// What is in a directory.
-pub(super) fn names(directory: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
-    let entries =
-        Dir::read_from(directory)?.map(|entry| entry.map(|entry| entry.file_name().to_bytes().to_vec()));
-    let mut names = entries.collect::<Result<Vec<_>, _>>()?;
-    names.retain(|name| name != b"." && name != b"..");
-    Ok(names)
+    Ok(())
 }
 
 /// What `name` of `directory` is, if it is there; links are not followed.

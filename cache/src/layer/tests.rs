@@ -1,7 +1,7 @@
 //! Layers as people and attackers make them, on this machine's own filesystem; that the result is containerd's is tested end
 //! to end.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     fs,
@@ -71,16 +71,16 @@ impl Tar {
     }
 }
 
-fn root(directory: &Path) -> Root {
-    Root::new(OwnedFd::from(fs::File::open(directory).unwrap()))
+fn root(directory: &Path, stop: &Stop) -> Root {
+    Root::new(OwnedFd::from(fs::File::open(directory).unwrap()), stop)
 }
 
 fn apply_with(directory: &Path, layer: &[u8], bounds: Bounds) -> Result<Digest> {
     let stop = Stop::default();
-    let (work, inflated) = inflate(&stop);
+    let (work, inflated) = inflate(bounds.inflated(), &stop);
     let source = Box::new(io::Cursor::new(layer.to_vec()));
     let inflating = std::thread::spawn(move || work(source));
-    let applied = apply(root(directory), inflated, bounds, &stop).and_then(Inflated::finish);
+    let applied = apply(root(directory, &stop), inflated, bounds).and_then(Inflated::finish);
     inflating.join().unwrap();
     applied
 }
@@ -261,6 +261,9 @@ fn every_compression_and_what_is_behind_the_end() {
         assert_eq!(apply_with(directory.path(), &layer, BOUNDS).unwrap(), Digest::of(&tar));
         assert_eq!(read(directory.path(), "f").len(), 5000);
     }
+    // Never closed, and not filled up.
+    let directory = tempfile::tempdir().unwrap();
+    assert!(apply_with(directory.path(), &tar[..512 + 5000], BOUNDS).is_ok());
     for cut in [
         gzip(&tar)[..40].to_vec(),
         zstd::encode_all(&tar[..], 3).unwrap()[..30].to_vec(),
@@ -299,6 +302,8 @@ fn what_leads_out_is_refused() {
         Tar::new().link(EntryType::Symlink, "a", "b").link(EntryType::Symlink, "b", "a").file("a/x", b""),
         Tar::new().raw(Tar::header(EntryType::Continuous, 0o644, 0), "x", "", b""),
         Tar::new().pax(&[("uid", b"4294967295")]).file("x", b""),
+        Tar::new().file("x", b"").file("x/y", b""),
+        Tar::new().link(EntryType::Symlink, "x", ""),
         Tar::new().pax(&[("path", "d/".repeat(500).as_bytes())]).file("x", b""),
         Tar::new().file(&"n".repeat(90), b"").pax(&[("path", "n".repeat(300).as_bytes())]).file("x", b""),
         Tar::new().pax(&[("comment", &[b'x'; 5 << 20])]).file("x", b""),
@@ -366,15 +371,38 @@ fn bounds_hold() {
     assert!(apply_with(directory.path(), &many, Bounds { members: 20, bytes: 100 }).is_ok());
 }
 
+/// What a layer makes us remember, and inflate, is bounded too.
+#[test]
+fn small_layers_take_no_memory_and_no_time() {
+    let refusal = |bytes: &[u8], bounds: Bounds| {
+        let directory = tempfile::tempdir().unwrap();
+        match apply_with(directory.path(), bytes, bounds) {
+            Err(LayerError::Refused(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    };
+    // One directory, named in ever other ways.
+    let named = |n: usize| format!("{}d", "./".repeat(n % 40));
+    let ways = (0..900).fold(Tar::new(), |tar, n| tar.directory(&named(n))).bytes();
+    let directory = tempfile::tempdir().unwrap();
+    assert!(apply_with(directory.path(), &ways, BOUNDS).is_ok());
+    // Behind the end of the archive.
+    let endless = [Tar::new().file("f", b"x").bytes(), vec![0; 300_000]].concat();
+    assert!(refusal(&endless, Bounds { bytes: 1000, members: 10 }).contains("when it is inflated"));
+    let crowd: Vec<String> = (0..10_001).map(|n| format!("SCHILY.xattr.a{n}")).collect();
+    let crowd: Vec<(&str, &[u8])> = crowd.iter().map(|key| (key.as_str(), &b"x"[..])).collect();
+    assert!(refusal(&Tar::new().pax(&crowd).file("f", b"").bytes(), BOUNDS).contains("records"));
+}
+
 #[test]
 fn who_is_stopped_ends() {
     let stop = Stop::default();
-    let (work, inflated) = inflate(&stop);
+    let (work, inflated) = inflate(u64::MAX, &stop);
     let endless = Box::new(io::repeat(0x41));
     let inflating = std::thread::spawn(move || work(endless));
     stop.stop();
     let directory = tempfile::tempdir().unwrap();
-    let error = apply(root(directory.path()), inflated, BOUNDS, &stop).map(drop).unwrap_err();
+    let error = apply(root(directory.path(), &stop), inflated, BOUNDS).map(drop).unwrap_err();
     assert!(matches!(error, LayerError::Stopped), "{error:?}");
     inflating.join().unwrap();
 }

@@ -4,12 +4,14 @@ use std::{future::Future, time::Duration};
 
 use oci_client::Reference;
 use reqwest::{
-    Certificate, Client, RequestBuilder, Response, StatusCode,
+    Certificate, Client, Identity, RequestBuilder, Response, StatusCode,
     header::{ACCEPT, AUTHORIZATION, HeaderMap, RANGE},
+    redirect::{Action, Attempt, Policy},
 };
 
 use super::{
     body,
+    credentials::Credential,
     hosts::{Endpoint, Scheme, Verify},
     refusal::Failure,
     token::Tokens,
@@ -22,6 +24,8 @@ const REFUSAL_MAX_BYTES: usize = 64 << 10;
 /// may take: there are up to three requests in it (greeting, token, the thing itself). An endpoint that sends a byte now
 /// and then is cut off here.
 const REQUESTS: u32 = 3;
+/// Registries send us to their storage, which may send us on.
+const REDIRECTS_MAX: usize = 5;
 
 /// How long to wait for an endpoint.
 #[derive(Clone, Copy, Debug)]
@@ -50,14 +54,22 @@ pub(super) struct Document {
 }
 
 impl Connection {
-    /// To `endpoint`, which may also be known by these certificates (PEM).
+    /// To `endpoint`, which may also be known by these certificates, and knows us by `identity` (PEM, certificate and key)
+    /// or `credential`.
     pub(super) fn new(
         endpoint: &Endpoint,
         certificates: &[Vec<u8>],
+        identity: Option<&[u8]>,
+        credential: Option<Credential>,
         patience: Patience,
     ) -> Result<Self, reqwest::Error> {
         let certificates = certificates.iter().map(|pem| Certificate::from_pem(pem));
-        let http = Client::builder()
+        let mut http = Client::builder();
+        if let Some(identity) = identity {
+            http = http.identity(Identity::from_pem(identity)?);
+        }
+        let http = http
+            .redirect(Policy::custom(redirect))
             .danger_accept_invalid_certs(endpoint.verify == Verify::Nothing)
             .tls_certs_merge(certificates.collect::<Result<Vec<_>, _>>()?)
             .connect_timeout(patience.connect)
@@ -65,7 +77,7 @@ impl Connection {
             .user_agent(concat!("cowshed/", env!("CARGO_PKG_VERSION")))
             .build()?;
         let limit = (patience.connect + patience.read) * REQUESTS;
-        Ok(Self { http, scheme: endpoint.scheme, tokens: Tokens::default(), limit })
+        Ok(Self { http, scheme: endpoint.scheme, tokens: Tokens::new(credential), limit })
     }
 
     /// The manifest or index that `at` names, of `limit` bytes at the most.
@@ -127,6 +139,18 @@ impl Connection {
     async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         let in_time = tokio::time::timeout(self.limit, work).await;
         in_time.unwrap_or(Err(Failure::Late(self.limit)))
+    }
+}
+
+/// A few, and never from TLS to none. (What we say of ourselves goes to no other host: that is reqwest's own doing.)
+fn redirect(attempt: Attempt<'_>) -> Action {
+    let from_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
+    if attempt.previous().len() > REDIRECTS_MAX {
+        attempt.error("it redirects without end")
+    } else if from_tls && attempt.url().scheme() != "https" {
+        attempt.error("it redirects to plain HTTP")
+    } else {
+        attempt.follow()
     }
 }
 

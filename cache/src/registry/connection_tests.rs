@@ -1,6 +1,6 @@
 //! Against a server that behaves badly on purpose.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use axum::{
     Router,
@@ -39,12 +39,19 @@ async fn answer(request: Request<Body>) -> Reply {
                 .unwrap()
         }
         "/token" => match request.uri().query().unwrap() {
+            scope if scope.contains("private") => match authorization {
+                Some("Basic Y293Om1vbw==") if scope.contains("account=cow") => {
+                    reply(200, r#"{"token":"of-cow"}"#.into())
+                }
+                _ => reply(401, Body::empty()),
+            },
             scope if scope.contains("garbled") => reply(200, r#"{"token":"a\nb"}"#.into()),
             scope if scope.contains("flood") => reply(200, endless(1 << 16, Duration::ZERO)),
             scope if scope.contains("refusing") => reply(403, endless(1 << 16, Duration::ZERO)),
             _ => reply(200, r#"{"token":"good"}"#.into()),
         },
         "/v2/good/manifests/1" if authorization == Some("Bearer good") => reply(200, "manifest".into()),
+        "/v2/private/manifests/1" if authorization == Some("Bearer of-cow") => reply(200, "secret".into()),
         "/v2/endless/manifests/1" => reply(200, endless(1 << 16, Duration::ZERO)),
         "/v2/dripping/manifests/1" => reply(200, endless(1, Duration::from_millis(20))),
         "/v2/raging/manifests/1" => reply(500, endless(1 << 16, Duration::ZERO)),
@@ -53,21 +60,53 @@ async fn answer(request: Request<Body>) -> Reply {
     }
 }
 
+/// A registry that wants name and password themselves; and that leads astray.
+async fn plain_answer(request: Request<Body>) -> Reply {
+    let host = request.headers()["host"].to_str().unwrap().to_owned();
+    let authorization = request.headers().get("authorization").map(|value| value.to_str().unwrap());
+    let to = |location: String| {
+        http::Response::builder().status(307).header("location", location).body(Body::empty()).unwrap()
+    };
+    match (request.uri().path(), authorization) {
+        ("/v2/round/manifests/1", _) => to(format!("http://{host}/v2/round/manifests/1")),
+        ("/v2/private/manifests/1", Some("Basic Y293Om1vbw==")) => reply(200, "secret".into()),
+        // Another host: it must not be told who we are.
+        ("/v2/elsewhere/manifests/1", Some(_)) => {
+            to(format!("http://localhost:{}/stored", host.rsplit(':').next().unwrap()))
+        }
+        ("/stored", None) => reply(200, "stored".into()),
+        _ => http::Response::builder()
+            .status(401)
+            .header("www-authenticate", "Basic realm=\"r\"")
+            .body(Body::empty())
+            .unwrap(),
+    }
+}
+
 async fn connection(read: Duration) -> (Connection, String) {
+    connection_as(None, Router::new().fallback(answer), read).await
+}
+
+async fn connection_as(
+    credential: Option<Credential>,
+    registry: Router,
+    read: Duration,
+) -> (Connection, String) {
     // Another test may have done it.
     let _done = rustls::crypto::ring::default_provider().install_default();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let authority = listener.local_addr().unwrap().to_string();
-    tokio::spawn(async { axum::serve(listener, Router::new().fallback(answer)).await });
+    tokio::spawn(async { axum::serve(listener, registry).await });
     let endpoint = Endpoint {
         authority: authority.clone(),
         scheme: Scheme::Http,
         ca: Vec::new(),
+        client: Vec::new(),
         verify: Verify::Certificate,
         serves: crate::registry::Serves::TagsAndDigests,
     };
     let patience = Patience { connect: read, read };
-    (Connection::new(&endpoint, &[], patience).unwrap(), authority)
+    (Connection::new(&endpoint, &[], None, credential, patience).unwrap(), authority)
 }
 
 #[tokio::test]
@@ -101,4 +140,39 @@ async fn what_comes_in_drops_is_cut_off() {
         assert!(matches!(failure, Failure::Late(_)), "{repository}: {failure:?}");
         assert_eq!(refusal::reason(&failure), Reason::RegistryUnavailable);
     }
+}
+
+#[tokio::test]
+async fn who_we_are_is_told_to_the_registry_alone() {
+    let patience = Duration::from_secs(20);
+    let cow = || Some(Credential::Password { user: "cow".to_owned(), password: "moo".to_owned() });
+    let wrong = || Some(Credential::Password { user: "cow".to_owned(), password: "oink".to_owned() });
+    let (token, plain) = (Router::new().fallback(answer), Router::new().fallback(plain_answer));
+    // Whether a token is wanted or the password, who we are, what is had.
+    let table = [
+        (&token, cow(), "private", Some("secret")),
+        (&token, wrong(), "private", None),
+        (&token, None, "private", None),
+        (&token, cow(), "good", Some("manifest")),
+        (&plain, cow(), "private", Some("secret")),
+        (&plain, wrong(), "private", None),
+        (&plain, None, "private", None),
+        (&plain, cow(), "elsewhere", Some("stored")),
+    ];
+    for (registry, credential, repository, expected) in table {
+        let (connection, authority) = connection_as(credential, registry.clone(), patience).await;
+        let at = format!("{authority}/{repository}:1").parse().unwrap();
+        match (connection.document(&at, &[], 1000).await, expected) {
+            (Ok(document), Some(expected)) => assert_eq!(document.bytes, expected.as_bytes(), "{repository}"),
+            (Err(failure), None) => {
+                assert_eq!(refusal::reason(&failure), Reason::RegistryDenied, "{repository}: {failure:?}");
+                assert!(!refusal::words(&failure).contains("moo"), "{failure:?}");
+            }
+            (other, _) => panic!("{repository}: {other:?}"),
+        }
+    }
+    let (connection, authority) = connection_as(cow(), plain, patience).await;
+    let failure =
+        connection.document(&format!("{authority}/round:1").parse().unwrap(), &[], 1000).await.unwrap_err();
+    assert!(refusal::words(&failure).contains("without end"), "{failure:?}");
 }

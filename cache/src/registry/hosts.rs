@@ -21,6 +21,8 @@ pub struct Endpoint {
     pub scheme: Scheme,
     /// Certificates that are trusted besides the system's; PEM files.
     pub ca: Vec<PathBuf>,
+    /// Our own certificate and its key: one PEM file, or two. Empty: none.
+    pub client: Vec<PathBuf>,
     /// Whether the server's certificate has to be right.
     pub verify: Verify,
     /// What it may be asked for.
@@ -67,6 +69,8 @@ struct HostsFile {
     #[serde(default)]
     ca: OneOrMany,
     #[serde(default)]
+    client: Client,
+    #[serde(default)]
     skip_verify: bool,
 }
 
@@ -76,6 +80,8 @@ struct Host {
     capabilities: Option<Vec<String>>,
     #[serde(default)]
     ca: OneOrMany,
+    #[serde(default)]
+    client: Client,
     #[serde(default)]
     skip_verify: bool,
 }
@@ -87,6 +93,34 @@ enum OneOrMany {
     None,
     One(PathBuf),
     Many(Vec<PathBuf>),
+}
+
+/// A file with both, or pairs of certificate and key.
+#[derive(Debug, Default, Deserialize)]
+#[serde(untagged)]
+enum Client {
+    #[default]
+    None,
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+    Pairs(Vec<Vec<PathBuf>>),
+}
+
+impl Client {
+    /// The files of the one that there is.
+    fn files(self) -> Result<Vec<PathBuf>, &'static str> {
+        match self {
+            Self::None => Ok(Vec::new()),
+            Self::One(path) => Ok(vec![path]),
+            Self::Many(mut paths) if paths.len() < 2 => Ok(paths.drain(..).collect()),
+            Self::Pairs(mut pairs) if pairs.len() == 1 && (1..=2).contains(&pairs[0].len()) => {
+                Ok(pairs.remove(0))
+            }
+            Self::Many(_) | Self::Pairs(_) => Err(
+                "`client` has to be one file with certificate and key, or one pair of them: [[\"C\", \"K\"]]",
+            ),
+        }
+    }
 }
 
 /// The endpoints of `registry`, in the order in which they are tried.
@@ -141,6 +175,7 @@ fn itself(registry: &str) -> Endpoint {
         authority: authority.to_owned(),
         scheme: Scheme::Https,
         ca: Vec::new(),
+        client: Vec::new(),
         verify: Verify::Certificate,
         serves: Serves::TagsAndDigests,
     }
@@ -152,7 +187,12 @@ fn parse(text: &str, file: &Path, registry: &str) -> Result<Vec<Endpoint>> {
     for (url, host) in hosts.host {
         endpoints.push(endpoint(&url, host, file)?);
     }
-    let server = Host { capabilities: hosts.capabilities, ca: hosts.ca, skip_verify: hosts.skip_verify };
+    let server = Host {
+        capabilities: hosts.capabilities,
+        ca: hosts.ca,
+        client: hosts.client,
+        skip_verify: hosts.skip_verify,
+    };
     endpoints.push(match hosts.server {
         Some(url) => endpoint(&url, server, file)?,
         None => endpoint(&format!("https://{}", itself(registry).authority), server, file)?,
@@ -180,6 +220,7 @@ fn endpoint(url: &str, host: Host, file: &Path) -> Result<Endpoint> {
         );
         return Err(wrong(file, &what));
     }
+    let client = host.client.files().map_err(|what| wrong(file, what))?;
     let beside = |path: PathBuf| file.parent().unwrap_or(Path::new("/")).join(path);
     Ok(Endpoint {
         authority: authority.to_owned(),
@@ -189,6 +230,7 @@ fn endpoint(url: &str, host: Host, file: &Path) -> Result<Endpoint> {
             OneOrMany::One(path) => vec![beside(path)],
             OneOrMany::Many(paths) => paths.into_iter().map(beside).collect(),
         },
+        client: client.into_iter().map(beside).collect(),
         verify: if host.skip_verify { Verify::Nothing } else { Verify::Certificate },
         serves: serves(host.capabilities.as_deref()),
     })
@@ -305,10 +347,26 @@ mod tests {
     }
 
     #[test]
+    fn our_own_certificate_is_one_file_or_two() {
+        let table = [
+            ("", vec![]),
+            ("client = \"both.pem\"", vec!["/etc/certs.d/r.example/both.pem"]),
+            ("client = [\"/both.pem\"]", vec!["/both.pem"]),
+            ("client = [[\"/c.pem\", \"k.pem\"]]", vec!["/c.pem", "/etc/certs.d/r.example/k.pem"]),
+        ];
+        for (line, expected) in table {
+            let found = read(&format!("[host.\"https://a\"]\n{line}\n")).unwrap();
+            let expected: Vec<_> = expected.into_iter().map(PathBuf::from).collect();
+            assert_eq!(found[0].client, expected, "{line}");
+        }
+    }
+
+    #[test]
     fn what_we_cannot_honour_is_an_error_that_names_it() {
         let table = [
             ("server = 5", "server"),
-            ("[host.\"https://a\"]\nclient = \"x.pem\"", "client"),
+            ("[host.\"https://a\"]\nclient = [\"a.pem\", \"b.pem\"]", "client"),
+            ("[host.\"https://a\"]\nclient = [[\"a\", \"b\"], [\"c\", \"d\"]]", "client"),
             ("[host.\"https://a\"]\noverride_path = true", "override_path"),
             ("[host.\"https://a/prefix\"]", "path"),
             ("[host.\"https://user:word@a\"]", "host[:port]"),

@@ -2,6 +2,7 @@
 
 mod body;
 mod connection;
+mod credentials;
 mod hosts;
 mod refusal;
 mod token;
@@ -18,6 +19,7 @@ use oci_client::Reference;
 use reqwest::StatusCode;
 
 use connection::{Connection, Document, Patience};
+use credentials::{Credential, Credentials};
 pub use hosts::{Endpoint, Scheme, Serves, Verify};
 use refusal::{Failure, Outlook};
 
@@ -36,12 +38,22 @@ const FIRST_PAUSE: Duration = Duration::from_millis(300);
 #[derive(Clone)]
 pub struct Registries {
     config_path: PathBuf,
+    docker_config: PathBuf,
     patience: Patience,
-    /// One per endpoint, its settings and the certificates as they were read.
+    /// One per endpoint, its settings, the certificates as they were read, and who we are there: tokens of one are never
+    /// another's.
     connections: Arc<Mutex<HashMap<Key, Arc<Connection>>>>,
 }
 
-type Key = (Endpoint, Vec<Vec<u8>>);
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    endpoint: Endpoint,
+    /// PEM.
+    certificates: Vec<Vec<u8>>,
+    /// Certificate and key, PEM, of our own.
+    identity: Option<Vec<u8>>,
+    credential: Option<Credential>,
+}
 
 /// Where one image comes from.
 pub struct Source {
@@ -60,35 +72,46 @@ pub struct Blob {
 }
 
 impl Registries {
-    /// `config_path` is containerd's directory of `hosts.toml` files; it is read anew for each pull.
-    pub fn new(config_path: PathBuf, connect_timeout: Duration, read_timeout: Duration) -> Self {
+    /// `config_path` is containerd's directory of `hosts.toml` files, `docker_config` a `config.json` as docker has it; both
+    /// are read anew for each pull.
+    pub fn new(
+        config_path: PathBuf,
+        docker_config: PathBuf,
+        connect_timeout: Duration,
+        read_timeout: Duration,
+    ) -> Self {
         let patience = Patience { connect: connect_timeout, read: read_timeout };
-        Self { config_path, patience, connections: Arc::default() }
+        Self { config_path, docker_config, patience, connections: Arc::default() }
     }
 
     /// Where `image` comes from.
     ///
     /// # Errors
-    /// If a configuration or certificate file cannot be used.
-    pub fn source(&self, image: &ImageRef) -> Result<Source> {
-        let endpoints = hosts::endpoints(&self.config_path, image.registry())?;
-        let connected = |endpoint: Endpoint| Ok((endpoint.clone(), self.connection(endpoint)?));
-        Ok(Source {
-            image: image.clone(),
-            endpoints: endpoints.into_iter().map(connected).collect::<Result<_>>()?,
-        })
+    /// If a configuration, certificate or credential cannot be used.
+    pub async fn source(&self, image: &ImageRef) -> Result<Source> {
+        let credentials = Credentials::read(&self.docker_config)?;
+        let mut endpoints = Vec::new();
+        for endpoint in hosts::endpoints(&self.config_path, image.registry())? {
+            let credential = credentials.of(&endpoint.authority).await?;
+            endpoints.push((endpoint.clone(), self.connection(endpoint, credential)?));
+        }
+        Ok(Source { image: image.clone(), endpoints })
     }
 
-    fn connection(&self, endpoint: Endpoint) -> Result<Arc<Connection>> {
+    fn connection(&self, endpoint: Endpoint, credential: Option<Credential>) -> Result<Arc<Connection>> {
         // Read anew each time: certificates are renewed under a running service.
         let certificates = endpoint.ca.iter().map(certificate).collect::<Result<Vec<_>>>()?;
-        let key = (endpoint, certificates);
+        let identity = endpoint.client.iter().map(certificate).collect::<Result<Vec<_>>>()?.join(&b'\n');
+        let identity = (!identity.is_empty()).then_some(identity);
+        let key = Key { endpoint, certificates, identity, credential };
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(connection) = connections.get(&key) {
             return Ok(connection.clone());
         }
-        let (endpoint, certificates) = &key;
-        let connection = Connection::new(endpoint, certificates, self.patience).map_err(|e| {
+        let Key { endpoint, certificates, identity, credential } = &key;
+        let connection =
+            Connection::new(endpoint, certificates, identity.as_deref(), credential.clone(), self.patience);
+        let connection = connection.map_err(|e| {
             let message = format!(
                 "no connection to registry {} can be set up: {}; look at its hosts.toml",
                 endpoint.authority,
@@ -235,7 +258,8 @@ impl Source {
             }
             Reason::RegistryDenied => {
                 format!(
-                    "registry {at} does not hand out {image} to us ({words}); only what it serves to anybody can be pulled"
+                    "registry {at} does not hand out {image} to us ({words}); who we are there is in docker's \
+                     config.json ([registry] docker_config)"
                 )
             }
             Reason::ImageUnsupported => format!("its {what} at registry {at} cannot be used: {words}"),

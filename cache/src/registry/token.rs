@@ -1,4 +1,5 @@
-//! Anonymous tokens: what a registry that wants one hands out to anybody who asks for it where its challenge says.
+//! What a registry's challenge wants of us: a token, which is handed out where the challenge says, to anybody or to who we
+//! are, or our name and password themselves.
 
 use std::{
     collections::HashMap,
@@ -6,15 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::Engine as _;
 use http_auth::parser::ChallengeParser;
 use reqwest::{
-    Client, StatusCode, Url,
-    header::{HeaderValue, WWW_AUTHENTICATE},
+    Client, RequestBuilder, StatusCode, Url,
+    header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE},
 };
 use serde::Deserialize;
 
 use super::{
     body,
+    credentials::Credential,
     refusal::{Failure, words},
 };
 
@@ -27,9 +30,12 @@ const LIFE_MAX_SECONDS: u64 = 3600;
 /// A token is not used any more when it is good for less than this: it has to last until the registry reads it.
 const MARGIN_SECONDS: u64 = 10;
 
-/// The tokens of one endpoint, by repository.
+/// The tokens of one endpoint, by repository, for one identity.
 #[derive(Debug, Default)]
-pub(super) struct Tokens(Mutex<HashMap<String, Token>>);
+pub(super) struct Tokens {
+    credential: Option<Credential>,
+    known: Mutex<HashMap<String, Token>>,
+}
 
 #[derive(Debug)]
 struct Token {
@@ -38,13 +44,18 @@ struct Token {
 }
 
 impl Tokens {
+    /// For who has this credential; without one, for anybody.
+    pub(super) fn new(credential: Option<Credential>) -> Self {
+        Self { credential, known: Mutex::default() }
+    }
+
     /// The value of `Authorization` for this repository at `base` (scheme://host[:port]). `None` if none is wanted, or
     /// none is to be had: then the registry's own refusal says what there is to say.
     pub(super) async fn of(&self, http: &Client, base: &str, repository: &str) -> Option<HeaderValue> {
         if let Some(header) = self.remembered(repository, Instant::now()) {
             return Some(header);
         }
-        match ask(http, base, repository).await {
+        match self.ask(http, base, repository).await {
             Ok(token) => {
                 let (header, life) = token?;
                 self.remember(repository, header.clone(), life);
@@ -63,36 +74,110 @@ impl Tokens {
     }
 
     fn remembered(&self, repository: &str, now: Instant) -> Option<HeaderValue> {
-        let tokens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.get(repository).filter(|token| token.until > now).map(|token| token.header.clone())
     }
 
     fn remember(&self, repository: &str, header: HeaderValue, life: Duration) {
         let now = Instant::now();
-        let mut tokens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.retain(|_, token| token.until > now);
         tokens.insert(repository.to_owned(), Token { header, until: now + life });
     }
 }
 
-async fn ask(
-    http: &Client,
-    base: &str,
-    repository: &str,
-) -> Result<Option<(HeaderValue, Duration)>, Failure> {
-    let greeting = http.get(format!("{base}/v2/")).send().await?;
-    let challenge = greeting.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
-    let Some(url) = challenge.and_then(|challenge| place(challenge, repository)) else { return Ok(None) };
-    let response = http.get(url).send().await?;
-    if response.status() != StatusCode::OK {
-        return Err(Failure::refused(response, REPLY_MAX_BYTES).await);
+impl Tokens {
+    async fn ask(
+        &self,
+        http: &Client,
+        base: &str,
+        repository: &str,
+    ) -> Result<Option<(HeaderValue, Duration)>, Failure> {
+        let greeting = http.get(format!("{base}/v2/")).send().await?;
+        let challenges = greeting.headers().get_all(WWW_AUTHENTICATE).iter();
+        let wanted =
+            challenges.filter_map(|value| wanted(value.to_str().ok()?, repository)).max_by_key(Wanted::rank);
+        match (wanted, &self.credential) {
+            (Some(Wanted::Token(url)), credential) => {
+                // What is for TLS does not go without.
+                if credential.is_some() && base.starts_with("https://") && url.scheme() != "https" {
+                    return Err(Failure::NoToken("it is to be had over plain HTTP"));
+                }
+                let response = token_request(http, url, repository, credential.as_ref()).send().await?;
+                if response.status() != StatusCode::OK {
+                    return Err(Failure::refused(response, REPLY_MAX_BYTES).await);
+                }
+                read(&body::whole(response, REPLY_MAX_BYTES).await?).map(Some)
+            }
+            (Some(Wanted::Password), Some(Credential::Password { user, password })) => {
+                let pair = format!("{user}:{password}");
+                let encoded = base64::engine::general_purpose::STANDARD.encode(pair);
+                let header = HeaderValue::from_str(&format!("Basic {encoded}"));
+                let mut header =
+                    header.map_err(|_| Failure::NoToken("it has characters that no header can have"))?;
+                header.set_sensitive(true);
+                Ok(Some((header, Duration::from_secs(LIFE_MAX_SECONDS))))
+            }
+            _ => Ok(None),
+        }
     }
-    read(&body::whole(response, REPLY_MAX_BYTES).await?).map(Some)
 }
 
-/// Where a challenge says that a token for pulling from `repository` is to be had. `None` if it asks for anything else.
-fn place(challenge: &str, repository: &str) -> Option<Url> {
+/// By name and password, by identity token (OAuth2), or as anybody.
+fn token_request(
+    http: &Client,
+    mut url: Url,
+    repository: &str,
+    credential: Option<&Credential>,
+) -> RequestBuilder {
+    match credential {
+        None => http.get(url),
+        Some(Credential::Password { user, password }) => {
+            url.query_pairs_mut().append_pair("account", user);
+            http.get(url).basic_auth(user, Some(password))
+        }
+        Some(Credential::Identity(token)) => {
+            let service =
+                url.query_pairs().find(|(name, _)| name == "service").map(|(_, value)| value.into_owned());
+            let scope = format!("repository:{repository}:pull");
+            let service = service.unwrap_or_default();
+            url.set_query(None);
+            let mut form = Url::parse("http://form").unwrap_or_else(|_| url.clone());
+            form.query_pairs_mut().extend_pairs([
+                ("grant_type", "refresh_token"),
+                ("client_id", "cowshed"),
+                ("service", service.as_str()),
+                ("scope", scope.as_str()),
+                ("refresh_token", token.as_str()),
+            ]);
+            let body = form.query().unwrap_or_default().to_owned();
+            http.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body)
+        }
+    }
+}
+
+/// What a challenge asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    /// Name and password.
+    Password,
+    /// A token for pulling from the repository, which is to be had there.
+    Token(Url),
+}
+
+impl Wanted {
+    /// Of several, a token is the better one.
+    fn rank(&self) -> u8 {
+        u8::from(matches!(self, Self::Token(_)))
+    }
+}
+
+/// `None` if it asks for what we do not have.
+fn wanted(challenge: &str, repository: &str) -> Option<Wanted> {
     let challenge = ChallengeParser::new(challenge).next()?.ok()?;
+    if challenge.scheme.eq_ignore_ascii_case("Basic") {
+        return Some(Wanted::Password);
+    }
     if !challenge.scheme.eq_ignore_ascii_case("Bearer") {
         return None;
     }
@@ -105,7 +190,7 @@ fn place(challenge: &str, repository: &str) -> Option<Url> {
     if let Some(service) = value("service") {
         url.query_pairs_mut().append_pair("service", &service);
     }
-    Some(url)
+    Some(Wanted::Token(url))
 }
 
 /// The header that a reply makes, and for how long.
@@ -128,6 +213,7 @@ fn read(reply: &[u8]) -> Result<(HeaderValue, Duration), Failure> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -141,14 +227,34 @@ mod tests {
                 r#"bearer Realm="http://auth.example/t?x=1""#,
                 Some("http://auth.example/t?x=1&scope=repository%3Aa%2Fb%3Apull"),
             ),
-            (r#"Basic realm="r.example""#, None),
+            (r#"Digest realm="r.example""#, None),
             (r#"Bearer service="r.example""#, None),
             (r#"Bearer realm="no address""#, None),
             ("", None),
         ];
         for (challenge, url) in table {
-            assert_eq!(place(challenge, "a/b").map(String::from).as_deref(), url, "{challenge}");
+            let expected = url.map(|url| Wanted::Token(url.parse().unwrap()));
+            assert_eq!(wanted(challenge, "a/b"), expected, "{challenge}");
         }
+        assert_eq!(wanted(r#"Basic realm="r.example""#, "a/b"), Some(Wanted::Password));
+    }
+
+    #[test]
+    fn who_asks_says_so() {
+        let http = Client::new();
+        let url: Url = "https://auth.example/token?scope=x&service=r".parse().unwrap();
+        let built = |credential: Option<&Credential>| {
+            token_request(&http, url.clone(), "a/b", credential).build().unwrap()
+        };
+        let anybody = built(None);
+        assert_eq!((anybody.url().as_str(), anybody.headers().len()), (url.as_str(), 0));
+        let named = built(Some(&Credential::Password { user: "cow".to_owned(), password: "moo".to_owned() }));
+        assert!(named.url().query().unwrap().ends_with("account=cow"));
+        assert_eq!(named.headers()["authorization"], "Basic Y293Om1vbw==");
+        let token = built(Some(&Credential::Identity("s/cret".to_owned())));
+        assert_eq!((token.method().as_str(), token.url().query()), ("POST", None));
+        let body = String::from_utf8(token.body().unwrap().as_bytes().unwrap().to_vec()).unwrap();
+        assert!(body.contains("refresh_token=s%2Fcret") && body.contains("service=r&"), "{body}");
     }
 
     #[test]

@@ -194,6 +194,7 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
     let r = &config.registry;
     let registries = Registries::new(
         r.config_path.clone(),
+        r.docker_config.clone(),
         Duration::from_secs(r.connect_timeout_seconds),
         Duration::from_secs(r.read_timeout_seconds),
     );
