@@ -413,9 +413,9 @@ impl Reclaimer {
     /// Removes disks whose devices are closed; returns those that are still there, and why.
     async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
         let (mut removed, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
-        let removals = abreast(ids.iter().map(|id| self.remove(id)).collect()).await;
-        for (id, removal) in ids.iter().zip(removals) {
-            match removal {
+        // One after the other: each is looked at right before.
+        for id in ids {
+            match self.remove(id).await {
                 Removal::Done => removed.push(id),
                 Removal::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
                 Removal::Failed(why) => drop(left.insert(id.clone(), why)),

@@ -307,7 +307,7 @@ fn larger_than_the_configuration_allows() -> Outcome {
         second.refuses(
             "bounds",
             &registry.image(tag),
-            9,
+            6,
             "IMAGE_UNSUPPORTED",
             &["layer_size_max", "199 members"],
         )?;

@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use super::{Outcome, command::sh, fake_image::digest};
+use super::{Outcome, command::sh, fake_image::digest, wait_for};
 
 /// All that a guest can tell two trees apart by, by path: kind, mode, owner, time, size, device, links, attributes, contents.
 pub(crate) type Tree = BTreeMap<Vec<u8>, String>;
@@ -75,10 +75,13 @@ pub(crate) fn of_snapshot(snapshotter: &str, chain_id: &str) -> Outcome<Tree> {
     let ctr = format!("ctr snapshots --snapshotter {snapshotter}");
     let mounted = tempfile::Builder::new().prefix("tree").tempdir_in("/tmp")?;
     let at = mounted.path().display();
-    // A view by hand is collected unless it is held.
-    sh(&format!(
-        "{ctr} view tree-view {chain_id} > /dev/null && {ctr} label tree-view containerd.io/gc.root=x > /dev/null"
-    ))?;
+    // A view by hand is collected unless it is held, and that may come too late.
+    wait_for("a view", || {
+        sh(&format!(
+            "{ctr} rm tree-view 2> /dev/null || true; {ctr} view tree-view {chain_id} > /dev/null && {ctr} label tree-view \
+             containerd.io/gc.root=x > /dev/null && {ctr} info tree-view > /dev/null"
+        ))
+    })?;
     let looked = sh(&format!("$({ctr} mounts {at} tree-view)")).and_then(|_| of(mounted.path()));
     let unmounted = sh(&format!("umount {at}"));
     sh(&format!("{ctr} rm tree-view"))?;
