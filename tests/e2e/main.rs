@@ -11,6 +11,7 @@ mod images;
 mod layers;
 mod lifecycle;
 mod odd_registries;
+mod pins;
 mod pulls;
 mod release;
 mod rescue;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 21] = [
+    let groups: [(&str, &[Test]); 22] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("images", images::TESTS),
         ("layers", layers::TESTS),
         ("pulls", pulls::TESTS),
+        ("pins", pins::TESTS),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
