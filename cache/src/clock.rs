@@ -44,6 +44,12 @@ fn uptime() -> io::Result<Uptime> {
     Ok(Uptime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX)))
 }
 
+/// As protobuf has it, and as people read it.
+pub(crate) fn timestamp(at: UnixMicros) -> prost_types::Timestamp {
+    let since = Duration::from_micros(u64::try_from(at.0).unwrap_or_default());
+    (UNIX_EPOCH + since).into()
+}
+
 /// Now, by the wall clock.
 pub(crate) fn wall() -> UnixMicros {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

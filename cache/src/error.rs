@@ -47,6 +47,8 @@ pub enum Reason {
     PoolUnusable,
     PoolUnzeroed,
     ImageUnsupported,
+    ImageInUse,
+    ImagePinned,
     DeviceMismatch,
     LeaseReleased,
     Released,
@@ -90,6 +92,8 @@ impl Reason {
             Self::SnapshotterUnfit
             | Self::PoolUnzeroed
             | Self::ImageUnsupported
+            | Self::ImageInUse
+            | Self::ImagePinned
             | Self::RegistryConfiguration
             | Self::LeaseReleased
             | Self::DeviceMismatch => Code::FailedPrecondition,
@@ -138,6 +142,8 @@ impl Reason {
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::PoolUnzeroed => "POOL_UNZEROED",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
+            Self::ImageInUse => "IMAGE_IN_USE",
+            Self::ImagePinned => "IMAGE_PINNED",
             Self::DeviceMismatch => "DEVICE_MISMATCH",
             Self::LeaseReleased => "LEASE_RELEASED",
             Self::Released => "RELEASED",

@@ -17,6 +17,7 @@ mod fakes;
 mod flights;
 mod identity;
 pub mod image;
+pub mod keeping;
 pub mod kernel;
 pub mod layer;
 pub mod ledger;

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 const MICROS_PER_SECOND: u64 = 1_000_000;
 
-/// Microseconds since the Unix epoch: for people. Nothing is decided by it.
+/// Microseconds since the Unix epoch: for people. No lease depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct UnixMicros(pub i64);
 

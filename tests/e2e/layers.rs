@@ -146,10 +146,10 @@ fn of_every_feature() -> Outcome {
     let compressions = [Compression::TwiceGzip, Compression::None, Compression::Gzip, Compression::Zstd];
     let (_registry, name) = serve(&tars, &compressions)?;
     pull(&name)?;
-    let ours = tree::of_snapshot(snapshotter(), &chain_id(&tars))?;
+    let ours = tree::of_image(snapshotter(), &name)?;
     check!(ours.len() > 40, "only {} files are there: {ours:?}", ours.len());
     sh(&format!("ctr images pull --plain-http --snapshotter overlayfs {name} > /dev/null"))?;
-    let theirs = tree::of_snapshot("overlayfs", &chain_id(&tars))?;
+    let theirs = tree::of_image("overlayfs", &name)?;
     same_trees(&ours, &theirs)?;
     // The image that was pulled is an ordinary one.
     let checked = sh(&format!("ctr images check --snapshotter {} name=={name} | sed 1d", snapshotter()))?;

@@ -11,6 +11,7 @@ mod images;
 mod layers;
 mod lifecycle;
 mod odd_registries;
+mod pins;
 mod private_registry;
 mod pulls;
 mod release;
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 22] = [
+    let groups: [(&str, &[Test]); 23] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         ("images", images::TESTS),
         ("layers", layers::TESTS),
         ("pulls", pulls::TESTS),
+        ("pins", pins::TESTS),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),

@@ -46,8 +46,10 @@ impl Private {
         let directory = tempfile::Builder::new().prefix("private").tempdir_in("/tmp")?;
         let at = directory.path().display();
         sh(&format!(
-            "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 \
-             -keyout {at}/key.pem -out {at}/cert.pem 2> /dev/null"
+            "cd {at}; exec 2> /dev/null; openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca-key.pem -out ca.pem
+             openssl req -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -keyout key.pem -out request.pem
+             openssl x509 -req -in request.pem -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 -out cert.pem \\
+               -extfile <(echo subjectAltName=IP:127.0.0.1)"
         ))?;
         fs::write(directory.path().join("passwords"), format!("cow:{HASH}\n"))?;
         let config = format!(
@@ -59,7 +61,7 @@ impl Private {
         fs::create_dir_all(HOSTS)?;
         fs::write(
             Path::new(HOSTS).join("hosts.toml"),
-            format!("server = \"https://{AUTHORITY}\"\nca = \"{at}/cert.pem\"\n"),
+            format!("server = \"https://{AUTHORITY}\"\nca = \"{at}/ca.pem\"\n"),
         )?;
         let log = fs::File::create(directory.path().join("log"))?;
         let mut serve = Command::new("docker-registry");

@@ -13,7 +13,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Claim, Command, DiskMode, Failure, Output, Reach, print, pull, show};
+use super::{Claim, Command, DiskMode, Failure, Output, Reach, images, print, pull, show};
 use crate::exit;
 
 /// The API's largest page is far below this, in bytes.
@@ -28,6 +28,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         command,
         Command::Acquire { .. }
             | Command::Pull { .. }
+            | Command::RemoveImage { .. }
             | Command::Watch { .. }
             | Command::Drain { .. }
             | Command::Release { wait: Some(_), .. }
@@ -106,8 +107,19 @@ async fn ask(command: Command) -> Result<(), Failure> {
         Command::Images { reach } => {
             let request = v1::ListImagesRequest::default();
             let reply = connect(&reach.socket).await?.list_images(request).await.map_err(|s| refused(&s))?;
-            print(&show::images(&reply.into_inner().images, reach.output))
+            print(&images::images(&reply.into_inner().images, reach.output))
         }
+        Command::Pin { image, hold_for, reach } => {
+            let request = v1::PinImageRequest { image, platform: None, hold_for: hold_for.map(seconds) };
+            let reply = connect(&reach.socket).await?.pin_image(request).await.map_err(|s| refused(&s))?;
+            print(&images::pinned(&reply.into_inner().image.unwrap_or_default(), reach.output))
+        }
+        Command::Unpin { image, reach } => {
+            let request = v1::UnpinImageRequest { image: image.clone() };
+            let reply = connect(&reach.socket).await?.unpin_image(request).await.map_err(|s| refused(&s))?;
+            print(&images::unpinned(&image, reply.into_inner(), reach.output))
+        }
+        Command::RemoveImage { images: names, reach } => remove_images(names, &reach).await,
         Command::Status { reach } => status(&reach).await,
         // Answered without a service, by the caller.
         Command::Serve { .. }
@@ -218,6 +230,23 @@ async fn watch(after: Option<u64>, reach: &Reach) -> Result<(), Failure> {
         print(&show::event(&event, reach.output))?;
     }
     Ok(())
+}
+
+/// Removes those that can be, and fails as the first that cannot has failed.
+async fn remove_images(names: Vec<String>, reach: &Reach) -> Result<(), Failure> {
+    let mut client = connect(&reach.socket).await?;
+    let mut failures: Vec<Failure> = Vec::new();
+    for image in names {
+        let request = v1::RemoveImageRequest { image: image.clone() };
+        match client.remove_image(request).await {
+            Ok(reply) => print(&images::removed(&image, reply.into_inner(), reach.output))?,
+            Err(status) => failures.push(refused(&status)),
+        }
+    }
+    let Some(first) = failures.first() else { return Ok(()) };
+    let status = first.status;
+    let messages: Vec<String> = failures.into_iter().map(|failure| failure.message).collect();
+    Err(Failure { message: messages.join("; "), status })
 }
 
 /// Exits with 8 (unavailable) if the service runs but cannot serve.

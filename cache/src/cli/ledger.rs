@@ -163,14 +163,19 @@ fn put_back(backup: &Path, restored: &Restored, output: Output) -> String {
     text
 }
 
-/// "format 1, 3 leases (2 granted, 1 releasing), last generation 7"
+/// "format 3, 3 leases (2 granted, 1 releasing), 1 pin, last generation 7"
 fn contents(findings: &Findings) -> String {
     let total: u64 = findings.leases.values().sum();
     let states = findings.leases.iter().map(|(state, count)| format!("{count} {state}")).collect::<Vec<_>>();
     let states = if states.is_empty() { String::new() } else { format!(" ({})", states.join(", ")) };
     let leases = if total == 1 { "lease" } else { "leases" };
+    let pins = match findings.pins {
+        0 => String::new(),
+        1 => ", 1 pin".to_owned(),
+        pins => format!(", {pins} pins"),
+    };
     format!(
-        "format {}, {total} {leases}{states}, last generation {}",
+        "format {}, {total} {leases}{states}{pins}, last generation {}",
         findings.format, findings.last_generation
     )
 }
@@ -185,6 +190,7 @@ fn json_of<const N: usize>(ledger: &Path, findings: &Findings, more: [(&str, Val
     if problems.is_empty() {
         fields.insert("format".to_owned(), json!(findings.format));
         fields.insert("leases".to_owned(), json!(findings.leases));
+        fields.insert("pins".to_owned(), json!(findings.pins));
         fields.insert("last_generation".to_owned(), json!(findings.last_generation));
     }
     fields.insert("problems".to_owned(), json!(problems));

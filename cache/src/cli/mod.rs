@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and what the exit status says.
 
 mod client;
+mod images;
 mod ledger;
 mod pull;
 mod show;
@@ -98,6 +99,21 @@ fn number(text: &str) -> Result<(u32, u32), String> {
     let parts =
         text.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
     parts.ok_or_else(|| format!("{text:?} is no MAJOR:MINOR"))
+}
+
+/// In seconds.
+fn duration(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        "w" => 7 * 24 * 3600,
+        other => return Err(format!("{other:?} is no unit: s, m, h, d and w are")),
+    };
+    let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(unit));
+    count.ok_or_else(|| format!("{text:?} is no time such as 90s, 15m, 12h, 7d or 4w"))
 }
 
 #[derive(Debug, Subcommand)]
@@ -244,8 +260,35 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
-    /// List images.
+    /// List images, with their pins and what uses them.
     Images {
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Keep an image that is there: it is not removed while it is pinned. Pinned again, the new end counts.
+    Pin {
+        /// Image reference.
+        image: String,
+        /// How long, such as 90s, 15m, 12h, 7d or 4w; until it is unpinned if absent.
+        #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+        hold_for: Option<u64>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Let a pinned image go when nobody needs it.
+    Unpin {
+        /// Image reference.
+        image: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Remove images of which no disk is made and that are not pinned; of one that has other names, only the name. Goes on
+    /// after one that cannot be removed.
+    #[command(visible_alias = "rmi")]
+    RemoveImage {
+        /// Image references.
+        #[arg(required = true)]
+        images: Vec<String>,
         #[command(flatten)]
         reach: Reach,
     },
@@ -354,4 +397,34 @@ fn print(text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|e| Failure { message: format!("cannot write to stdout: {e}"), status: exit::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        let table = [
+            ("90", Some(90)),
+            ("90s", Some(90)),
+            ("15m", Some(900)),
+            ("12h", Some(43_200)),
+            ("7d", Some(604_800)),
+            ("4w", Some(2_419_200)),
+            ("", None),
+            ("d", None),
+            ("-1d", None),
+            ("1.5h", None),
+            ("3 d", None),
+            ("3y", None),
+            ("1dd", None),
+            ("ü", None),
+            ("99999999999999999999s", None),
+            ("9999999999999999999w", None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(duration(text).ok(), expected, "{text:?}");
+        }
+    }
 }

@@ -13,8 +13,9 @@ use tonic::Streaming;
 use super::{
     Failure, Output,
     client::refused,
+    images::image_json,
     print,
-    show::{bytes, cache_name, image_json, line},
+    show::{bytes, cache_name, line},
 };
 
 /// Follows the pull to its end.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use cowshed_proto::v1;
 use serde_json::{Value, json};
 
-use super::Output;
+use super::{Output, images::image_json};
 
 pub(super) fn version(output: Output) -> String {
     let version = env!("CARGO_PKG_VERSION");
@@ -74,38 +74,6 @@ pub(super) fn leases(leases: &[v1::Lease], output: Output) -> String {
         ]
     }));
     table(&rows)
-}
-
-pub(super) fn images(images: &[v1::Image], output: Output) -> String {
-    if output == Output::Json {
-        return line(&json!({ "images": images.iter().map(image_json).collect::<Vec<_>>() }));
-    }
-    let mut rows = vec![["IMAGE", "PLATFORM", "LAYERS", "SIZE", "UNPACKED", "MANIFEST"].map(str::to_owned)];
-    rows.extend(images.iter().map(|image| {
-        let digest = image.manifest_digest.clone().unwrap_or_else(|| "-".to_owned());
-        [
-            image.name.clone(),
-            image.platform.clone(),
-            image.layers.to_string(),
-            bytes(image.compressed_bytes),
-            if image.unpacked { "yes" } else { "no" }.to_owned(),
-            digest.chars().take(19).collect(),
-        ]
-    }));
-    table(&rows)
-}
-
-pub(super) fn image_json(image: &v1::Image) -> Value {
-    json!({
-        "name": image.name,
-        "target_digest": image.target_digest,
-        "manifest_digest": image.manifest_digest,
-        "platform": image.platform,
-        "compressed_bytes": image.compressed_bytes,
-        "layers": image.layers,
-        "unpacked": image.unpacked,
-        "created_at": image.created_at.map(|at| at.to_string()),
-    })
 }
 
 pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
@@ -462,7 +430,7 @@ fn share(used: u64, total: u64) -> String {
 }
 
 /// Columns as wide as their widest cell; the last is not padded.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths: [usize; N] = std::array::from_fn(width);
     let mut text = String::new();

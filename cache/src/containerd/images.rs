@@ -4,8 +4,8 @@ use std::time::SystemTime;
 
 use containerd_client::{
     services::v1::{
-        CreateImageRequest, GetImageRequest, Image, ListImagesRequest, UpdateImageRequest,
-        images_client::ImagesClient,
+        CreateImageRequest, DeleteImageRequest, GetImageRequest, Image, ListImagesRequest,
+        UpdateImageRequest, images_client::ImagesClient,
     },
     types::Descriptor,
 };
@@ -74,6 +74,18 @@ impl Containerd {
             created_at: Some(SystemTime::now()),
         };
         Ok(made.and_then(record).unwrap_or(fallback))
+    }
+
+    /// Removes the record if it still has its target (containerd 1.7: whatever it has by now), and says whether it was there.
+    /// With `sync` a garbage collection is run and waited for.
+    pub async fn remove_image(&self, record: &ImageRecord, sync: bool) -> Result<bool, CallError> {
+        let (name, target) = (record.name.clone(), Some(record.target.clone()));
+        let request = self.request(DeleteImageRequest { name, sync, target });
+        match self.call("Images.Delete", self.images().delete(request)).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 

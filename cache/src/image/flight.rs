@@ -50,6 +50,11 @@ impl Flights {
     pub(super) fn count(&self) -> usize {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
+
+    /// Whether the image is being pulled, for whatever platform.
+    pub(super) fn has(&self, image: &ImageRef) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().any(|(of, _)| of == image)
+    }
 }
 
 pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) -> Pull {

@@ -43,6 +43,13 @@ pub(crate) struct Descriptor {
     pub(super) platform: Option<DeclaredPlatform>,
 }
 
+impl Descriptor {
+    /// Whether an index can be there.
+    pub(super) fn may_be_index(&self) -> bool {
+        matches!(self.media_type.as_str(), "" | OCI_INDEX | DOCKER_INDEX)
+    }
+}
+
 /// A document that an image's name or an index points to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Document {

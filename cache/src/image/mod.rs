@@ -1,6 +1,7 @@
 //! Images: pulled once into containerd, unpacked into its snapshotter, ready to be snapshotted.
 
 mod brake;
+mod catalogue;
 mod digest;
 mod facts;
 mod flight;
@@ -75,6 +76,21 @@ pub struct ImageInfo {
     pub layers: u32,
     pub unpacked: bool,
     pub created_at: Option<SystemTime>,
+}
+
+impl From<ResolvedImage> for ImageInfo {
+    fn from(image: ResolvedImage) -> Self {
+        Self {
+            name: image.name.to_string(),
+            target_digest: image.target.to_string(),
+            manifest_digest: Some(image.manifest.to_string()),
+            platform: image.platform.to_string(),
+            compressed_bytes: image.compressed_bytes,
+            layers: image.layers,
+            unpacked: true,
+            created_at: image.created_at,
+        }
+    }
 }
 
 /// Whether an image was there.

@@ -3,6 +3,7 @@
 //! One SQLite file, one writer thread (see `cowshed_pool::store`), in which the book decides each write in turn.
 
 mod error;
+mod marks;
 mod schema;
 mod slot;
 pub mod tools;
@@ -11,17 +12,19 @@ use std::{collections::BTreeMap, path::Path};
 
 use cowshed_leases::{
     Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
-    Seen, Ttl, VmId,
+    Seen, Ttl, UnixMicros, VmId,
 };
 use cowshed_pool::store::{Batch, Store, again::IfMissing, file::OpenError};
 use rusqlite::Connection;
 use tokio::sync::watch;
 
 pub use crate::flights::GivenUp;
+pub use marks::{Marks, Pin};
 pub(crate) use schema::state_name;
 pub use slot::LedgerSlot;
 
 use crate::error::{Error, Reason, Result};
+use marks::Mark;
 use schema::{Change, FORMAT, Records};
 
 /// A handle on the ledger; all handles share one writer.
@@ -60,6 +63,11 @@ impl Ledger {
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
         self.0.read(|records| look(&records.book))
+    }
+
+    /// The same, and at what is kept of images.
+    pub fn read_all<T>(&self, look: impl FnOnce(&Book, &Marks) -> T) -> T {
+        self.0.read(|records| look(&records.book, &records.marks))
     }
 
     /// The containerd leases of pulls that have begun and not ended, with their images.
@@ -147,11 +155,14 @@ impl Ledger {
         .await
     }
 
-    /// Confirms that the lease's device is there.
+    /// Confirms that the lease's device is there. That its image was used is in the same write.
     pub async fn grant(&self, id: LeaseId, grant: Grant, now: Moment) -> Result<Lease> {
         self.write(move |batch| {
+            let (manifest, at) = (grant.image_digest.clone(), grant.at);
             let (lease, changes) = book(batch).grant(&id, grant, &now).map_err(Error::from)?;
             apply(batch, changes);
+            let used = batch.state().marks.used(&manifest, at);
+            mark(batch, used);
             Ok(lease)
         })
         .await
@@ -248,6 +259,30 @@ impl Ledger {
         .await
     }
 
+    /// Pins the image of this name, until it is unpinned or for so long from `now` on. An earlier pin's end is replaced.
+    pub async fn pin(&self, image: String, hold_for: Option<Ttl>, now: Moment) -> Result<Pin> {
+        let micros = |ttl: Ttl| i64::try_from(ttl.micros()).unwrap_or(i64::MAX);
+        let pin = Pin { until: hold_for.map(|ttl| UnixMicros(now.wall.0.saturating_add(micros(ttl)))) };
+        self.set_pin(image, Some(pin), now).await?;
+        Ok(pin)
+    }
+
+    /// Ends the pin; says whether there was one.
+    pub async fn unpin(&self, image: String, now: Moment) -> Result<bool> {
+        self.set_pin(image, None, now).await.map(|before| before.is_some())
+    }
+
+    /// Gives back the pin that held before.
+    async fn set_pin(&self, image: String, pin: Option<Pin>, now: Moment) -> Result<Option<Pin>> {
+        self.write(move |batch| {
+            let before = batch.state().marks.pin(&image, &now);
+            let marks = batch.state().marks.set_pin(&image, pin, &now);
+            mark(batch, marks);
+            Ok(before)
+        })
+        .await
+    }
+
     /// Finishes the writes that have begun and closes the file; later ones are refused. To be called once, at the end.
     pub async fn close(&self) {
         self.0.close().await;
@@ -268,6 +303,10 @@ fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
 
 fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
     changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
+}
+
+fn mark(batch: &mut Batch<'_, Records>, marks: Vec<Mark>) {
+    marks.into_iter().for_each(|mark| batch.change(Change::Image(mark)));
 }
 
 /// The answer to an acquire that a release has overtaken.

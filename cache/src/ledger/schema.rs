@@ -11,10 +11,12 @@ use cowshed_pool::store::{
 };
 use rusqlite::{Connection, params};
 
+use super::marks::{self, Mark, Marks};
+
 pub(super) const FORMAT: Format = Format {
     noun: "ledger",
     application_id: 0x434f_5753, // "COWS"
-    version: 2,                  // 1: without what VMs share
+    version: 3,                  // 1: without what VMs share; 2: without pins and uses
     tables: "
 CREATE TABLE leases (
     id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits
@@ -43,6 +45,7 @@ CREATE TABLE counters (
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
 ",
+    later_tables: marks::TABLES,
     advice: "it is all that says which VM holds which disk: put back a backup (`cowshed ledger restore`), or, only if no VM runs on this host, move \
              it away and start with none",
 };
@@ -53,6 +56,8 @@ pub(super) struct Records {
     pub(super) book: Book,
     /// Pulls under way: containerd lease → image.
     pub(super) pulls: BTreeMap<String, String>,
+    /// Of images.
+    pub(super) marks: Marks,
 }
 
 /// A change of it.
@@ -61,6 +66,7 @@ pub(super) enum Change {
     Lease(cowshed_leases::Change),
     /// The pull that has this containerd lease is of this image; `None`: it is over.
     Pull(String, Option<String>),
+    Image(Mark),
 }
 
 impl Stored for Records {
@@ -77,6 +83,7 @@ impl Stored for Records {
                 let before = self.pulls.remove(&lease);
                 Change::Pull(lease, before)
             }
+            Change::Image(mark) => Change::Image(self.marks.apply(mark)),
         }
     }
 
@@ -90,6 +97,7 @@ impl Stored for Records {
                 execute("INSERT OR REPLACE INTO pulls VALUES (?, ?)", &[lease, image])
             }
             Change::Pull(lease, None) => execute("DELETE FROM pulls WHERE lease = ?", &[lease]),
+            Change::Image(mark) => marks::write(connection, mark),
         }
     }
 }
@@ -203,7 +211,7 @@ pub(super) fn load(connection: &Connection, path: &Path) -> Result<Records, Open
     };
     let book = Book::load(stored).map_err(damaged)?;
     let pulls = rows("SELECT lease, image FROM pulls")?.into_iter().collect();
-    Ok(Records { book, pulls })
+    Ok(Records { book, pulls, marks: Marks::load(connection, path)? })
 }
 
 fn tombstones(connection: &Connection, path: &Path) -> Result<Vec<Tombstone>, OpenError> {

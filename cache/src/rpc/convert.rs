@@ -1,6 +1,6 @@
 //! Our values as messages of the API.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use cowshed_leases::{
     DeviceIdentity, Lease, Mode, Moment, Process, State, Suspicion, Ttl, UnixMicros, Uptime,
@@ -9,7 +9,9 @@ use cowshed_proto::v1;
 use prost_types::Timestamp;
 
 use crate::{
+    clock::timestamp,
     image::{Cache, ImageInfo},
+    keeping::Kept,
     kernel::Holder,
     stages::Stage,
 };
@@ -149,7 +151,7 @@ pub(super) fn stage((stage, took): (Stage, Duration)) -> v1::StageTime {
     v1::StageTime { stage: stage.as_str().to_owned(), micros: micros(took) }
 }
 
-pub(super) fn image(image: ImageInfo) -> v1::Image {
+pub(super) fn image((image, kept): (ImageInfo, Kept)) -> v1::Image {
     v1::Image {
         name: image.name,
         target_digest: image.target_digest,
@@ -159,14 +161,13 @@ pub(super) fn image(image: ImageInfo) -> v1::Image {
         layers: image.layers,
         unpacked: image.unpacked,
         created_at: image.created_at.map(Timestamp::from),
+        last_used_at: kept.last_use.map(timestamp),
+        pinned: kept.pin.is_some(),
+        pinned_until: kept.pin.and_then(|pin| pin.until).map(timestamp),
+        leases: kept.leases,
     }
 }
 
 pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn timestamp(at: UnixMicros) -> Timestamp {
-    let since = Duration::from_micros(u64::try_from(at.0).unwrap_or_default());
-    (UNIX_EPOCH + since).into()
 }

@@ -26,7 +26,8 @@ use crate::{
     audit::{Audited, Repair},
     containerd::Containerd,
     error::{Error, Reason, Result},
-    image::Images,
+    image::{ImageInfo, Images},
+    keeping::{self, Keeper, Removed},
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
@@ -42,6 +43,8 @@ pub struct Api {
     pub ledger: Ledger,
     /// Images.
     pub images: Images,
+    /// Which of them stay.
+    pub keeper: Arc<Keeper>,
     /// Whether there is room for another pull.
     pub admission: Admission,
     /// The pool.
@@ -204,7 +207,10 @@ impl Cowshed for Api {
             Ok::<_, Error>(self.images.pull(&image, &platform))
         };
         match begin.await {
-            Ok(pull) => Ok(Response::new(pull::stream(pull, self.metrics.clone(), begun))),
+            Ok(pull) => {
+                let says = pull::Says { ledger: self.ledger.clone(), clock: self.acquirer.clock.clone() };
+                Ok(Response::new(pull::stream(pull, says, self.metrics.clone(), begun)))
+            }
             Err(error) => {
                 self.metrics.called("PullImage", error.reason().code(), begun.elapsed());
                 Err(error.into())
@@ -219,7 +225,47 @@ impl Cowshed for Api {
         self.metered("ListImages", async |_| {
             let platform = parse::platform(request.into_inner().platform.as_deref())?;
             let images = self.images.list(&platform).await?;
-            Ok(v1::ListImagesResponse { images: images.into_iter().map(convert::image).collect() })
+            Ok(v1::ListImagesResponse { images: self.kept(images).collect() })
+        })
+        .await
+    }
+
+    async fn pin_image(
+        &self,
+        request: Request<v1::PinImageRequest>,
+    ) -> Result<Response<v1::PinImageResponse>, Status> {
+        self.metered("PinImage", async |_| {
+            let v1::PinImageRequest { image, platform, hold_for } = request.into_inner();
+            let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
+            let hold_for = hold_for.as_ref().map(parse::hold_for).transpose()?;
+            let pinned = self.keeper.pin(&image, &platform, hold_for).await?;
+            Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next() })
+        })
+        .await
+    }
+
+    async fn unpin_image(
+        &self,
+        request: Request<v1::UnpinImageRequest>,
+    ) -> Result<Response<v1::UnpinImageResponse>, Status> {
+        self.metered("UnpinImage", async |_| {
+            let image = parse::image_reference(&request.into_inner().image)?;
+            Ok(v1::UnpinImageResponse { was_pinned: self.keeper.unpin(&image).await? })
+        })
+        .await
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<v1::RemoveImageRequest>,
+    ) -> Result<Response<v1::RemoveImageResponse>, Status> {
+        self.metered("RemoveImage", async |_| {
+            let image = parse::image_reference(&request.into_inner().image)?;
+            let removed = self.keeper.remove(image).await?;
+            Ok(v1::RemoveImageResponse {
+                existed: removed != Removed::Nothing,
+                untagged: removed == Removed::Name,
+            })
         })
         .await
     }
@@ -337,6 +383,11 @@ impl Api {
     fn lease(&self, lease: &Lease) -> v1::Lease {
         let waiting = self.waiting.read().unwrap_or_else(PoisonError::into_inner).get(&lease.id).cloned();
         convert::lease(lease, waiting, &self.acquirer.clock.now())
+    }
+
+    /// The images, with what the ledger knows of them.
+    fn kept(&self, images: Vec<ImageInfo>) -> impl Iterator<Item = v1::Image> + use<> {
+        keeping::kept(&self.ledger, images, &self.acquirer.clock.now()).into_iter().map(convert::image)
     }
 
     /// In a task of its own: what is mended is mended to its end, also if the caller goes away.

@@ -65,13 +65,21 @@ pub(super) fn request_id(text: &str) -> Result<RequestId> {
 }
 
 pub(super) fn ttl(duration: &prost_types::Duration) -> Result<Ttl> {
+    time("ttl", duration)
+}
+
+pub(super) fn hold_for(duration: &prost_types::Duration) -> Result<Ttl> {
+    time("hold_for", duration)
+}
+
+fn time(field: &'static str, duration: &prost_types::Duration) -> Result<Ttl> {
     let micros = u64::try_from(duration.seconds).ok().zip(u64::try_from(duration.nanos).ok());
     let micros = micros.and_then(|(s, n)| s.checked_mul(1_000_000)?.checked_add(n / 1000));
     micros.and_then(|micros| Ttl::from_micros(micros).ok()).ok_or_else(|| {
         let prost_types::Duration { seconds, nanos } = duration;
         let what = "it is a time of 1 s to 100 years, or absent for no limit";
-        let message = format!("ttl of {seconds} s and {nanos} ns is wrong: {what}");
-        Error::new(Reason::TtlInvalid, message).with("field", "ttl")
+        let message = format!("{field} of {seconds} s and {nanos} ns is wrong: {what}");
+        Error::new(Reason::TtlInvalid, message).with("field", field)
     })
 }
 
@@ -146,5 +154,7 @@ mod tests {
                 None => assert_eq!(parsed.unwrap_err().reason(), Reason::TtlInvalid, "{seconds} {nanos}"),
             }
         }
+        let refused = hold_for(&prost_types::Duration::default()).unwrap_err().to_string();
+        assert!(refused.contains("hold_for"), "{refused}");
     }
 }

@@ -9,7 +9,10 @@ use tonic::{Code, Status};
 
 use super::convert;
 use crate::{
+    clock::Clock,
     image::{LayerProgress, LayerStage, Progress, Pull, PullStage, ResolvedImage},
+    keeping,
+    ledger::Ledger,
     metrics::Metrics,
 };
 
@@ -18,16 +21,26 @@ pub(super) type Stream = ReceiverStream<Result<v1::PullImageResponse, Status>>;
 /// A slow reader skips pictures rather than hold them up: each replaces the one before.
 const BUFFER: usize = 4;
 
-pub(super) fn stream(pull: Pull, metrics: Metrics, begun: Instant) -> Stream {
+/// Who says what an image is kept for.
+pub(super) struct Says {
+    pub(super) ledger: Ledger,
+    pub(super) clock: Clock,
+}
+
+pub(super) fn stream(pull: Pull, says: Says, metrics: Metrics, begun: Instant) -> Stream {
     let (sender, receiver) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
-        let code = forward(pull, &sender).await;
+        let code = forward(pull, &says, &sender).await;
         metrics.called("PullImage", code, begun.elapsed());
     });
     ReceiverStream::new(receiver)
 }
 
-async fn forward(pull: Pull, sender: &mpsc::Sender<Result<v1::PullImageResponse, Status>>) -> Code {
+async fn forward(
+    pull: Pull,
+    says: &Says,
+    sender: &mpsc::Sender<Result<v1::PullImageResponse, Status>>,
+) -> Code {
     let mut progress = pull.progress();
     loop {
         let picture = message(&progress.borrow_and_update());
@@ -41,7 +54,7 @@ async fn forward(pull: Pull, sender: &mpsc::Sender<Result<v1::PullImageResponse,
     }
     let picture = message(&progress.borrow());
     let (last, code) = match pull.outcome().await {
-        Ok((image, cache)) => (Ok(done(picture, image, convert::cache(cache))), Code::Ok),
+        Ok((image, cache)) => (Ok(done(picture, image, says, convert::cache(cache))), Code::Ok),
         Err(error) => {
             let code = error.reason().code();
             (Err(Status::from(error)), code)
@@ -56,20 +69,13 @@ async fn forward(pull: Pull, sender: &mpsc::Sender<Result<v1::PullImageResponse,
 fn done(
     picture: v1::PullImageResponse,
     image: ResolvedImage,
+    says: &Says,
     cache: v1::CacheResult,
 ) -> v1::PullImageResponse {
+    let mut images = keeping::kept(&says.ledger, vec![image.into()], &says.clock.now());
     v1::PullImageResponse {
         stage: v1::PullStage::Done.into(),
-        image: Some(v1::Image {
-            name: image.name.to_string(),
-            target_digest: image.target.to_string(),
-            manifest_digest: Some(image.manifest.to_string()),
-            platform: image.platform.to_string(),
-            compressed_bytes: image.compressed_bytes,
-            layers: image.layers,
-            unpacked: true,
-            created_at: image.created_at.map(prost_types::Timestamp::from),
-        }),
+        image: images.pop().map(convert::image),
         cache: cache.into(),
         ..picture
     }

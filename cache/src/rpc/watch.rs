@@ -21,6 +21,7 @@ use crate::{
     containerd::Containerd,
     error::{Error, Reason},
     image::{ImageInfo, Images, Platform},
+    keeping,
     ledger::Ledger,
 };
 
@@ -153,7 +154,7 @@ async fn images(source: &Source, so_far: &AtomicU64, sender: &Sender) {
         let mut pause = RETRY;
         if let Ok(now) = source.images.list(&Platform::host()).await {
             pause = LOOK;
-            if tell(&mut told, now, sender, so_far).await.is_none() {
+            if tell(source, &mut told, now, sender, so_far).await.is_none() {
                 return;
             }
             if !synced {
@@ -172,6 +173,7 @@ async fn images(source: &Source, so_far: &AtomicU64, sender: &Sender) {
 }
 
 async fn tell(
+    source: &Source,
     told: &mut BTreeMap<String, ImageInfo>,
     now: Vec<ImageInfo>,
     sender: &Sender,
@@ -182,9 +184,11 @@ async fn tell(
     for name in told.keys().filter(|name| !now.contains_key(*name)) {
         send(sender, Event::ImageGone(name.clone()), revision).await?;
     }
-    for (name, image) in now.iter().filter(|(name, image)| told.get(*name) != Some(*image)) {
-        tracing::trace!(name, "an image has changed");
-        send(sender, Event::Image(convert::image(image.clone())), revision).await?;
+    let changed = now.iter().filter(|(name, image)| told.get(*name) != Some(*image));
+    let changed: Vec<ImageInfo> = changed.map(|(_, image)| image.clone()).collect();
+    for image in keeping::kept(&source.ledger, changed, &source.clock.now()) {
+        tracing::trace!(name = image.0.name, "an image has changed");
+        send(sender, Event::Image(convert::image(image)), revision).await?;
     }
     *told = now;
     Some(())

@@ -26,6 +26,7 @@ use crate::{
     drain::Drain,
     flights::Flights,
     image::{Images, PullLimits},
+    keeping::Keeper,
     kernel::{DeviceMapper, Devices},
     layer::Bounds,
     ledger::{Ledger, LedgerSlot},
@@ -144,11 +145,20 @@ impl Ground {
             flights: Flights::default(),
             sharing: Flights::default(),
         };
+        let keeper = Keeper {
+            catalogue: Arc::new(images.clone()),
+            ledger: ledger.clone(),
+            hindrances: admission.hindrances.clone(),
+            clock: self.clock.clone(),
+            tasks: self.tasks.clone(),
+            turn: tokio::sync::Mutex::default(),
+        };
         Api {
             reclaimer: Arc::new(reclaimer),
             acquirer: Arc::new(acquirer),
             ledger: ledger.clone(),
             images,
+            keeper: Arc::new(keeper),
             admission: admission.clone(),
             kernel: kernel.clone(),
             containerd: Containerd::clone(containerd),

@@ -25,6 +25,8 @@ pub struct Format {
     pub version: i64,
     /// SQL that makes its tables.
     pub tables: &'static str,
+    /// SQL that makes those that stores of earlier versions lack, unless they are there.
+    pub later_tables: &'static str,
     /// Why it is precious, and what to do if it is damaged; a clause.
     pub advice: &'static str,
 }
@@ -188,8 +190,10 @@ impl Format {
         let loaded = load(&connection)?;
         settings(&connection).map_err(sqlite)?;
         // Finds out now, not at the first request, that nothing can be written.
-        let written = connection
-            .execute_batch(&format!("BEGIN IMMEDIATE; PRAGMA user_version = {}; COMMIT", self.version));
+        let written = connection.execute_batch(&format!(
+            "BEGIN IMMEDIATE; {} PRAGMA user_version = {}; COMMIT",
+            self.later_tables, self.version
+        ));
         written.map_err(sqlite)?;
         connection.set_db_config(keep_log, false).map_err(sqlite)?;
         Ok((connection, loaded))
@@ -269,8 +273,8 @@ impl Format {
         }
         let made = Connection::open(&fresh).and_then(|connection| {
             connection.execute_batch(&format!(
-                "PRAGMA synchronous = FULL; BEGIN; {} PRAGMA application_id = {}; PRAGMA user_version = {}; COMMIT;",
-                self.tables, self.application_id, self.version
+                "PRAGMA synchronous = FULL; BEGIN; {} {} PRAGMA application_id = {}; PRAGMA user_version = {}; COMMIT;",
+                self.tables, self.later_tables, self.application_id, self.version
             ))?;
             // Written into the file's header, so that others who open it know.
             connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -376,6 +380,7 @@ mod tests {
         application_id: 0x434f_5754,
         version: 1,
         tables: "CREATE TABLE cows (name TEXT) STRICT;",
+        later_tables: "",
         advice: "it knows the cows: look for a backup",
     };
 
@@ -449,6 +454,28 @@ mod tests {
         FORMAT.open(&path, unloved).err().unwrap();
         assert!(contents() == left, "a store that was not closed was changed");
         open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_store_of_an_earlier_version_gets_what_it_lacks_and_keeps_what_it_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("herd.db");
+        let connection = open(&path).unwrap();
+        connection.execute("INSERT INTO cows VALUES ('Bertha')", []).unwrap();
+        connection.close().unwrap();
+        let later_tables = "CREATE TABLE IF NOT EXISTS bulls (name TEXT) STRICT;";
+        let later = Format { version: 2, later_tables, ..FORMAT };
+        for bulls in 0..2 {
+            let connection = later.open(&path, |_| Ok(())).unwrap().0;
+            let count = |table: &str| {
+                let sql = format!("SELECT count(*) FROM {table}");
+                connection.query_row(&sql, [], |row| row.get::<_, i64>(0)).unwrap()
+            };
+            assert_eq!((count("cows"), count("bulls")), (1, bulls));
+            connection.execute("INSERT INTO bulls VALUES ('Hans')", []).unwrap();
+        }
+        let refused = open(&path).err().unwrap();
+        assert!(matches!(refused, OpenError::Newer { found: 2, known: 1, .. }), "{refused}");
     }
 
     #[test]

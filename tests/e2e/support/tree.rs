@@ -70,6 +70,18 @@ fn attributes(path: &Path) -> Outcome<String> {
     Ok(described.concat())
 }
 
+/// The tree of an image that this snapshotter has.
+pub(crate) fn of_image(snapshotter: &str, name: &str) -> Outcome<Tree> {
+    let mounted = tempfile::Builder::new().prefix("tree").tempdir_in("/tmp")?;
+    let at = mounted.path().display();
+    // Whether it is a module, and is loaded when it is needed, differs.
+    sh("modprobe overlay")?;
+    sh(&format!("ctr images mount --snapshotter {snapshotter} {name} {at} > /dev/null"))?;
+    let looked = of(mounted.path());
+    sh(&format!("ctr images unmount --rm --snapshotter {snapshotter} {at} > /dev/null"))?;
+    looked
+}
+
 /// The tree of what is committed under this chain id.
 pub(crate) fn of_snapshot(snapshotter: &str, chain_id: &str) -> Outcome<Tree> {
     let ctr = format!("ctr snapshots --snapshotter {snapshotter}");
@@ -82,9 +94,11 @@ pub(crate) fn of_snapshot(snapshotter: &str, chain_id: &str) -> Outcome<Tree> {
              containerd.io/gc.root=x > /dev/null && {ctr} info tree-view > /dev/null"
         ))
     })?;
-    let looked = sh(&format!("$({ctr} mounts {at} tree-view)")).and_then(|_| of(mounted.path()));
-    let unmounted = sh(&format!("umount {at}"));
+    let looked = sh(&format!("$({ctr} mounts {at} tree-view)")).and_then(|_| {
+        let looked = of(mounted.path());
+        sh(&format!("umount {at}"))?;
+        looked
+    });
     sh(&format!("{ctr} rm tree-view"))?;
-    unmounted?;
     looked
 }

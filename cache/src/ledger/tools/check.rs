@@ -22,6 +22,8 @@ pub struct Findings {
     pub format: i64,
     /// How many leases it has, by their state's name.
     pub leases: BTreeMap<String, u64>,
+    /// How many pins of images it has.
+    pub pins: usize,
     /// The greatest generation that was ever given out.
     pub last_generation: u64,
     /// What is wrong with it; if anything is, the other fields say nothing.
@@ -79,8 +81,8 @@ fn sound(format: i64, connection: &Connection, records: &Records) -> rusqlite::R
     let mut statement = connection.prepare("SELECT state, count(*) FROM leases GROUP BY state")?;
     let leases = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?.unsigned_abs())))?;
     let leases = leases.collect::<rusqlite::Result<_>>()?;
-    let last_generation = records.book.last_generation();
-    Ok(Findings { format, leases, last_generation, problems: Vec::new() })
+    let (pins, last_generation) = (records.marks.pins(), records.book.last_generation());
+    Ok(Findings { format, leases, pins, last_generation, problems: Vec::new() })
 }
 
 /// All that is wrong; `what` is what the service would say.

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use cowshed_leases::{Lease, LeaseId, Release};
+use cowshed_leases::{Lease, LeaseId, Release, Ttl, UnixMicros};
 use cowshed_pool::store::file::{BEFORE_RESTORE, OpenError, RESTORING, beside};
 use rusqlite::Connection;
 use tempfile::TempDir;
@@ -97,8 +97,10 @@ async fn a_ledger_is_checked_while_it_is_in_use_and_after_and_not_a_byte_is_chan
     acquire(&ledger, 1).await;
     let lease = acquire(&ledger, 2).await;
     release(&ledger, &lease).await;
+    ledger.pin("r.example/app:1".to_owned(), None, now()).await.unwrap();
     let leases = [("preparing".to_owned(), 1), ("releasing".to_owned(), 1)].into();
-    let expected = Findings { format: format_of(&path), leases, last_generation: 2, problems: Vec::new() };
+    let format = format_of(&path);
+    let expected = Findings { format, leases, pins: 1, last_generation: 2, problems: Vec::new() };
     let check_unseen = |when: &str| {
         let before = files(directory.path());
         assert_eq!(check(&path).unwrap(), expected, "{when}");
@@ -121,7 +123,7 @@ fn format_of(path: &Path) -> i64 {
 type Mangle = fn(&Path);
 
 /// What can be wrong with a ledger that has the VMs 1 to 3, and what is said of it.
-const DAMAGES: [(&str, Mangle, &str); 9] = [
+const DAMAGES: [(&str, Mangle, &str); 10] = [
     ("empty", |path| fs::write(path, b"").unwrap(), "it is empty"),
     ("truncated", |path| rewrite(path, |bytes| bytes.truncate(bytes.len() / 2)), "malformed"),
     ("a page of noise", |path| rewrite(path, |bytes| bytes[4096..8192].fill(0x5a)), "page 2"),
@@ -143,6 +145,7 @@ const DAMAGES: [(&str, Mangle, &str); 9] = [
         |path| change(path, "UPDATE counters SET value = 1 WHERE name = 'last_generation'"),
         "never given out",
     ),
+    ("a pin of nothing", |path| change(path, "INSERT INTO pins VALUES ('a b', NULL)"), "a pin: image"),
 ];
 
 fn rewrite(path: &Path, mangle: impl FnOnce(&mut Vec<u8>)) {
@@ -334,6 +337,50 @@ async fn a_restored_ledger_gives_out_nothing_that_was_given_out_before() {
     assert_eq!(counter(&path, "last_generation"), 7 + 3 * MARGIN);
     assert_eq!(counter(&path, RESTORED_AT), NOW + 2);
     assert!(fs::read(&aside).unwrap() == before, "what is kept was changed");
+}
+
+#[tokio::test]
+async fn pins_and_uses_are_in_a_backup_and_in_what_is_restored_of_it() {
+    let (directory, path) = place();
+    let (_elsewhere, copy) = place();
+    let image = "r.example/app:1".to_owned();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let pin = ledger.pin(image.clone(), Ttl::from_seconds(60).ok(), now()).await.unwrap();
+    ledger.close().await;
+    change(&path, "INSERT INTO uses VALUES ('sha256:a', 7)");
+    assert_eq!(backup(&path, &copy, IfThere::Keep).unwrap().pins, 1);
+    let ledger = Ledger::open(directory.path()).unwrap();
+    assert!(ledger.unpin(image.clone(), now()).await.unwrap());
+    ledger.close().await;
+    assert_eq!(restore(directory.path(), &copy, NOW).unwrap().findings.pins, 1);
+    let ledger = Ledger::open(directory.path()).unwrap();
+    let marks = ledger.read_all(|_, marks| marks.clone());
+    assert_eq!(marks.pin(&image, &now()), Some(pin));
+    assert_eq!(marks.last_use("sha256:a"), Some(UnixMicros(7)));
+    ledger.close().await;
+}
+
+#[tokio::test]
+async fn a_ledger_of_the_version_before_is_checked_as_it_is_and_gets_what_it_lacks_when_it_is_used() {
+    let (directory, path) = place();
+    let (_elsewhere, copy) = place();
+    ledger_with(directory.path(), 1..3).await;
+    change(&path, "DROP TABLE pins; DROP TABLE uses; PRAGMA user_version = 2");
+    let before = files(directory.path());
+    assert_eq!(check(&path).unwrap().format, 2);
+    backup(&path, &copy, IfThere::Keep).unwrap();
+    assert!(files(directory.path()) == before, "it was changed");
+    assert_eq!(check(&copy).unwrap().format, 2);
+    restore(directory.path(), &copy, NOW).unwrap();
+    assert_eq!(check(&path).unwrap().format, 3, "what is restored is as this version writes it");
+
+    fs::copy(&copy, &path).unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    ledger.pin("r.example/app:1".to_owned(), None, now()).await.unwrap();
+    ledger.close().await;
+    let findings = check(&path).unwrap();
+    assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (3, 1, 2));
+    assert_eq!(vms(directory.path()).await, ["vm-1", "vm-2"]);
 }
 
 #[tokio::test]

@@ -1,0 +1,64 @@
+//! The image records of containerd, for whoever decides which of them stay.
+
+use std::collections::BTreeSet;
+
+use super::{
+    Digest, ImageInfo, ImageRef, Images, Platform, Shared,
+    manifest::{self, Document},
+};
+use crate::{containerd::ImageRecord, error::Result, keeping::Catalogue};
+
+/// So deep are indexes within indexes followed.
+const DEPTH: usize = 3;
+
+#[async_trait::async_trait]
+impl Catalogue for Images {
+    async fn find(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ImageInfo>> {
+        let shared = &self.0;
+        let record =
+            shared.containerd.image(&image.to_string()).await.map_err(|e| shared.containerd.explain(e))?;
+        match record {
+            Some(record) => shared.info(record, platform).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn records(&self) -> Result<Vec<ImageRecord>> {
+        self.0.containerd.list_images().await.map_err(|e| self.0.containerd.explain(e))
+    }
+
+    async fn manifests(&self, target: &str) -> Result<BTreeSet<String>> {
+        let Ok(target) = target.parse::<Digest>() else { return Ok(BTreeSet::new()) };
+        self.0.led_to(target).await
+    }
+
+    fn is_pulled(&self, image: &ImageRef) -> bool {
+        self.0.flights.has(image)
+    }
+
+    async fn remove(&self, record: &ImageRecord, collect: bool) -> Result<bool> {
+        self.0.containerd.remove_image(record, collect).await.map_err(|e| self.0.containerd.explain(e))
+    }
+}
+
+impl Shared {
+    /// The digests of `target` and of all that it leads to, as far as its documents are in the content store.
+    async fn led_to(&self, target: Digest) -> Result<BTreeSet<String>> {
+        let mut all = BTreeSet::from([target.to_string()]);
+        let mut indexes = vec![target];
+        for _ in 0..DEPTH {
+            let mut below = Vec::new();
+            for index in indexes {
+                let Some(bytes) = self.document_in_store(&index).await? else { continue };
+                let Ok((_, Document::Index(entries))) = manifest::parse(&bytes) else { continue };
+                for entry in entries {
+                    if all.insert(entry.digest.to_string()) && entry.may_be_index() {
+                        below.push(entry.digest);
+                    }
+                }
+            }
+            indexes = below;
+        }
+        Ok(all)
+    }
+}

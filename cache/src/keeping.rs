@@ -1,0 +1,240 @@
+//! Which images stay: pins, what is in use, and the removal of what nobody needs.
+//!
+//! Pins and removals come one after the other, so that no image goes that was pinned while its removal was under way. An
+//! Acquire does not wait for them: one that has resolved an image that goes at that moment pulls it again, and what was
+//! made of it is held by its own lease.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use cowshed_leases::{Book, Lease, Moment, State, Ttl, UnixMicros};
+use tokio::sync::{Mutex, oneshot};
+
+use crate::{
+    clock::Clock,
+    containerd::ImageRecord,
+    error::{Error, Reason, Result},
+    image::{ImageInfo, ImageRef, Platform},
+    ledger::{Ledger, Marks, Pin},
+    rescue::Hindrances,
+    tasks::Tasks,
+};
+
+/// So many VMs of an image that is in use are named.
+const NAMED: usize = 10;
+
+/// The images that containerd has; the seam where tests put a fake.
+#[async_trait::async_trait]
+pub trait Catalogue: Send + Sync {
+    /// The image of this name, as it is listed.
+    async fn find(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ImageInfo>>;
+    /// All records.
+    async fn records(&self) -> Result<Vec<ImageRecord>>;
+    /// Digests of all manifests that `target` is or leads to, for whatever platform; of what is there.
+    async fn manifests(&self, target: &str) -> Result<BTreeSet<String>>;
+    /// Whether it is being pulled.
+    fn is_pulled(&self, image: &ImageRef) -> bool;
+    /// Removes the record, if it is this one still, and says whether it was. With `collect`, waits until what it alone has
+    /// held is collected.
+    async fn remove(&self, record: &ImageRecord, collect: bool) -> Result<bool>;
+}
+
+/// What a removal has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removed {
+    /// There was no such image.
+    Nothing,
+    /// The name has gone, the image has others.
+    Name,
+    /// The image has gone.
+    Image,
+}
+
+/// Pins and removes.
+pub struct Keeper {
+    /// The images.
+    pub catalogue: Arc<dyn Catalogue>,
+    /// Pins, and who holds what.
+    pub ledger: Ledger,
+    /// Whether anything can be removed.
+    pub hindrances: Hindrances,
+    /// What time it is.
+    pub clock: Clock,
+    /// Where removals run.
+    pub tasks: Tasks,
+    /// Whose turn it is.
+    pub turn: Mutex<()>,
+}
+
+impl Keeper {
+    /// Pins an image that is there; see `PinImage` in the API.
+    pub async fn pin(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        hold_for: Option<Ttl>,
+    ) -> Result<ImageInfo> {
+        let _turn = self.turn.lock().await;
+        let Some(found) = self.catalogue.find(image, platform).await? else {
+            let message = format!("image {image} is not there: `cowshed pull {image}` first, then pin it");
+            return Err(Error::new(Reason::ImageNotFound, message).with("image", image));
+        };
+        self.ledger.pin(image.to_string(), hold_for, self.clock.now()).await?;
+        tracing::info!(%image, "pinned");
+        Ok(found)
+    }
+
+    /// Ends a pin; says whether there was one.
+    pub async fn unpin(&self, image: &ImageRef) -> Result<bool> {
+        let was_pinned = self.ledger.unpin(image.to_string(), self.clock.now()).await?;
+        if was_pinned {
+            tracing::info!(%image, "unpinned");
+        }
+        Ok(was_pinned)
+    }
+
+    /// Removes an image that nobody needs; see `RemoveImage` in the API. In a task of its own: what is removed is removed to
+    /// its end, also if the caller goes away.
+    pub async fn remove(self: &Arc<Self>, image: ImageRef) -> Result<Removed> {
+        let (done, outcome) = oneshot::channel();
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            let removed = this.remove_in_turn(&image).await;
+            match &removed {
+                Ok(removed) => tracing::info!(%image, ?removed, "removed"),
+                Err(error) => tracing::info!(%image, %error, "not removed"),
+            }
+            // The caller may have gone.
+            let _gone = done.send(removed);
+        });
+        let stopping = || Error::new(Reason::Stopping, "the service is stopping; call again when it is up");
+        outcome.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    async fn remove_in_turn(&self, image: &ImageRef) -> Result<Removed> {
+        let _turn = self.turn.lock().await;
+        // Its layers could not go.
+        self.hindrances.admit()?;
+        let records = self.catalogue.records().await?;
+        let name = image.to_string();
+        let Some(record) = records.iter().find(|record| record.name == name) else {
+            return Ok(Removed::Nothing);
+        };
+        let mut manifests = self.catalogue.manifests(&record.target.digest).await?;
+        manifests.insert(record.target.digest.clone());
+        if self.catalogue.is_pulled(image) {
+            let message = format!("image {image} is being pulled: remove it when that has ended");
+            return Err(Error::new(Reason::ImageInUse, message).with("image", image));
+        }
+        let now = self.clock.now();
+        let named = Named { record, among: &records, manifests: &manifests };
+        let removed = self.ledger.read_all(|book, marks| judge(&named, book, marks, &now))?;
+        if self.catalogue.remove(record, removed == Removed::Image).await? {
+            return Ok(removed);
+        }
+        let message = format!("image {image} was changed while it was being removed: remove it again");
+        Err(Error::new(Reason::NotReady, message).with("image", image))
+    }
+}
+
+/// An image's name, among all that there are.
+struct Named<'a> {
+    record: &'a ImageRecord,
+    among: &'a [ImageRecord],
+    /// What it leads to.
+    manifests: &'a BTreeSet<String>,
+}
+
+/// What its removal would come to, if it may be removed.
+fn judge(named: &Named<'_>, book: &Book, marks: &Marks, now: &Moment) -> Result<Removed> {
+    let Named { record, among, manifests } = named;
+    let name = &record.name;
+    if let Some(pin) = marks.pin(name, now) {
+        let until = pin.until.map(|until| format!(" until {}", crate::clock::timestamp(until)));
+        let message = format!(
+            "image {name} is pinned{}: `cowshed unpin {name}` first",
+            until.as_deref().unwrap_or_default()
+        );
+        return Err(Error::new(Reason::ImagePinned, message).with("image", name));
+    }
+    let is_other = |other: &&ImageRecord| other.name != *name && other.target.digest == record.target.digest;
+    if among.iter().any(|other| is_other(&other)) {
+        return Ok(Removed::Name);
+    }
+    let (shared, of_vms): (Vec<&Lease>, Vec<&Lease>) =
+        book.after(None).filter(|lease| is_made_of(lease, name, manifests)).partition(|l| l.vm.is_image());
+    // What nobody shares any more is there until its device is closed.
+    let users = if of_vms.is_empty() { shared } else { of_vms };
+    if users.is_empty() {
+        return Ok(Removed::Image);
+    }
+    let count = users.len();
+    let mut vms: Vec<String> = users.iter().map(|lease| lease.vm.to_string()).collect();
+    vms.sort();
+    vms.dedup();
+    vms.truncate(NAMED);
+    let vms = vms.join(", ");
+    let more = if count > NAMED { ", …" } else { "" };
+    let message = format!(
+        "image {name} is in use: leases of disks made of it: {count} (VMs {vms}{more}): release them, and remove it when \
+         the disks are gone"
+    );
+    Err(Error::new(Reason::ImageInUse, message).with("image", name).with("vm_ids", vms))
+}
+
+/// Whether there is, or may be, a disk of the lease, and it was made of one of the manifests. Before it is known of which, by
+/// the name that was asked for.
+fn is_made_of(lease: &Lease, name: &str, manifests: &BTreeSet<String>) -> bool {
+    match (lease.grant(), &lease.state) {
+        (_, State::Failed { .. }) => false,
+        (Some(grant), _) => manifests.contains(&grant.image_digest),
+        (None, _) => lease.spec.image == name,
+    }
+}
+
+/// What the ledger knows of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// When a disk was last made of its manifest.
+    pub last_use: Option<UnixMicros>,
+    /// The pin of its name.
+    pub pin: Option<Pin>,
+    /// How many VMs hold disks made of its manifest.
+    pub leases: u32,
+}
+
+/// What the ledger knows of each of these images, now.
+pub fn kept(ledger: &Ledger, images: Vec<ImageInfo>, now: &Moment) -> Vec<(ImageInfo, Kept)> {
+    ledger.read_all(|book, marks| {
+        // Leases that VMs hold, and the last of their grants, by manifest.
+        let mut held: HashMap<&str, (u32, UnixMicros)> = HashMap::new();
+        for lease in book.after(None).filter(|lease| lease.is_held() && !lease.vm.is_image()) {
+            let Some(grant) = lease.grant() else { continue };
+            let (count, last) = held.entry(&grant.image_digest).or_insert((0, grant.at));
+            *count += 1;
+            *last = grant.at.max(*last);
+        }
+        let of = |image: &ImageInfo| {
+            let manifest = image.manifest_digest.as_deref();
+            let held = manifest.and_then(|manifest| held.get(manifest));
+            let used = manifest.and_then(|manifest| marks.last_use(manifest));
+            Kept {
+                // Of what was used before uses were written down, the leases tell.
+                last_use: used.max(held.map(|(_, at)| *at)),
+                pin: marks.pin(&image.name, now),
+                leases: held.map_or(0, |(count, _)| *count),
+            }
+        };
+        let with = |image: ImageInfo| {
+            let kept = of(&image);
+            (image, kept)
+        };
+        images.into_iter().map(with).collect()
+    })
+}
+
+#[cfg(test)]
+#[path = "keeping_tests.rs"]
+mod tests;

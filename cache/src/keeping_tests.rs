@@ -1,0 +1,365 @@
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex as StdMutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use cowshed_leases::{DeviceIdentity, DeviceNumber, Failure, Grant, LeaseId, Mode, Process};
+use tonic_types::StatusExt as _;
+
+use super::*;
+use crate::{
+    acquire::Wish,
+    fakes::{
+        self, Process_, World, back,
+        book::{self, id},
+        start, wish, world,
+    },
+    ledger::GivenUp,
+};
+
+/// containerd's records, and what their targets lead to.
+#[derive(Default)]
+struct Records {
+    all: StdMutex<Vec<ImageRecord>>,
+    /// The image that is being pulled.
+    pulled: StdMutex<Option<ImageRef>>,
+    /// Somebody changes each record in the moment before it is removed.
+    changed: AtomicBool,
+    /// Names, and whether there was a collection.
+    removed: StdMutex<Vec<(String, bool)>>,
+}
+
+impl Records {
+    fn put(&self, name: &str, target: &str) {
+        let target = containerd_client::types::Descriptor { digest: target.to_owned(), ..Default::default() };
+        self.all.lock().unwrap().push(ImageRecord { name: name.to_owned(), target, created_at: None });
+    }
+}
+
+/// An index leads to the manifest of the fakes' image, and to one of another platform.
+const INDEX: &str = "sha256:index";
+const FOREIGN: &str = "sha256:foreign";
+
+fn manifest() -> String {
+    fakes::image().manifest.to_string()
+}
+
+fn name() -> String {
+    fakes::image().name.to_string()
+}
+
+#[async_trait::async_trait]
+impl Catalogue for Records {
+    async fn find(&self, image: &ImageRef, _platform: &Platform) -> Result<Option<ImageInfo>> {
+        let name = image.to_string();
+        let there = self.all.lock().unwrap().iter().any(|record| record.name == name);
+        let info = ImageInfo { name, ..fakes::image().into() };
+        Ok(Some(info).filter(|_| there))
+    }
+
+    async fn records(&self) -> Result<Vec<ImageRecord>> {
+        Ok(self.all.lock().unwrap().clone())
+    }
+
+    async fn manifests(&self, target: &str) -> Result<BTreeSet<String>> {
+        let leads_to = if target == INDEX { vec![manifest(), FOREIGN.to_owned()] } else { Vec::new() };
+        Ok(leads_to.into_iter().collect())
+    }
+
+    fn is_pulled(&self, image: &ImageRef) -> bool {
+        self.pulled.lock().unwrap().as_ref() == Some(image)
+    }
+
+    async fn remove(&self, record: &ImageRecord, collect: bool) -> Result<bool> {
+        if self.changed.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        self.all.lock().unwrap().retain(|other| other.name != record.name);
+        self.removed.lock().unwrap().push((record.name.clone(), collect));
+        Ok(true)
+    }
+}
+
+/// A process, and who keeps its images.
+struct Host {
+    world: Arc<World>,
+    process: Process_,
+    records: Arc<Records>,
+    keeper: Arc<Keeper>,
+    wall: Arc<StdMutex<i64>>,
+}
+
+impl Host {
+    fn start(directory: &Path, records: Arc<Records>) -> Self {
+        let world = world();
+        let process = start(&world, directory);
+        let wall = Arc::new(StdMutex::new(1_000));
+        let clock = {
+            let wall = wall.clone();
+            Clock::of(move || Moment { wall: UnixMicros(*wall.lock().unwrap() * 1_000_000), ..book::now() })
+        };
+        let keeper = Keeper {
+            catalogue: records.clone(),
+            ledger: process.acquirer.ledger.clone(),
+            hindrances: Hindrances::default(),
+            clock,
+            tasks: Tasks::default(),
+            turn: Mutex::default(),
+        };
+        Self { world, process, records, keeper: Arc::new(keeper), wall }
+    }
+
+    fn ledger(&self) -> &Ledger {
+        &self.keeper.ledger
+    }
+
+    async fn remove(&self, name: &str) -> Result<Removed> {
+        self.keeper.remove(ImageRef::parse(name).unwrap()).await
+    }
+
+    async fn refused(&self, name: &str) -> (Reason, String) {
+        let error = self.remove(name).await.unwrap_err();
+        (error.reason(), error.to_string())
+    }
+
+    async fn pin(&self, name: &str, seconds: Option<u64>) -> Result<ImageInfo> {
+        let hold_for = seconds.map(|seconds| Ttl::from_seconds(seconds).unwrap());
+        self.keeper.pin(&ImageRef::parse(name).unwrap(), &Platform::host(), hold_for).await
+    }
+
+    async fn unpin(&self, name: &str) -> bool {
+        self.keeper.unpin(&ImageRef::parse(name).unwrap()).await.unwrap()
+    }
+
+    fn kept(&self, name: &str) -> Kept {
+        let info = ImageInfo { name: name.to_owned(), ..fakes::image().into() };
+        kept(self.ledger(), vec![info], &self.keeper.clock.now()).pop().unwrap().1
+    }
+}
+
+fn host() -> (Host, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let records = Arc::new(Records::default());
+    records.put(&name(), INDEX);
+    (Host::start(directory.path(), records), directory)
+}
+
+#[tokio::test]
+async fn what_is_pinned_stays_until_it_is_unpinned_or_the_time_is_over() {
+    let (host, _directory) = host();
+    assert_eq!(host.pin(&name(), None).await.unwrap().name, name());
+    let (reason, message) = host.refused(&name()).await;
+    assert_eq!(reason, Reason::ImagePinned);
+    assert!(message.contains(&format!("cowshed unpin {}", name())), "{message}");
+    // Pinned again, the new end counts.
+    host.pin(&name(), Some(60)).await.unwrap();
+    let (reason, message) = host.refused(&name()).await;
+    assert_eq!(reason, Reason::ImagePinned);
+    assert!(message.contains("until 1970-01-01T00:17:40Z"), "{message}");
+    assert_eq!(host.kept(&name()).pin, Some(Pin { until: Some(UnixMicros(1_060_000_000)) }));
+    *host.wall.lock().unwrap() = 1_060;
+    assert_eq!(host.kept(&name()).pin, None);
+    host.pin(&name(), None).await.unwrap();
+    assert!(host.unpin(&name()).await);
+    assert!(!host.unpin(&name()).await, "there is none any more");
+    assert!(!host.unpin("r.example/never:1").await);
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Image);
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
+    assert_eq!(*host.records.removed.lock().unwrap(), [(name(), true)]);
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_not_pinned_and_says_what_to_do() {
+    let (host, _directory) = host();
+    let refused = host.pin("r.example/other:1", None).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::ImageNotFound);
+    assert!(refused.to_string().contains("cowshed pull r.example/other:1"), "{refused}");
+    assert_eq!(host.ledger().read_all(|_, marks| marks.pins()), 0);
+}
+
+#[tokio::test]
+async fn a_pin_is_of_a_name_and_of_no_other_name_of_the_image() {
+    let (host, _directory) = host();
+    let other = "r.example/other:1";
+    host.records.put(other, INDEX);
+    host.pin(&name(), None).await.unwrap();
+    assert_eq!(host.remove(other).await.unwrap(), Removed::Name);
+    assert_eq!(*host.records.removed.lock().unwrap(), [(other.to_owned(), false)], "nothing to collect");
+    // It is refused also where only the name would go.
+    host.records.put(other, INDEX);
+    assert_eq!(host.refused(&name()).await.0, Reason::ImagePinned);
+    // Somebody else has removed it: the pin is there when it is back.
+    host.records.all.lock().unwrap().clear();
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
+    host.records.put(&name(), INDEX);
+    assert_eq!(host.refused(&name()).await.0, Reason::ImagePinned);
+}
+
+#[tokio::test]
+async fn what_disks_are_made_of_stays_until_they_are_gone_unless_it_has_another_name() {
+    for mode in [Mode::CopyOnWrite, Mode::SharedReadOnly] {
+        let (host, _directory) = host();
+        let acquired = host.process.acquirer.acquire(Wish { mode, ..wish("vm-1") }).await.unwrap();
+        assert_eq!(host.kept(&name()).leases, 1, "{mode:?}");
+        let (reason, message) = host.refused(&name()).await;
+        assert_eq!(reason, Reason::ImageInUse, "{mode:?}");
+        assert!(message.contains("(VMs vm-1)"), "{message}");
+        let other = "r.example/other:1";
+        host.records.put(other, INDEX);
+        assert_eq!(host.remove(other).await.unwrap(), Removed::Name, "{mode:?}");
+
+        let device = acquired.lease.grant().unwrap().device.dm_name.clone();
+        host.world.set_open(&device, 1);
+        host.process.acquirer.release(back("vm-1")).await.unwrap();
+        host.process.settle().await;
+        assert_eq!(host.kept(&name()).leases, 0, "{mode:?}");
+        let (reason, message) = host.refused(&name()).await;
+        assert_eq!(reason, Reason::ImageInUse, "{mode:?}: its disk is there: {message}");
+        host.world.set_open(&device, 0);
+        host.process.settle().await;
+        assert!(host.world.is_empty(), "{mode:?}");
+        assert_eq!(host.remove(&name()).await.unwrap(), Removed::Image, "{mode:?}");
+        assert_eq!(host.records.removed.lock().unwrap().last(), Some(&(name(), true)));
+    }
+}
+
+fn grant(n: u32, image_digest: &str, at: i64) -> Grant {
+    let number = |minor| DeviceNumber { major: 253, minor };
+    let device = DeviceIdentity {
+        path: format!("/dev/mapper/snap-{n}"),
+        number: number(n),
+        dm_name: format!("snap-{n}"),
+        dm_uuid: None,
+        thin_id: n,
+        pool: number(0),
+        size_bytes: 1 << 30,
+        read_only: false,
+    };
+    let (filesystem, image_digest) = ("ext4".into(), image_digest.to_owned());
+    let at = UnixMicros(at * 1_000_000);
+    Grant { device, filesystem, scratch: None, image_digest, process: Process::default(), at }
+}
+
+/// What is done with a lease of the image `spec`, and whether the image then is in use.
+#[tokio::test]
+async fn a_lease_counts_by_what_its_disk_is_made_of_and_before_that_by_its_name() {
+    let (granted, other): (&str, &str) = ("granted", "r.example/other:1");
+    let table: [(&str, &str, &str, bool); 8] = [
+        (&name(), granted, &manifest(), true),
+        // By another name, or for another platform.
+        (other, granted, &manifest(), true),
+        (&name(), granted, FOREIGN, true),
+        // The name has become another image since.
+        (&name(), granted, "sha256:before", false),
+        (&name(), "preparing", "", true),
+        (other, "preparing", "", false),
+        (&name(), "released unfinished", "", true),
+        (&name(), "failed", "", false),
+    ];
+    for (spec, becomes, digest, in_use) in table {
+        let (host, _directory) = host();
+        let ask = cowshed_leases::Ask {
+            spec: cowshed_leases::Spec { image: spec.to_owned(), ..book::spec() },
+            ..book::ask(1)
+        };
+        let ledger = host.ledger();
+        ledger.acquire(ask, id(1), book::now(), GivenUp::default()).await.unwrap();
+        match becomes {
+            "granted" => drop(ledger.grant(id(1), grant(1, digest, 0), book::now()).await.unwrap()),
+            "released unfinished" => drop(ledger.release(book::back(1), book::now()).await.unwrap()),
+            "failed" => {
+                let failure = Failure { reason: "X".into(), message: "x".into() };
+                ledger.fail(id(1), failure, book::now()).await.unwrap();
+            }
+            _ => {}
+        }
+        let removed = host.remove(&name()).await.map_err(|error| error.reason());
+        let expected = if in_use { Err(Reason::ImageInUse) } else { Ok(Removed::Image) };
+        assert_eq!(removed, expected, "{spec} {becomes} {digest}");
+    }
+}
+
+#[tokio::test]
+async fn of_many_vms_ten_are_named() {
+    let (host, _directory) = host();
+    for n in 1..=12 {
+        book::acquire(host.ledger(), n).await;
+        host.ledger().grant(id(n), grant(n, &manifest(), 0), book::now()).await.unwrap();
+    }
+    let error = host.remove(&name()).await.unwrap_err();
+    let message = error.to_string();
+    assert!(message.contains("made of it: 12 (VMs vm-1, vm-10, vm-11, vm-12, vm-2, "), "{message}");
+    assert!(message.contains(", …)") && !message.contains("vm-9"), "{message}");
+    let details = error.to_status().get_error_details();
+    let named = details.error_info().unwrap().metadata["vm_ids"].split(", ").count();
+    assert_eq!(named, NAMED);
+}
+
+#[tokio::test]
+async fn what_is_being_pulled_or_has_just_changed_is_left() {
+    let (host, _directory) = host();
+    *host.records.pulled.lock().unwrap() = Some(fakes::image().name);
+    let (reason, message) = host.refused(&name()).await;
+    assert_eq!(reason, Reason::ImageInUse);
+    assert!(message.contains("being pulled"), "{message}");
+    *host.records.pulled.lock().unwrap() = None;
+    host.records.changed.store(true, Ordering::SeqCst);
+    assert_eq!(host.refused(&name()).await.0, Reason::NotReady);
+    host.records.changed.store(false, Ordering::SeqCst);
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Image);
+}
+
+#[tokio::test]
+async fn nothing_is_removed_while_its_layers_could_not_go() {
+    let (host, _directory) = host();
+    host.keeper.hindrances.set_hung(Some(&Error::new(Reason::ContainerdTimeout, "no answer")));
+    assert_eq!(host.refused(&name()).await.0, Reason::ContainerdUnavailable);
+    host.keeper.hindrances.set_hung(None);
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Image);
+}
+
+#[tokio::test]
+async fn no_image_goes_that_is_pinned_while_it_is_removed() {
+    let (host, _directory) = host();
+    let turn = host.keeper.turn.lock().await;
+    let name = name();
+    let (pin, remove) = (host.pin(&name, None), host.remove(&name));
+    let (pinned, removed, ()) = tokio::join!(pin, remove, async { drop(turn) });
+    match (pinned.map_err(|e| e.reason()), removed.map_err(|e| e.reason())) {
+        (Ok(_), Err(Reason::ImagePinned)) | (Err(Reason::ImageNotFound), Ok(Removed::Image)) => {}
+        other => unreachable!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_last_use_is_that_of_the_last_grant_and_outlives_lease_and_restart() {
+    let (host, directory) = host();
+    assert_eq!(host.kept(&name()), Kept::default());
+    let used = |kept: Kept| kept.last_use.map(|at| at.0 / 1_000_000);
+    let make = async |n: u32, at: i64| {
+        book::acquire(host.ledger(), n).await;
+        host.ledger().grant(id(n), grant(n, &manifest(), at), book::now()).await.unwrap();
+    };
+    make(1, 100).await;
+    make(2, 130).await;
+    assert_eq!(host.kept(&name()).leases, 2);
+    assert_eq!(used(host.kept(&name())), Some(130), "as its lease has it");
+    host.pin(&name(), Some(3600)).await.unwrap();
+    let gone: Vec<LeaseId> = [1, 2].map(id).to_vec();
+    for n in [1, 2] {
+        host.ledger().release(book::back(n), book::now()).await.unwrap();
+    }
+    host.ledger().remove_all(gone, book::now()).await.unwrap();
+    let before = host.kept(&name());
+    assert_eq!((used(before), before.leases), (Some(100), 0), "to the minute");
+
+    host.ledger().close().await;
+    let after = Host::start(directory.path(), host.records.clone());
+    assert_eq!(after.kept(&name()), before);
+    assert_eq!(after.refused(&name()).await.0, Reason::ImagePinned);
+}
