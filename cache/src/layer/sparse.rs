@@ -61,7 +61,7 @@ impl Map {
         else {
             return Ok(None);
         };
-        if numbers.len() % 2 != 0 || numbers.len() / 2 > PIECES_MAX {
+        if !numbers.len().is_multiple_of(2) || numbers.len() / 2 > PIECES_MAX {
             return Err(damaged());
         }
         let pieces = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();

@@ -112,7 +112,7 @@ impl Client {
         match self {
             Self::None => Ok(Vec::new()),
             Self::One(path) => Ok(vec![path]),
-            Self::Many(mut paths) if paths.len() < 2 => Ok(paths.drain(..).collect()),
+            Self::Many(paths) if paths.len() < 2 => Ok(paths),
             Self::Pairs(mut pairs) if pairs.len() == 1 && (1..=2).contains(&pairs[0].len()) => {
                 Ok(pairs.remove(0))
             }

@@ -9,6 +9,7 @@ use std::{
         fs::{FileTypeExt as _, MetadataExt as _},
     },
     path::Path,
+    time::{Duration, SystemTime},
 };
 
 use super::{Outcome, command::sh, fake_image::digest, wait_for};
@@ -53,7 +54,10 @@ fn describe(path: &Path) -> Outcome<String> {
         (kind, format!(" {:#x}", meta.rdev()))
     };
     let (mode, owner, group) = (meta.mode(), meta.uid(), meta.gid());
-    let time = format!("{}.{:09}", meta.mtime(), meta.mtime_nsec());
+    // Of a directory that no member has set the time of.
+    let is_new =
+        SystemTime::now().duration_since(meta.modified()?).is_ok_and(|age| age < Duration::from_secs(86_400));
+    let time = if is_new { "now".to_owned() } else { format!("{}.{:09}", meta.mtime(), meta.mtime_nsec()) };
     Ok(format!("{kind}{more}, {mode:o}, {owner}:{group}, {time}{}", attributes(path)?))
 }
 
