@@ -133,7 +133,7 @@ async fn whatever_it_sends_is_bounded() {
 
 #[tokio::test]
 async fn what_comes_in_drops_is_cut_off() {
-    let (connection, authority) = connection(Duration::from_millis(200)).await;
+    let (connection, authority) = connection(Duration::from_millis(600)).await;
     for repository in ["dripping", "fussy"] {
         let at = format!("{authority}/{repository}:1").parse().unwrap();
         let failure = connection.document(&at, &[], 1 << 20).await.unwrap_err();
