@@ -8,7 +8,7 @@ use cowshed_leases::{Revision, State, Suspicion};
 
 use super::*;
 use crate::fakes::{Fault, Process_, Sight, State_, World, back, start, wish, world};
-use crate::identity::CONTAINERD_WAIT;
+use crate::{identity::CONTAINERD_WAIT, reclaim::ABREAST};
 
 #[tokio::test]
 async fn equal_wishes_get_one_lease_and_different_vms_different_disks() {
@@ -297,34 +297,53 @@ async fn a_device_that_is_opened_while_others_are_removed_is_left_alone() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let process = start(&world, directory.path());
     let mut leases = Vec::new();
-    for vm in ["vm-1", "vm-2"] {
-        leases.push(process.acquirer.acquire(wish(vm)).await.unwrap().lease.clone());
-        process.acquirer.release(back(vm)).await.unwrap();
+    // One more than are looked at at once.
+    for vm in (0..=ABREAST).map(|n| format!("vm-{n}")) {
+        leases.push(process.acquirer.acquire(wish(&vm)).await.unwrap().lease.clone());
+        process.acquirer.release(back(&vm)).await.unwrap();
     }
     leases.sort_by(|a, b| a.id.cmp(&b.id));
-    let late = leases[1].grant().unwrap().device.dm_name.clone();
+    let last = leases.last().unwrap();
+    let late = last.grant().unwrap().device.dm_name.clone();
     world.state.lock().unwrap().opened_by_removal = Some(late.clone());
     process.settle().await;
     process.audit(&world, "while it is open");
-    assert_eq!(process.reclaimer.waiting.read().unwrap()[&leases[1].id], "the device is open");
+    assert_eq!(process.reclaimer.waiting.read().unwrap()[&last.id], "the device is open");
     world.set_open(&late, 0);
     process.settle().await;
     assert!(world.is_empty());
 }
 
+/// Somebody has labelled or leased the snapshot of a VM's disk.
 #[tokio::test]
-async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection() {
+async fn a_snapshot_that_something_else_holds_goes_all_the_same() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    world.state.lock().unwrap().held_elsewhere.insert(lease.id.snapshot_key());
+    process.acquirer.release(back(lease.vm.as_str())).await.unwrap();
+    process.reclaimer.pass_over_everything().await;
+    assert!(world.is_empty());
+}
+
+#[tokio::test]
+async fn a_device_that_goes_at_leisure_is_waited_for() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let process = start(&world, directory.path());
     let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
     world.state.lock().unwrap().at_leisure = true;
     process.acquirer.release(back(lease.vm.as_str())).await.unwrap();
-    for _ in 0..2 {
+    tokio::time::pause();
+    // The last one in case that the first had begun before.
+    for (pause, collections) in [(0, 1), (0, 1), (2, 2)] {
+        tokio::time::advance(Duration::from_secs(pause)).await;
         process.reclaimer.pass_over_everything().await;
         let why = process.reclaimer.waiting.read().unwrap()[&lease.id].clone();
         assert!(why.contains("is being removed"), "{why}");
-        assert_eq!(world.look(|s| (s.snapshots.len(), s.devices.len(), s.collections)), (0, 1, 1));
+        assert_eq!(world.look(|s| (s.snapshots.len(), s.devices.len(), s.collections)), (0, 1, collections));
+        assert_eq!(world.look(|s| s.sweeps), 0);
     }
+    tokio::time::resume();
     assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_some()), "forgotten with its device there");
     // It goes while a pass waits for it.
     let goes = async {
@@ -333,7 +352,7 @@ async fn a_device_that_goes_at_leisure_is_waited_for_without_another_collection(
     };
     tokio::join!(process.reclaimer.pass_over_everything(), goes);
     assert!(process.acquirer.ledger.read(|b| b.get(&lease.id).is_none()));
-    assert_eq!(world.look(|s| s.collections), 1);
+    assert_eq!(world.look(|s| s.collections), 2);
 }
 
 fn request(name: &str) -> Option<RequestId> {

@@ -100,6 +100,8 @@ pub(crate) struct State_ {
     pub(crate) collections: usize,
     /// How often somebody had containerd look for what it does not know.
     pub(crate) sweeps: usize,
+    /// Snapshots that something else than their leases holds as well.
+    pub(crate) held_elsewhere: BTreeSet<String>,
     /// The device that somebody opens when a snapshot is removed.
     pub(crate) opened_by_removal: Option<String>,
     pub(crate) parents: BTreeSet<String>,
@@ -214,8 +216,8 @@ impl Snapshots for World {
             s.leases.remove(id);
             s.collections += usize::from(sync);
             // The collection: snapshots without a lease, then devices without a snapshot.
-            let leases = s.leases.clone();
-            s.snapshots.retain(|key, _| leases.contains(key));
+            let held: BTreeSet<String> = s.leases.union(&s.held_elsewhere).cloned().collect();
+            s.snapshots.retain(|key, _| held.contains(key));
             if s.at_leisure {
                 return Ok(());
             }
@@ -394,7 +396,8 @@ impl RunningPulls for World {
 /// A moment of the first boot, and what a ledger can be asked for without any containerd.
 pub(crate) mod book {
     use cowshed_leases::{
-        Acquisition, Ask, BootId, Lease, LeaseId, Moment, Release, Spec, UnixMicros, Uptime,
+        Acquisition, Ask, BootId, DeviceIdentity, DeviceNumber, Grant, Lease, LeaseId, Moment, Process,
+        Release, Spec, UnixMicros, Uptime,
     };
 
     use crate::ledger::{GivenUp, Ledger};
@@ -420,6 +423,30 @@ pub(crate) mod book {
     /// Whatever VM `n` has.
     pub(crate) fn back(n: u32) -> Release {
         Release { vm: ask(n).vm, lease: None, generation: None, request: None, abandon: false }
+    }
+
+    /// The disk that VM `n` gets.
+    pub(crate) fn grant(n: u32) -> Grant {
+        let number = |minor| DeviceNumber { major: 253, minor };
+        let device = DeviceIdentity {
+            path: format!("/dev/mapper/snap-{n}"),
+            number: number(n),
+            dm_name: format!("snap-{n}"),
+            dm_uuid: None,
+            thin_id: n,
+            pool: number(0),
+            size_bytes: 1 << 30,
+            read_only: false,
+        };
+        let (filesystem, image_digest) = ("ext4".into(), "sha256:0".into());
+        Grant {
+            device,
+            filesystem,
+            scratch: None,
+            image_digest,
+            process: Process::default(),
+            at: UnixMicros(0),
+        }
     }
 
     /// A new lease, in preparation.

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use cowshed_leases::{DeviceIdentity, DeviceNumber, Failure, Grant, LeaseId, Mode, Process};
+use cowshed_leases::{Failure, Grant, LeaseId, Mode};
 use tonic_types::StatusExt as _;
 
 use super::*;
@@ -16,7 +16,7 @@ use crate::{
     acquire::Wish,
     fakes::{
         self, Process_, World, back,
-        book::{self, id},
+        book::{self, grant, id},
         start, wish, world,
     },
     ledger::GivenUp,
@@ -228,21 +228,9 @@ async fn what_disks_are_made_of_stays_until_they_are_gone_unless_it_has_another_
     }
 }
 
-fn grant(n: u32, image_digest: &str, at: i64) -> Grant {
-    let number = |minor| DeviceNumber { major: 253, minor };
-    let device = DeviceIdentity {
-        path: format!("/dev/mapper/snap-{n}"),
-        number: number(n),
-        dm_name: format!("snap-{n}"),
-        dm_uuid: None,
-        thin_id: n,
-        pool: number(0),
-        size_bytes: 1 << 30,
-        read_only: false,
-    };
-    let (filesystem, image_digest) = ("ext4".into(), image_digest.to_owned());
-    let at = UnixMicros(at * 1_000_000);
-    Grant { device, filesystem, scratch: None, image_digest, process: Process::default(), at }
+/// A disk of the image with this manifest, granted at this second.
+fn grant_of(n: u32, image_digest: &str, at: i64) -> Grant {
+    Grant { image_digest: image_digest.to_owned(), at: UnixMicros(at * 1_000_000), ..grant(n) }
 }
 
 /// What is done with a lease of the image `spec`, and whether the image then is in use.
@@ -270,7 +258,7 @@ async fn a_lease_counts_by_what_its_disk_is_made_of_and_before_that_by_its_name(
         let ledger = host.ledger();
         ledger.acquire(ask, id(1), book::now(), GivenUp::default()).await.unwrap();
         match becomes {
-            "granted" => drop(ledger.grant(id(1), grant(1, digest, 0), book::now()).await.unwrap()),
+            "granted" => drop(ledger.grant(id(1), grant_of(1, digest, 0), book::now()).await.unwrap()),
             "released unfinished" => drop(ledger.release(book::back(1), book::now()).await.unwrap()),
             "failed" => {
                 let failure = Failure { reason: "X".into(), message: "x".into() };
@@ -289,7 +277,7 @@ async fn of_many_vms_ten_are_named() {
     let (host, _directory) = host();
     for n in 1..=12 {
         book::acquire(host.ledger(), n).await;
-        host.ledger().grant(id(n), grant(n, &manifest(), 0), book::now()).await.unwrap();
+        host.ledger().grant(id(n), grant_of(n, &manifest(), 0), book::now()).await.unwrap();
     }
     let error = host.remove(&name()).await.unwrap_err();
     let message = error.to_string();
@@ -343,7 +331,7 @@ async fn the_last_use_is_that_of_the_last_grant_and_outlives_lease_and_restart()
     let used = |kept: Kept| kept.last_use.map(|at| at.0 / 1_000_000);
     let make = async |n: u32, at: i64| {
         book::acquire(host.ledger(), n).await;
-        host.ledger().grant(id(n), grant(n, &manifest(), at), book::now()).await.unwrap();
+        host.ledger().grant(id(n), grant_of(n, &manifest(), at), book::now()).await.unwrap();
     };
     make(1, 100).await;
     make(2, 130).await;

@@ -2,9 +2,9 @@
 //!
 //! The release fence: a disk's snapshot is removed when the kernel has just said that its device is closed, and a
 //! snapshotter that does not force keeps a device that is open. On one whose own removal forces (the stock one's does),
-//! the fence is that check: the devices of a batch go at the collection after its last removal, so a launcher that opens
-//! a device that it has released, in the second or so between the two, loses it. Nothing can be lost by opening a device
-//! that was not released.
+//! the fence is that check: the devices of a batch go at the collection that ends it, so a launcher that opens a device
+//! that it has released, in the second or so between the two, loses it. Nothing can be lost by opening a device that was
+//! not released.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -30,18 +30,26 @@ use crate::{
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
+    stages::Laps,
 };
 
-/// At most so many disks are removed per garbage collection of containerd's, so that a crowd that leaves together
-/// does not hold containerd's locks for long.
+/// So many disks go per garbage collection of containerd's, so that a crowd that leaves together does not hold
+/// containerd's locks for long …
 const BATCH: usize = 50;
+/// … and so many if they do not become fewer that way: a collection looks at everything there is, however little goes.
+const LARGEST_BATCH: usize = 400;
+/// The part of the backlog that a batch has in between.
+const BATCHES: usize = 8;
 /// Calls to containerd at once: each waits for a transaction of its own.
-const ABREAST: usize = 8;
+pub(crate) const ABREAST: usize = 8;
 /// How often the time is looked at.
 const TICK: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
-/// So long a snapshotter may take for a device whose snapshot containerd has collected; then containerd is asked again.
+/// So long a snapshotter may take for a device whose snapshot containerd has collected; then that is a failure.
 const AT_LEISURE: Duration = Duration::from_secs(10);
+/// After so long containerd collects again what is not gone: who waits for a collection is also told of one that had begun
+/// before.
+const AGAIN: Duration = Duration::from_secs(2);
 /// So long one pass waits for that.
 const A_MOMENT: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(25);
@@ -91,7 +99,7 @@ pub struct Reclaimer {
     /// Since when the closed devices of overdue leases of an earlier boot have been seen.
     pub closed: Mutex<HashMap<LeaseId, Uptime>>,
     /// When containerd collected the snapshots of disks whose devices are still there.
-    pub collected: Mutex<HashMap<LeaseId, Instant>>,
+    pub collected: Mutex<HashMap<LeaseId, Collected>>,
 }
 
 /// Things without a record, and whether that was said.
@@ -124,6 +132,13 @@ pub(crate) struct Compared {
     pub(crate) snapshots: Vec<String>,
 }
 
+/// When containerd was made to collect a disk.
+#[derive(Debug)]
+pub struct Collected {
+    first: Instant,
+    last: Instant,
+}
+
 /// What is left of a disk after its collection.
 enum Remains {
     /// This device, whose snapshot is gone.
@@ -132,8 +147,8 @@ enum Remains {
     Other(String),
 }
 
-/// What became of the removal of a disk's snapshot.
-enum Removal {
+/// What became of letting a disk go.
+enum LetGo {
     Done,
     /// Its device is not closed any more.
     Fenced(WaitReason),
@@ -262,7 +277,7 @@ impl Reclaimer {
             self.report(foreign);
         }
         let given_up = self.give_up_on(given_up).await;
-        for batch in reclaim.chunks(BATCH) {
+        for batch in reclaim.chunks((reclaim.len() / BATCHES).clamp(BATCH, LARGEST_BATCH)) {
             waiting.extend(self.reclaim(batch).await);
         }
         let left = waiting.len() + unended + unmarked + given_up;
@@ -410,29 +425,32 @@ impl Reclaimer {
         }
     }
 
-    /// Removes disks whose devices are closed; returns those that are still there, and why.
+    /// Has disks collected whose devices are closed; returns those that are still there, and why.
     async fn reclaim(&self, ids: &[LeaseId]) -> HashMap<LeaseId, String> {
-        let (mut removed, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
-        // One after the other: each is looked at right before.
-        for id in ids {
-            match self.remove(id).await {
-                Removal::Done => removed.push(id),
-                Removal::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
-                Removal::Failed(why) => drop(left.insert(id.clone(), why)),
+        let mut clock = Laps::start();
+        let (mut released, mut opened, mut left) = (Vec::new(), HashMap::new(), HashMap::new());
+        let outcomes = abreast(ids.iter().map(|id| self.let_go(id)).collect()).await;
+        for (id, outcome) in ids.iter().zip(outcomes) {
+            match outcome {
+                LetGo::Done => released.push(id),
+                LetGo::Fenced(why) => drop(opened.insert(id.clone(), why.to_string())),
+                LetGo::Failed(why) => drop(left.insert(id.clone(), why)),
             }
         }
-        let (due, overdue) = self.to_collect(&removed);
+        let let_go = clock.lap();
+        let (due, overdue) = self.to_collect(&released);
         match self.collect(&due).await {
             Ok(()) => self.note_collected(&due),
             Err(error) => tracing::warn!(%error, "containerd did not collect released disks; trying again"),
         }
+        let collecting = clock.lap();
         if !overdue.is_empty()
             && let Err(error) = self.snapshots.sweep().await
         {
             tracing::warn!(%error, "containerd did not look for snapshots that it has forgotten");
         }
         let mut at_leisure = HashMap::new();
-        for (id, remains) in self.what_remains(&removed).await {
+        for (id, remains) in self.what_remains(&released).await {
             match remains {
                 Remains::Device(name) if !overdue.contains(&id) => {
                     at_leisure.insert(id, format!("its device {name} is being removed"));
@@ -445,8 +463,9 @@ impl Reclaimer {
                 }
             }
         }
+        let looked = clock.lap();
         let is_gone = |id: &&&LeaseId| !left.contains_key(**id) && !at_leisure.contains_key(**id);
-        let gone: Vec<LeaseId> = removed.iter().filter(is_gone).map(|id| (*id).clone()).collect();
+        let gone: Vec<LeaseId> = released.iter().filter(is_gone).map(|id| (*id).clone()).collect();
         self.metrics.reclaim_failures(left.len());
         for (id, why) in &left {
             // Once, however often it is tried.
@@ -455,58 +474,73 @@ impl Reclaimer {
             }
         }
         left.extend(at_leisure);
+        let count = gone.len();
         self.forget(gone).await;
+        let forgot = clock.lap();
+        tracing::debug!(
+            count,
+            of = ids.len(),
+            ?let_go,
+            ?collecting,
+            ?looked,
+            ?forgot,
+            "released disks were reclaimed"
+        );
         left.extend(opened);
         left
     }
 
-    /// Asks once more, right before: since the plan was made, hundreds of others may have been removed.
-    async fn remove(&self, id: &LeaseId) -> Removal {
+    /// Removes a disk's snapshot and the containerd lease that holds it. Asks the kernel once more, right before: since the
+    /// plan was made, hundreds of others may have gone.
+    async fn let_go(&self, id: &LeaseId) -> LetGo {
         // Its snapshot has gone; what is left is the snapshotter's to do.
         if self.was_just_collected(id) {
-            return Removal::Done;
+            return LetGo::Done;
         }
-        let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return Removal::Done };
+        let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return LetGo::Done };
         if let Some(why) = self.device_use(&lease).await.hinders() {
-            return Removal::Fenced(why);
+            return LetGo::Fenced(why);
         }
-        match self.snapshots.remove(&id.snapshot_key()).await {
-            Ok(()) => Removal::Done,
-            Err(error) => Removal::Failed(error.to_string()),
-        }
+        let key = id.snapshot_key();
+        let gone = async {
+            self.snapshots.remove(&key).await?;
+            self.snapshots.delete_lease(&key, false).await
+        };
+        gone.await.map_or_else(|error| LetGo::Failed(error.to_string()), |()| LetGo::Done)
     }
 
-    /// One garbage collection for all: only the last deletion waits for it.
+    /// One garbage collection for all.
     async fn collect(&self, ids: &[&LeaseId]) -> Result<(), crate::containerd::CallError> {
-        let Some((last, others)) = ids.split_last() else { return Ok(()) };
-        let keys: Vec<String> = others.iter().map(|id| id.snapshot_key()).collect();
-        let deletions = keys.iter().map(|key| self.snapshots.delete_lease(key, false)).collect();
-        abreast(deletions).await.into_iter().collect::<Result<(), _>>()?;
+        let Some(one) = ids.first() else { return Ok(()) };
         // Deleting a lease that is gone collects nothing, so there has to be one.
-        self.snapshots.create_lease(&last.snapshot_key(), our_label(last)).await?;
-        self.snapshots.delete_lease(&last.snapshot_key(), true).await
+        self.snapshots.create_lease(&one.snapshot_key(), our_label(one)).await?;
+        self.snapshots.delete_lease(&one.snapshot_key(), true).await
     }
 
     /// Those that containerd has not just collected, and those among them that it did a while ago.
     fn to_collect<'a>(&self, ids: &[&'a LeaseId]) -> (Vec<&'a LeaseId>, BTreeSet<LeaseId>) {
         let collected = self.collected();
-        let age = |id: &LeaseId| collected.get(id).map(Instant::elapsed);
-        let due: Vec<&LeaseId> =
-            ids.iter().copied().filter(|id| age(id).is_none_or(|age| age >= AT_LEISURE)).collect();
-        let overdue = due.iter().filter(|id| collected.contains_key(**id)).map(|id| (*id).clone()).collect();
+        let is_due = |id: &&LeaseId| collected.get(*id).is_none_or(|when| when.last.elapsed() >= AGAIN);
+        let due: Vec<&LeaseId> = ids.iter().copied().filter(is_due).collect();
+        let is_overdue =
+            |id: &LeaseId| collected.get(id).is_some_and(|when| when.first.elapsed() >= AT_LEISURE);
+        let overdue = due.iter().copied().filter(|id| is_overdue(id)).cloned().collect();
         (due, overdue)
     }
 
     fn was_just_collected(&self, id: &LeaseId) -> bool {
-        self.collected().get(id).is_some_and(|collected| collected.elapsed() < AT_LEISURE)
+        self.collected().get(id).is_some_and(|when| when.first.elapsed() < AT_LEISURE)
     }
 
     fn note_collected(&self, ids: &[&LeaseId]) {
         let now = Instant::now();
-        self.collected().extend(ids.iter().map(|id| ((*id).clone(), now)));
+        let mut collected = self.collected();
+        for id in ids {
+            collected.entry((*id).clone()).or_insert(Collected { first: now, last: now }).last = now;
+        }
     }
 
-    fn collected(&self) -> MutexGuard<'_, HashMap<LeaseId, Instant>> {
+    fn collected(&self) -> MutexGuard<'_, HashMap<LeaseId, Collected>> {
         self.collected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -515,9 +549,8 @@ impl Reclaimer {
     async fn what_remains(&self, ids: &[&LeaseId]) -> HashMap<LeaseId, Remains> {
         let until = Instant::now() + A_MOMENT;
         let looks = abreast(ids.iter().map(|id| self.remains(id)).collect()).await;
-        let looked = ids.iter().zip(looks);
         let mut remaining: HashMap<LeaseId, Remains> =
-            looked.filter_map(|(id, remains)| Some(((*id).clone(), remains?))).collect();
+            ids.iter().zip(looks).filter_map(|(id, remains)| Some(((*id).clone(), remains?))).collect();
         while Instant::now() < until && remaining.values().any(|left| matches!(left, Remains::Device(_))) {
             tokio::time::sleep(POLL).await;
             let mut gone = Vec::new();

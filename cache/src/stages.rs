@@ -71,6 +71,21 @@ impl Stages {
     }
 }
 
+/// How long one thing after the other took, for the log.
+pub(crate) struct Laps(Instant);
+
+impl Laps {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// The time since the last lap.
+    pub(crate) fn lap(&mut self) -> Duration {
+        let begun = std::mem::replace(&mut self.0, Instant::now());
+        self.0.duration_since(begun)
+    }
+}
+
 impl fmt::Display for Stages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, (stage, took)) in self.done.iter().enumerate() {

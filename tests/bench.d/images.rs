@@ -21,7 +21,7 @@ use crate::{
     conditions, cowshed, memory,
     prepare::ratio,
     samples::Samples,
-    snapshots::{Effort, meta},
+    snapshots::{Effort, check_names, is_wanted, meta, tell},
 };
 
 const REGISTRY_LOG: &str = "/var/log/cowshed-host/registry.log";
@@ -43,11 +43,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: Options) -> Outcome {
-    for name in &options.only {
-        if !catalogue::IMAGES.iter().any(|figure| figure.name == name) {
-            return Err(format!("there is no figure {name}").into());
-        }
-    }
+    check_names(&options.only, &catalogue::IMAGES)?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(measure_all(options))
 }
 
@@ -57,27 +53,12 @@ async fn measure_all(options: Options) -> Outcome {
     let mut failed = 0;
     for measurement in Measurement::ALL {
         let figures = measurement.figures();
-        let wanted =
-            |figure: &&Figure| options.only.is_empty() || options.only.iter().any(|name| name == figure.name);
-        if !figures.iter().any(wanted) {
+        if !is_wanted(&options.only, figures) {
             continue;
         }
         let begun = Instant::now();
         let results = measurement.run(rounds).await;
-        for figure in figures.iter().filter(|figure| wanted(figure)) {
-            meta(&json!({ "sample_units": { figure.name: figure.sample_unit },
-                "seconds": { figure.name: begun.elapsed().as_secs() } }));
-            if let Err(error) = &results {
-                meta(&json!({ "failed": { figure.name: error.to_string() } }));
-            }
-        }
-        match results {
-            Ok(results) => results.iter().for_each(crate::snapshots::figure),
-            Err(error) => {
-                eprintln!("{}: {error}", figures[0].name);
-                failed += 1;
-            }
-        }
+        failed += usize::from(!tell(figures, &results, begun));
     }
     if failed > 0 { Err(format!("{failed} of the measurements failed").into()) } else { Ok(()) }
 }

@@ -82,11 +82,7 @@ impl Sides {
 }
 
 pub(crate) fn run(options: Options) -> Outcome {
-    for name in &options.only {
-        if !catalogue::ALL.iter().any(|figure| figure.name == name) {
-            return Err(format!("there is no figure {name}").into());
-        }
-    }
+    check_names(&options.only, &catalogue::ALL)?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(measure_all(options))
 }
 
@@ -102,9 +98,7 @@ async fn measure_all(options: Options) -> Outcome {
     let mut failed = 0;
     for measurement in Measurement::ALL {
         let figures = measurement.figures();
-        let wanted =
-            |figure: &&Figure| options.only.is_empty() || options.only.iter().any(|name| name == figure.name);
-        if !figures.iter().any(wanted) {
+        if !is_wanted(&options.only, figures) {
             continue;
         }
         if matches!(measurement, Measurement::Memory) && options.ours == options.peer {
@@ -117,26 +111,10 @@ async fn measure_all(options: Options) -> Outcome {
         }
         let live = devices::names()?.len().saturating_sub(before);
         let begun = Instant::now();
-        let names = figures.iter().map(|figure| figure.name).collect::<Vec<_>>().join(", ");
-        eprintln!("{names} …");
         let results = measurement.run(&sides).await;
-        if let Err(error) = &results {
-            failed += 1;
-            eprintln!("{names}: {error}");
-        }
-        results.iter().flatten().for_each(figure);
-        let seconds = begun.elapsed().as_secs();
-        eprintln!("{names}: {seconds} s");
+        failed += usize::from(!tell(figures, &results, begun));
         for figure in figures {
-            let name = figure.name;
-            meta(&json!({
-                "sample_units": { name: figure.sample_unit },
-                "live_devices_at_start": { name: live },
-                "seconds": { name: seconds },
-            }));
-            if let Err(error) = &results {
-                meta(&json!({ "failed": { name: error.to_string() } }));
-            }
+            meta(&json!({ "live_devices_at_start": { figure.name: live } }));
         }
     }
     if failed > 0 {
@@ -195,9 +173,38 @@ impl Measurement {
     }
 }
 
-/// Tells a figure.
-pub(crate) fn figure(result: &Value) {
-    println!("@figure {result}");
+/// Fails if one of the names is none of these figures'.
+pub(crate) fn check_names(only: &[String], all: &[&Figure]) -> Outcome {
+    match only.iter().find(|name| !all.iter().any(|figure| figure.name == **name)) {
+        Some(name) => Err(format!("there is no figure {name}").into()),
+        None => Ok(()),
+    }
+}
+
+/// Whether one of the figures is asked for: by name, or as all are.
+pub(crate) fn is_wanted(only: &[String], figures: &[&Figure]) -> bool {
+    only.is_empty() || figures.iter().any(|figure| only.iter().any(|name| name == figure.name))
+}
+
+/// Tells what a measurement, begun then, has come to; whether it was made.
+pub(crate) fn tell(figures: &[&Figure], results: &Outcome<Vec<Value>>, begun: Instant) -> bool {
+    for result in results.iter().flatten() {
+        println!("@figure {result}");
+    }
+    let seconds = begun.elapsed().as_secs();
+    let names = figures.iter().map(|figure| figure.name).collect::<Vec<_>>().join(", ");
+    match results {
+        Ok(_) => eprintln!("{names}: {seconds} s"),
+        Err(error) => eprintln!("{names}: {error}"),
+    }
+    for figure in figures {
+        let name = figure.name;
+        meta(&json!({ "sample_units": { name: figure.sample_unit }, "seconds": { name: seconds } }));
+        if let Err(error) = results {
+            meta(&json!({ "failed": { name: error.to_string() } }));
+        }
+    }
+    results.is_ok()
 }
 
 /// Tells a condition.

@@ -25,7 +25,11 @@ mod terms;
 mod upkeep;
 mod watching;
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -66,7 +70,33 @@ fn main() -> ExitCode {
         ("stampede", stampede::TESTS),
     ];
     let trials = groups.iter().flat_map(|(group, tests)| {
-        tests.iter().map(move |(name, test)| Trial::test(format!("{group}::{name}"), || audit::around(*test)))
+        tests.iter().map(move |(name, test)| {
+            let name = format!("{group}::{name}");
+            Trial::test(name.clone(), move || timed(name, *test))
+        })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    tell_slowest();
+    conclusion.exit_code()
+}
+
+static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+fn timed(name: String, test: fn() -> Outcome) -> Outcome {
+    let begun = Instant::now();
+    let outcome = audit::around(test);
+    if let Ok(mut durations) = DURATIONS.lock() {
+        durations.push((begun.elapsed(), name));
+    }
+    outcome
+}
+
+/// Where the suite's time goes.
+fn tell_slowest() {
+    let Ok(mut durations) = DURATIONS.lock() else { return };
+    durations.sort();
+    let told: Vec<_> = durations.iter().rev().take(20).collect();
+    for (duration, name) in told.iter().filter(|(duration, _)| duration.as_secs() > 0) {
+        println!("{:4} s  {name}", duration.as_secs());
+    }
 }

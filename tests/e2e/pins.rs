@@ -12,8 +12,8 @@ use crate::{
         check,
         command::{lines, number, sh, text},
         cow::{
-            acquire, acquire_as, acquire_reply, collect, cowshed, evict_all, host, image, pull, release,
-            release_fully, snapshotter, wait_serving,
+            acquire, acquire_as, acquire_reply, cowshed, evict_all, host, image, nothing_pulled, pull,
+            release, release_fully, wait_serving,
         },
         same, wait_for,
     },
@@ -156,16 +156,7 @@ fn what_only_it_has_held_goes_with_it() -> Outcome {
     check!(ran.stdout.contains(&format!("image {} is gone", names[1])), "{}", ran.stdout);
     release_fully("pins-all")?;
     cowshed(&["rmi", &names[0]])?.ok()?;
-    wait_for("nothing to be left", || {
-        let left =
-            lines(&format!("ctr content ls -q; ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
-        if !left.is_empty() {
-            // A collection that was under way may have begun before the removal.
-            collect()?;
-        }
-        check!(left.is_empty(), "left over: {left:?}");
-        Ok(())
-    })
+    nothing_pulled()
 }
 
 fn what_is_not_there() -> Outcome {

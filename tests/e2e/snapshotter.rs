@@ -506,8 +506,10 @@ fn alone() -> Outcome {
 fn state_full_and_free_again() -> Outcome {
     let client = client()?;
     host("stop", "cowshed")?;
+    // Some room beyond what is there.
     let moved = sh(&format!(
-        "cp -a {STATE} /tmp/e2e-state; mount -t tmpfs -o size=8m e2e {STATE}; cp -a /tmp/e2e-state/. {STATE}/"
+        "cp -a {STATE} /tmp/e2e-state && used=$(du -sk {STATE} | cut -f1) &&
+         mount -t tmpfs -o size=$((used + 6144))k e2e {STATE} && cp -a /tmp/e2e-state/. {STATE}/"
     ));
     let tested = moved.and_then(|_| {
         host("start", "cowshed")?;

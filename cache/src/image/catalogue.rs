@@ -14,11 +14,8 @@ const DEPTH: usize = 3;
 #[async_trait::async_trait]
 impl Catalogue for Images {
     async fn find(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ImageInfo>> {
-        let shared = &self.0;
-        let record =
-            shared.containerd.image(&image.to_string()).await.map_err(|e| shared.containerd.explain(e))?;
-        match record {
-            Some(record) => shared.info(record, platform).await.map(Some),
+        match self.0.record(image).await? {
+            Some(record) => self.0.info(record, platform).await.map(Some),
             None => Ok(None),
         }
     }

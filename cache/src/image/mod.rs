@@ -146,7 +146,7 @@ impl Default for PullLimits {
             unpack_timeout: Duration::from_secs(1800),
             attempts: 4,
             unpacker: Unpacker::Cowshed,
-            layer: Bounds { bytes: 64 << 30, members: 4_000_000 },
+            layer: Bounds { bytes: 64 << 30, members: 4_000_000, memory: 96 << 20 },
             keep_layers: true,
         }
     }
@@ -286,6 +286,11 @@ impl Shared {
         })
     }
 
+    /// containerd's record of the image, if there is one.
+    async fn record(&self, image: &ImageRef) -> Result<Option<ImageRecord>> {
+        self.containerd.image(&image.to_string()).await.map_err(|e| self.containerd.explain(e))
+    }
+
     async fn has_snapshot(&self, chain_id: &Digest) -> Result<bool> {
         self.containerd.has_snapshot(chain_id.as_str()).await.map_err(|e| self.containerd.explain(e))
     }
@@ -295,9 +300,7 @@ impl Shared {
 impl ImageCache for Images {
     async fn resolve(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>> {
         let shared = &self.0;
-        let record =
-            shared.containerd.image(&image.to_string()).await.map_err(|e| shared.containerd.explain(e))?;
-        let Some(record) = record else { return Ok(None) };
+        let Some(record) = shared.record(image).await? else { return Ok(None) };
         let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
         let Some(facts) = shared.facts(&target, platform).await? else { return Ok(None) };
         if !shared.has_snapshot(&facts.chain_id).await? {

@@ -79,7 +79,7 @@ async fn complete(
     target: &Digest,
 ) -> Result<Option<(ResolvedImage, Manifest)>> {
     let containerd = &shared.containerd;
-    let record = containerd.image(&image.to_string()).await.map_err(|e| containerd.explain(e))?;
+    let record = shared.record(image).await?;
     let Some(record) = record.filter(|record| record.target.digest == target.as_str()) else {
         return Ok(None);
     };
@@ -183,8 +183,7 @@ async fn top(shared: &Shared, image: &ImageRef, source: &Source) -> Result<(Vec<
     if refused.reason() != Reason::RegistryUnavailable {
         return Err(refused);
     }
-    let containerd = &shared.containerd;
-    let record = containerd.image(&image.to_string()).await.map_err(|e| containerd.explain(e))?;
+    let record = shared.record(image).await?;
     let Some(digest) = record.and_then(|record| record.target.digest.parse::<Digest>().ok()) else {
         return Err(refused);
     };
@@ -232,13 +231,16 @@ async fn layers(
 ) -> Result<Cache> {
     let chain = chain_ids(&config.diff_ids);
     let there = unpacked_already(store, &chain).await?;
-    (0..there).for_each(|at| board.stage(at, LayerStage::Unpacking));
     let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(&store.shared.room)).unzip();
     let keeps = store.shared.limits.keep_layers;
     let wanted = taps.into_iter().enumerate().filter(|(at, _)| keeps || *at >= there);
+    if !keeps {
+        (0..there).for_each(|at| board.stage(at, LayerStage::Done));
+    }
     let fetching = stream::iter(wanted.map(|(at, tap)| async move {
         match Box::pin(fetch_layer(store, manifest, board, at, &tap)).await {
             Ok(fetched) => {
+                board.stage(at, if at < there { LayerStage::Done } else { LayerStage::Fetched });
                 tap.stored(manifest.layers[at].size);
                 fetched
             }
@@ -253,7 +255,6 @@ async fn layers(
         .fold(Cache::Hit, |all, one| async move { either(all, one) });
     let unpacking = unpack_layers(store, manifest, config, board, &chain, there, outlets);
     let (fetched, unpacked) = tokio::join!(fetching, unpacking);
-    (0..there).for_each(|at| board.stage(at, LayerStage::Done));
     store.brake.check(either(fetched, unpacked))
 }
 
@@ -337,9 +338,7 @@ async fn fetch_layer(
     board.stage(at, LayerStage::Fetching);
     let progress = |bytes| board.bytes(at, bytes);
     let fetched = store.fetch(blob, labels::of_layer(store.image), Some(tap), progress).await;
-    let fetched = fetched.map_err(|e| e.context(format!("layer {} of {}", at + 1, manifest.layers.len())))?;
-    board.stage(at, LayerStage::Fetched);
-    Ok(fetched)
+    fetched.map_err(|e| e.context(format!("layer {} of {}", at + 1, manifest.layers.len())))
 }
 
 /// Ties everything to the image's name.

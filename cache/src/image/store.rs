@@ -1,9 +1,6 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
-use std::{
-    io,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 
@@ -91,20 +88,24 @@ impl Store<'_> {
         }
         let errand = Errand { blob, labels, reference: self.reference(&blob.digest, &turn), tap };
         let mut pause = FIRST_PAUSE;
-        let mut attempt = 0;
+        let mut tries = Tries {
+            limit: self.shared.limits.attempts,
+            endpoints: self.source.endpoints(),
+            ..Tries::default()
+        };
         loop {
-            let tried = self.brake.or(Box::pin(self.try_fetch(&errand, attempt, &progress))).await;
+            let tried = self.brake.or(Box::pin(self.try_fetch(&errand, tries.failed, &progress))).await;
             let broken = match tried.unwrap_or_else(|stopped| Err(Broken::ForGood(stopped))) {
                 Ok(()) => return Ok(Cache::Miss),
                 Err(broken) => broken,
             };
-            attempt += 1;
-            let again = broken.is_worth(attempt, self.shared.limits.attempts, self.source.endpoints());
-            let (Broken::ForNow(error) | Broken::Wrong(error) | Broken::ForGood(error)) = &broken;
+            let again = tries.count(&broken);
+            let (Broken::Busy(error) | Broken::ForNow(error) | Broken::Wrong(error) | Broken::ForGood(error)) =
+                &broken;
             if !again {
                 return Err(self.abort(&errand.reference, error.clone()).await);
             }
-            tracing::warn!(digest = %blob.digest, attempt, %error, "fetching goes on where it broke off");
+            tracing::warn!(digest = %blob.digest, ?tries, %error, "fetching goes on where it broke off");
             if let Broken::Wrong(error) = &broken {
                 tap.inspect(|tap| tap.spoil());
                 self.abort_or(&errand.reference, error).await?;
@@ -118,7 +119,7 @@ impl Store<'_> {
     async fn try_fetch(
         &self,
         errand: &Errand<'_>,
-        attempt: u32,
+        failed: u32,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
         let Errand { blob, labels, reference, tap } = errand;
@@ -136,7 +137,7 @@ impl Store<'_> {
             writer.restart();
         }
         if writer.offset() < blob.size || blob.size == 0 {
-            self.copy(blob, attempt, &mut writer, *tap, progress).await?;
+            self.copy(blob, failed, &mut writer, *tap, progress).await?;
         }
         match writer.commit(labels.clone()).await {
             // What was poured is nobody's word for what is there.
@@ -152,12 +153,12 @@ impl Store<'_> {
     async fn copy(
         &self,
         blob: &Descriptor,
-        attempt: u32,
+        failed: u32,
         writer: &mut ContentWriter,
         tap: Option<&Tap>,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
-        let source = self.source.blob(&blob.digest, writer.offset(), attempt).await.map_err(Broken::from)?;
+        let source = self.source.blob(&blob.digest, writer.offset(), failed).await.map_err(Broken::from)?;
         if source.offset != writer.offset() {
             tap.inspect(|tap| tap.spoil());
             writer.restart();
@@ -167,7 +168,9 @@ impl Store<'_> {
         loop {
             let asked = Instant::now();
             let Some(part) = bytes.next().await else { break };
-            let part = part.map_err(|error| self.torn(blob, &source.endpoint, &error))?;
+            let part = part.map_err(|error| {
+                Broken::ForNow(self.interrupted(blob, &source.endpoint, &error.to_string()))
+            })?;
             if !pace.keeps(part.len(), asked.elapsed()) {
                 return Err(Broken::ForNow(self.interrupted(blob, &source.endpoint, "it is too slow")));
             }
@@ -284,11 +287,11 @@ impl Store<'_> {
         self.shared.containerd.explain(error)
     }
 
-    /// "Unavailable" is also containerd's word for a write that another client has not let go of yet.
+    /// "Unavailable" is also containerd's word for a write that another client, or our own last try, has not let go of yet.
     fn broken(&self, error: CallError) -> Broken {
         let again = error.is_unavailable();
         let error = self.explain(error);
-        if again { Broken::ForNow(error) } else { Broken::ForGood(error) }
+        if again { Broken::Busy(error) } else { Broken::ForGood(error) }
     }
 
     /// containerd checks size and digest at the commit.
@@ -298,15 +301,6 @@ impl Store<'_> {
             return Broken::Wrong(self.corrupt(blob, message));
         }
         self.broken(error)
-    }
-
-    /// The stream from the registry failed.
-    fn torn(&self, blob: &Descriptor, endpoint: &str, error: &io::Error) -> Broken {
-        let what = error.to_string();
-        if error.kind() == io::ErrorKind::InvalidData {
-            return Broken::Wrong(self.corrupt(blob, &what));
-        }
-        Broken::ForNow(self.interrupted(blob, endpoint, &what))
     }
 
     fn corrupt(&self, blob: &Descriptor, what: &str) -> Error {
@@ -329,6 +323,8 @@ impl Store<'_> {
 /// Whether it is worth another try.
 #[derive(Debug)]
 enum Broken {
+    /// containerd could not take it; no endpoint is to blame.
+    Busy(Error),
     /// What has arrived is good.
     ForNow(Error),
     /// What has arrived is not what was asked for; another endpoint, or a whole download, may serve the right thing.
@@ -337,13 +333,37 @@ enum Broken {
     ForGood(Error),
 }
 
-impl Broken {
-    /// `tried` counts the tries so far; every endpoint gets one.
-    fn is_worth(&self, tried: u32, limit: u32, endpoints: u32) -> bool {
-        match self {
-            Self::ForNow(_) => tried < limit.max(endpoints),
-            Self::Wrong(_) => tried < endpoints.max(2),
-            Self::ForGood(_) => false,
+/// How often fetching a blob was tried.
+#[derive(Debug, Default)]
+struct Tries {
+    /// How often at the most, for each kind of failure.
+    limit: u32,
+    endpoints: u32,
+    /// How often containerd could not take it.
+    busy: u32,
+    /// How many downloads have failed, in whatever way: the next begins with another endpoint.
+    failed: u32,
+    /// How many of them had brought something else.
+    wrong: u32,
+}
+
+impl Tries {
+    /// Counts one. Returns whether there is to be another; every endpoint gets one.
+    fn count(&mut self, broken: &Broken) -> bool {
+        let counts = match broken {
+            Broken::Busy(_) => [1, 0, 0],
+            Broken::ForNow(_) => [0, 1, 0],
+            Broken::Wrong(_) => [0, 1, 1],
+            Broken::ForGood(_) => return false,
+        };
+        self.busy += counts[0];
+        self.failed += counts[1];
+        self.wrong += counts[2];
+        match broken {
+            // It is over soon, or containerd is not well.
+            Broken::Busy(_) => self.busy < 2 * self.limit,
+            Broken::Wrong(_) => self.wrong < self.endpoints.max(2),
+            Broken::ForNow(_) | Broken::ForGood(_) => self.failed < self.limit.max(self.endpoints),
         }
     }
 }
@@ -361,18 +381,24 @@ mod tests {
     #[test]
     fn how_often_it_is_tried() {
         let error = || Error::new(Reason::RegistryUnavailable, "x");
-        // Tries so far, endpoints: again?
-        let table = [
-            (Broken::ForNow(error()), 1, 1, true),
-            (Broken::ForNow(error()), 4, 1, false),
-            (Broken::ForNow(error()), 4, 6, true),
-            (Broken::Wrong(error()), 1, 1, true),
-            (Broken::Wrong(error()), 2, 1, false),
-            (Broken::Wrong(error()), 2, 3, true),
-            (Broken::ForGood(error()), 1, 3, false),
+        let (busy, for_now) = (|| Broken::Busy(error()), || Broken::ForNow(error()));
+        let (wrong, for_good) = (|| Broken::Wrong(error()), || Broken::ForGood(error()));
+        // Endpoints, what happens, how often that is tried, beginning with which endpoint the next time.
+        let table: [(u32, Vec<Broken>, usize, u32); 8] = [
+            (1, vec![for_now(), for_now(), for_now(), for_now()], 4, 4),
+            (6, (0..9).map(|_| for_now()).collect(), 6, 6),
+            (1, vec![wrong(), wrong(), wrong()], 2, 2),
+            (3, vec![wrong(), wrong(), wrong()], 3, 3),
+            (1, vec![for_good(), for_good()], 1, 0),
+            (1, (0..9).map(|_| busy()).collect(), 8, 0),
+            // Neither takes another's tries.
+            (2, vec![wrong(), busy(), busy(), for_now(), wrong()], 5, 3),
+            (2, vec![for_now(), for_now(), wrong(), for_now()], 4, 4),
         ];
-        for (broken, tried, endpoints, again) in table {
-            assert_eq!(broken.is_worth(tried, 4, endpoints), again, "{broken:?} {tried} {endpoints}");
+        for (endpoints, happens, tried, next) in table {
+            let mut tries = Tries { limit: 4, endpoints, ..Tries::default() };
+            let again = happens.iter().take_while(|broken| tries.count(broken)).count();
+            assert_eq!((again + 1, tries.failed), (tried, next), "{endpoints} {happens:?}");
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     containerd::{CallError, Mount},
     error::{Error, Reason, Result},
     layer::{self, Bounds, Detached, Inflated, LayerError, MountPoint, Stop},
+    stages::Laps,
 };
 
 /// One layer to unpack.
@@ -110,8 +111,8 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     let (shared, lease) = (store.shared, store.lease);
     // The same bytes take everybody equally long, and each try is bounded by the unpack timeout. Other bytes that claim to
     // be the same layer are strangers: they may need all of that time and come to nothing. Working beside them does no
-    // harm: each has a snapshot of its own until it is committed.
-    // And it may have to wait for its bytes: those who pull from another registry are strangers as well.
+    // harm: each has a snapshot of its own until it is committed. Those who pull from another registry are strangers as
+    // well: their bytes may not come.
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
@@ -139,6 +140,10 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
                 error.context(format!("(and the unfinished snapshot {key:?} stays in containerd: {second})"))
             );
         }
+        // Too much of it, or what nobody has: at once, if nobody else could have served something else.
+        if error.reason() == Reason::ImageUnsupported && store.source.endpoints() == 1 {
+            return Err(error);
+        }
         // What had arrived may turn out to be wrong, and come again from somewhere else.
         if !store.brake.or(layer.bytes.stored()).await? || !layer.bytes.take_spoiled() {
             return Err(error);
@@ -163,7 +168,7 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
     let containerd = &shared.containerd;
     let parent = layer.parent.map(Digest::as_str).unwrap_or_default();
     let labels = HashMap::from([("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string())]);
-    let mut clock = Clock::start();
+    let mut clock = Laps::start();
     let prepared = containerd.prepare_snapshot(lease, key, parent, labels.clone()).await;
     let mounts = prepared.map_err(|e| containerd.explain(e))?;
     let prepared = clock.lap();
@@ -196,20 +201,6 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
     let committed = clock.lap();
     tracing::debug!(digest = %layer.blob.digest, ?prepared, ?applying, ?waited, ?committed, "a layer was unpacked");
     Ok(())
-}
-
-/// Where the time goes.
-struct Clock(Instant);
-
-impl Clock {
-    fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    fn lap(&mut self) -> Duration {
-        let begun = std::mem::replace(&mut self.0, Instant::now());
-        self.0.duration_since(begun)
-    }
 }
 
 /// A block device with a filesystem, which is all that can be mounted here.

@@ -25,9 +25,6 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Bytes that are written, or found to be zeros, at once.
 const PIECE: usize = 64 << 10;
-/// What is remembered of a layer may take so many bytes: enough for millions of files, and for as many directories as any
-/// image has.
-const MEMORY_MAX: usize = 96 << 20;
 /// What an entry of a map takes besides its name.
 const ENTRY: usize = 64;
 
@@ -38,6 +35,8 @@ pub struct Bounds {
     pub bytes: u64,
     /// Members.
     pub members: u64,
+    /// Bytes of memory for what is remembered of it while it is applied: hashes of all paths, and the names of directories.
+    pub memory: usize,
 }
 
 impl Bounds {
@@ -61,6 +60,7 @@ pub fn apply(root: Root, layer: Inflated, bounds: Bounds) -> Result<Inflated> {
         cleared: HashSet::new(),
         directories: HashMap::new(),
         remembered: 0,
+        memory: bounds.memory,
     };
     let (mut members, mut bytes) = (0_u64, 0_u64);
     while let Some(member) = archive.next()? {
@@ -92,6 +92,8 @@ struct Layer {
     directories: HashMap<Vec<u8>, Times>,
     /// Bytes of all of that.
     remembered: usize,
+    /// How many there may be.
+    memory: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -179,9 +181,11 @@ impl Layer {
 
     fn remember(&mut self, bytes: usize) -> Result<()> {
         self.remembered += bytes;
-        if self.remembered > MEMORY_MAX {
-            let what =
-                format!("to remember its directories and files takes more than {MEMORY_MAX} bytes of memory");
+        if self.remembered > self.memory {
+            let what = format!(
+                "to remember its directories and files takes more than {} bytes of memory",
+                self.memory
+            );
             return Err(LayerError::Refused(what));
         }
         Ok(())

@@ -66,9 +66,13 @@ impl Detached {
     /// # Errors
     /// [`LayerError::Filesystem`], by the kernel's word.
     pub fn root(&self, stop: &Stop) -> Result<Root> {
+        self.open().map(|fd| Root::new(fd, stop))
+    }
+
+    fn open(&self) -> Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat(&self.0, ".", flags, Mode::empty());
-        root.map(|fd| Root::new(fd, stop)).map_err(|errno| LayerError::at("opening", b"/", errno))
+        rustix::fs::openat(&self.0, ".", flags, Mode::empty())
+            .map_err(|errno| LayerError::at("opening", b"/", errno))
     }
 
     /// Bytes that the filesystem has in all.
@@ -86,13 +90,6 @@ impl Detached {
     /// # Errors
     /// What could not be written is told only here.
     pub fn unmount(self) -> Result<()> {
-        let root = rustix::fs::openat(
-            &self.0,
-            ".",
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        );
-        let root = root.map_err(|errno| LayerError::at("opening", b"/", errno))?;
-        rustix::fs::syncfs(&root).map_err(|errno| LayerError::at("writing back", b"/", errno))
+        rustix::fs::syncfs(self.open()?).map_err(|errno| LayerError::at("writing back", b"/", errno))
     }
 }

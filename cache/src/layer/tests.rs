@@ -18,7 +18,7 @@ use tar::{Builder, EntryType, Header};
 use super::*;
 use crate::image::Digest;
 
-const BOUNDS: Bounds = Bounds { bytes: 1 << 30, members: 1000 };
+const BOUNDS: Bounds = Bounds { bytes: 1 << 30, members: 1000, memory: 1 << 20 };
 
 /// A layer in the making, owned by whoever runs the tests.
 struct Tar(Builder<Vec<u8>>);
@@ -368,7 +368,7 @@ fn bounds_hold() {
         let error = apply_with(directory.path(), &many, bounds).unwrap_err();
         assert!(matches!(&error, LayerError::Refused(why) if why.contains("layer_size_max")), "{error:?}");
     }
-    assert!(apply_with(directory.path(), &many, Bounds { members: 20, bytes: 100 }).is_ok());
+    assert!(apply_with(directory.path(), &many, Bounds { members: 20, bytes: 100, ..BOUNDS }).is_ok());
 }
 
 /// What a layer makes us remember, and inflate, is bounded too.
@@ -385,10 +385,19 @@ fn small_layers_take_no_memory_and_no_time() {
     let named = |n: usize| format!("{}d", "./".repeat(n % 40));
     let ways = (0..900).fold(Tar::new(), |tar, n| tar.directory(&named(n))).bytes();
     let directory = tempfile::tempdir().unwrap();
-    assert!(apply_with(directory.path(), &ways, BOUNDS).is_ok());
+    let little = Bounds { memory: 200, ..BOUNDS };
+    assert!(apply_with(directory.path(), &ways, little).is_ok(), "it is remembered once");
+    // Ever other ones, opaque ones, and parents that nobody has named.
+    let directories = (0..10).fold(Tar::new(), |tar, n| tar.directory(&format!("d{n}"))).bytes();
+    let opaque = (0..10).fold(Tar::new(), |tar, n| tar.file(&format!("o{n}/.wh..wh..opq"), b"")).bytes();
+    let deep = Tar::new().file("a/b/c/d/e/f/g/h/i/j/k/l/m/n", b"").bytes();
+    for many in [directories, opaque, deep] {
+        assert!(refusal(&many, little).contains("bytes of memory"));
+        assert!(apply_with(directory.path(), &many, BOUNDS).is_ok());
+    }
     // Behind the end of the archive.
     let endless = [Tar::new().file("f", b"x").bytes(), vec![0; 300_000]].concat();
-    assert!(refusal(&endless, Bounds { bytes: 1000, members: 10 }).contains("when it is inflated"));
+    assert!(refusal(&endless, Bounds { bytes: 1000, members: 10, ..BOUNDS }).contains("when it is inflated"));
     let crowd: Vec<String> = (0..10_001).map(|n| format!("SCHILY.xattr.a{n}")).collect();
     let crowd: Vec<(&str, &[u8])> = crowd.iter().map(|key| (key.as_str(), &b"x"[..])).collect();
     assert!(refusal(&Tar::new().pax(&crowd).file("f", b"").bytes(), BOUNDS).contains("records"));

@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use cowshed_leases::{DeviceIdentity, DeviceNumber, Process, Spec, State, UnixMicros, Uptime};
+use cowshed_leases::{Spec, State, Uptime};
 
 use super::*;
-use crate::fakes::book::{ask, back, id, now, spec};
+use crate::fakes::book::{ask, back, grant, id, now, spec};
 
 fn vm(n: u32) -> VmId {
     ask(n).vm
@@ -179,20 +179,4 @@ async fn what_has_become_doubtful_is_not_renewed_unseen_with_others() {
     let seen =
         ledger.renew(id(1), None, Some(Seen { root: grant(1).device, scratch: None }), later).await.unwrap();
     assert_eq!(seen.term.until, Some(Uptime(90_000_000)));
-}
-
-fn grant(n: u32) -> Grant {
-    let number = |minor| DeviceNumber { major: 253, minor };
-    let device = DeviceIdentity {
-        path: format!("/dev/mapper/snap-{n}"),
-        number: number(n),
-        dm_name: format!("snap-{n}"),
-        dm_uuid: None,
-        thin_id: n,
-        pool: number(0),
-        size_bytes: 1 << 30,
-        read_only: false,
-    };
-    let (filesystem, image_digest) = ("ext4".into(), "sha256:0".into());
-    Grant { device, filesystem, scratch: None, image_digest, process: Process::default(), at: UnixMicros(0) }
 }

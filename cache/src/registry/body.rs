@@ -1,13 +1,11 @@
-//! What an endpoint sends: read whole up to a bound, or as it comes, and then held against its digest.
+//! What an endpoint sends: read whole up to a bound, or as it comes.
 
 use std::io;
 
 use futures_util::{StreamExt as _, stream, stream::BoxStream};
 use reqwest::Response;
-use sha2::{Digest as _, Sha256};
 
 use super::refusal::{Failure, words};
-use crate::image::Digest;
 
 /// All of it, if it has `limit` bytes at the most.
 pub(super) async fn whole(mut response: Response, limit: usize) -> Result<Vec<u8>, Failure> {
@@ -43,33 +41,9 @@ pub(super) fn parts(response: Response) -> Parts {
     stream::try_unfold(response, next).boxed()
 }
 
-/// The bytes as they arrive; `InvalidData` at their end if they do not have the digest.
-pub(super) fn verified(response: Response, wanted: Digest) -> Parts {
-    struct State {
-        parts: Parts,
-        hash: Sha256,
-        wanted: Digest,
-    }
-    let next = |mut state: State| async move {
-        if let Some(part) = state.parts.next().await {
-            let part = part?;
-            state.hash.update(&part);
-            return Ok(Some((part, state)));
-        }
-        let found = Digest::of_hash(&state.hash.finalize());
-        if found == state.wanted {
-            return Ok(None);
-        }
-        Err(io::Error::new(io::ErrorKind::InvalidData, format!("its digest is {found}")))
-    };
-    stream::try_unfold(State { parts: parts(response), hash: Sha256::new(), wanted }, next).boxed()
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use futures_util::TryStreamExt as _;
-
     use super::*;
 
     fn response(text: &'static str) -> Response {
@@ -86,14 +60,5 @@ mod tests {
         for (limit, text) in [(5, "12345"), (9, "12345"), (3, "123"), (0, "")] {
             assert_eq!(beginning(response("12345"), limit).await, text.as_bytes(), "{limit}");
         }
-    }
-
-    #[tokio::test]
-    async fn a_stream_is_held_against_its_digest() {
-        let right: Vec<Vec<u8>> =
-            verified(response("12345"), Digest::of(b"12345")).try_collect().await.unwrap();
-        assert_eq!(right.concat(), b"12345");
-        let wrong = verified(response("12345"), Digest::of(b"1234")).try_collect::<Vec<_>>().await;
-        assert_eq!(wrong.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

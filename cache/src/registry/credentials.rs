@@ -220,8 +220,6 @@ fn wrong(path: &Path, what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     fn credentials(text: &str) -> Credentials {
@@ -277,20 +275,9 @@ mod tests {
         assert_eq!(format!("{secret:?}"), "Credential(…)");
     }
 
+    /// One that answers is found by PATH, which tests must not change for one another: end to end.
     #[tokio::test]
-    async fn helpers_are_asked() {
-        let directory = tempfile::tempdir().unwrap();
-        let write = |name: &str, script: &str| {
-            let path = directory.path().join(format!("docker-credential-{name}"));
-            std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-            path.display().to_string()
-        };
-        let told = write("told", r#"printf '{"ServerURL":"%s","Username":"cow","Secret":"%s"}' x "$(cat)""#);
-        // They are found by PATH, which tests must not change for one another.
-        let output =
-            tokio::process::Command::new(told).arg("get").stdin(Stdio::null()).output().await.unwrap();
-        assert!(output.status.success());
+    async fn helpers_that_cannot_be_asked_are_told() {
         for (helper, says) in [("../x", "no name"), ("", "no name"), ("that-is-not-there", "cannot be run")] {
             let file = credentials(&format!(r#"{{"credsStore": "{helper}"}}"#));
             let error = file.of("r.example").await.unwrap_err().to_string();

@@ -67,7 +67,7 @@ pub struct Blob {
     pub endpoint: String,
     /// Where they begin.
     pub offset: u64,
-    /// The bytes from there on. `InvalidData` at their end says that they do not have the digest.
+    /// The bytes from there on; whether they have the digest, containerd says when they are committed.
     pub bytes: body::Parts,
 }
 
@@ -194,23 +194,19 @@ impl Source {
     }
 
     /// The bytes of a blob from `offset` on; they may begin before `offset`. They come from the first endpoint that
-    /// has it, beginning with another one at each `attempt`, so that one that always breaks off is left.
-    pub async fn blob(&self, digest: &Digest, offset: u64, attempt: u32) -> Result<Blob> {
+    /// has it, beginning with another one after each that has `failed`, so that one that always breaks off is left.
+    pub async fn blob(&self, digest: &Digest, offset: u64, failed: u32) -> Result<Blob> {
         let mut failure: Option<Error> = None;
-        let (count, first) = (self.endpoints.len(), attempt as usize);
+        let (count, first) = (self.endpoints.len(), failed as usize);
         let from_first =
             self.endpoints.iter().cycle().skip(first.checked_rem(count).unwrap_or(0)).take(count);
         for (endpoint, connection) in from_first {
             match connection.blob(&at(self.image.inner(), endpoint), digest, offset).await {
                 Ok(response) => {
                     let endpoint = endpoint.authority.clone();
-                    return Ok(match response.status() {
-                        // A part has no digest; containerd checks the whole.
-                        StatusCode::PARTIAL_CONTENT => {
-                            Blob { endpoint, offset, bytes: body::parts(response) }
-                        }
-                        _ => Blob { endpoint, offset: 0, bytes: body::verified(response, digest.clone()) },
-                    });
+                    let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
+                    let offset = if is_part { offset } else { 0 };
+                    return Ok(Blob { endpoint, offset, bytes: body::parts(response) });
                 }
                 Err(error) => {
                     let error = self.explain(&error, endpoint, digest.as_str());

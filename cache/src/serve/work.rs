@@ -212,7 +212,11 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         concurrent_downloads: r.concurrent_downloads,
         unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
         unpacker: config.images.unpacker,
-        layer: Bounds { bytes: config.images.layer_size_max.0, members: config.images.layer_members_max },
+        layer: Bounds {
+            bytes: config.images.layer_size_max.0,
+            members: config.images.layer_members_max,
+            ..PullLimits::default().layer
+        },
         keep_layers: config.images.keep_layers,
         ..PullLimits::default()
     };

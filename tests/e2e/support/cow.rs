@@ -121,6 +121,11 @@ pub(crate) fn evict(images: &[&str]) -> Outcome {
 /// Leaves no image in containerd, no layer and no blob.
 pub(crate) fn evict_all() -> Outcome {
     sh("ctr images ls -q | xargs -r ctr images rm --sync")?;
+    nothing_pulled()
+}
+
+/// Waits until there is no layer and no blob, by collections if need be.
+pub(crate) fn nothing_pulled() -> Outcome {
     wait_for("an empty content store", || {
         // A collection that is under way may have begun before the last removal.
         let left =
