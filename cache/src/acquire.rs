@@ -25,7 +25,7 @@ use crate::{
     drain::Drain,
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp},
-    image::{Cache, ImageCache, ImageRef, Platform, ResolvedImage},
+    image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
     kernel::Devices,
     ledger::Ledger,
     making::{Maker, Making},
@@ -43,6 +43,8 @@ pub struct Wish {
     pub image: ImageRef,
     /// For which platform.
     pub platform: Platform,
+    /// Whose VM it is, and what is asked of the image's registry.
+    pub access: Access,
     /// What the VM may do with the image's disk.
     pub mode: Mode,
     /// What it wants beside that.
@@ -62,6 +64,7 @@ impl Wish {
             spec: Spec {
                 image: self.image.to_string(),
                 platform: self.platform.to_string(),
+                tenant: self.access.tenant.clone(),
                 mode: self.mode,
                 scratch: self.scratch,
             },
@@ -74,8 +77,9 @@ impl Wish {
 
     /// Wishes of one key share a flight. What else they ask for is added to what it comes to.
     fn key(&self) -> (VmId, String) {
-        let Self { image, platform, mode, scratch, fresh, .. } = self;
-        (self.vm.clone(), format!("{image} {platform} {mode:?} {scratch:?} {fresh}"))
+        let Self { image, platform, access, mode, scratch, fresh, .. } = self;
+        let Access { tenant, policy, credential: _ } = access;
+        (self.vm.clone(), format!("{image} {platform} {tenant} {policy:?} {mode:?} {scratch:?} {fresh}"))
     }
 }
 
@@ -274,15 +278,16 @@ impl Acquirer {
     }
 
     async fn image(&self, wish: &Wish, stages: &mut Stages) -> Result<(ResolvedImage, Cache)> {
-        let found = self.images.resolve(&wish.image, &wish.platform).await?;
+        let Wish { image, platform, access, .. } = wish;
+        let found = self.images.resolve(image, platform, access).await?;
         stages.done(Stage::Resolve);
         if let Some(image) = found {
             return Ok((image, Cache::Hit));
         }
-        let image = self.images.ensure(&wish.image, &wish.platform).await?;
+        let (image, cache) = self.images.ensure(image, platform, access).await?;
         stages.done(Stage::Pull);
-        // This caller has waited for a pull, whoever had begun it.
-        Ok((image, Cache::Miss))
+        // This caller has waited for a pull, whoever had begun it. Unless it was to see that there is nothing to pull.
+        Ok((image, if access.policy == PullPolicy::Always { cache } else { Cache::Miss }))
     }
 
     /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be

@@ -177,6 +177,9 @@ pub struct Registry {
     pub connect_timeout_seconds: u64,
     /// A download without a byte for this time is broken off, in seconds.
     pub read_timeout_seconds: u64,
+    /// How long its word counts that a tenant may have what another has pulled with credentials of its own, in seconds;
+    /// 0: it is asked each time.
+    pub access_check_seconds: u64,
 }
 
 /// `[images]`
@@ -191,6 +194,8 @@ pub struct Images {
     pub layer_members_max: u64,
     /// Whether compressed layers stay in containerd's content store when they are unpacked.
     pub keep_layers: bool,
+    /// How long it counts what a tag meant, in seconds; then the next Acquire asks the registry again. 0: for ever.
+    pub revalidate_seconds: u64,
 }
 
 /// `[leases]`
@@ -294,14 +299,21 @@ impl Default for Registry {
             concurrent_downloads: 3,
             connect_timeout_seconds: 10,
             read_timeout_seconds: 60,
+            access_check_seconds: PullLimits::default().access_check.as_secs(),
         }
     }
 }
 
 impl Default for Images {
     fn default() -> Self {
-        let PullLimits { unpacker, layer, keep_layers, .. } = PullLimits::default();
-        Self { unpacker, layer_size_max: Bytes(layer.bytes), layer_members_max: layer.members, keep_layers }
+        let PullLimits { unpacker, layer, keep_layers, revalidate, .. } = PullLimits::default();
+        Self {
+            unpacker,
+            layer_size_max: Bytes(layer.bytes),
+            layer_members_max: layer.members,
+            keep_layers,
+            revalidate_seconds: revalidate.as_secs(),
+        }
     }
 }
 

@@ -143,7 +143,7 @@ impl Acquirer {
         let mut prepared = self.snapshot(lease, &image).await;
         if prepared.as_ref().is_err_and(CallError::is_not_found) {
             stages.done(Stage::Prepare);
-            image = self.images.ensure(&wish.image, &wish.platform).await?;
+            (image, _) = self.images.ensure(&wish.image, &wish.platform, &wish.access).await?;
             stages.done(Stage::Pull);
             if lease.vm.is_image() && lease.vm != in_name_of(&image)? {
                 let message = format!("{} has become another image just now; acquire again", wish.image);

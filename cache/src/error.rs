@@ -35,6 +35,9 @@ pub enum Reason {
     DeviceInvalid,
     ModeInvalid,
     ScratchInvalid,
+    TenantInvalid,
+    CredentialsInvalid,
+    PullPolicyInvalid,
     LeaseNotFound,
     ImageNotFound,
     PlatformNotFound,
@@ -46,6 +49,7 @@ pub enum Reason {
     PoolMissing,
     PoolUnusable,
     PoolUnzeroed,
+    ImageNotPresent,
     ImageUnsupported,
     ImageInUse,
     ImagePinned,
@@ -85,12 +89,16 @@ impl Reason {
             | Self::RequestIdReused
             | Self::DeviceInvalid
             | Self::ModeInvalid
-            | Self::ScratchInvalid => Code::InvalidArgument,
+            | Self::ScratchInvalid
+            | Self::TenantInvalid
+            | Self::CredentialsInvalid
+            | Self::PullPolicyInvalid => Code::InvalidArgument,
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied => Code::PermissionDenied,
             Self::SnapshotterUnfit
             | Self::PoolUnzeroed
+            | Self::ImageNotPresent
             | Self::ImageUnsupported
             | Self::ImageInUse
             | Self::ImagePinned
@@ -130,6 +138,9 @@ impl Reason {
             Self::DeviceInvalid => "DEVICE_INVALID",
             Self::ModeInvalid => "MODE_INVALID",
             Self::ScratchInvalid => "SCRATCH_INVALID",
+            Self::TenantInvalid => "TENANT_INVALID",
+            Self::CredentialsInvalid => "CREDENTIALS_INVALID",
+            Self::PullPolicyInvalid => "PULL_POLICY_INVALID",
             Self::LeaseNotFound => "LEASE_NOT_FOUND",
             Self::ImageNotFound => "IMAGE_NOT_FOUND",
             Self::PlatformNotFound => "PLATFORM_NOT_FOUND",
@@ -141,6 +152,7 @@ impl Reason {
             Self::PoolMissing => "POOL_MISSING",
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::PoolUnzeroed => "POOL_UNZEROED",
+            Self::ImageNotPresent => "IMAGE_NOT_PRESENT",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::ImageInUse => "IMAGE_IN_USE",
             Self::ImagePinned => "IMAGE_PINNED",

@@ -27,7 +27,9 @@ use crate::{
     drain::Drain,
     error::{Error, Reason, Result},
     flights::Flights,
-    image::{Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls},
+    image::{
+        Access, Cache, Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls,
+    },
     kernel::{Devices, Holder, Kernel, KernelError, PoolMode, PoolUsage},
     ledger::Ledger,
     making::Making,
@@ -373,17 +375,27 @@ impl Kernel for World {
 
 #[async_trait::async_trait]
 impl ImageCache for World {
-    async fn resolve(&self, _image: &ImageRef, _platform: &Platform) -> Result<Option<ResolvedImage>> {
+    async fn resolve(
+        &self,
+        _image: &ImageRef,
+        _platform: &Platform,
+        _access: &Access,
+    ) -> Result<Option<ResolvedImage>> {
         Ok(Some(image()).filter(|_| !self.absent.load(Ordering::SeqCst)))
     }
 
-    async fn ensure(&self, _image: &ImageRef, _platform: &Platform) -> Result<ResolvedImage> {
+    async fn ensure(
+        &self,
+        _image: &ImageRef,
+        _platform: &Platform,
+        _access: &Access,
+    ) -> Result<(ResolvedImage, Cache)> {
         drop(self.pulls.lock().await);
         if self.pulls_fail.load(Ordering::SeqCst) {
             return Err(Error::new(Reason::RegistryUnavailable, "the registry does not answer"));
         }
         self.state.lock().unwrap().parents.insert(image().chain_id.to_string());
-        Ok(image())
+        Ok((image(), Cache::Miss))
     }
 }
 
@@ -522,6 +534,7 @@ pub(crate) fn wish(vm: &str) -> Wish {
         vm: vm.parse().unwrap(),
         image: image().name,
         platform: Platform::host(),
+        access: Access::default(),
         mode: Mode::CopyOnWrite,
         scratch: None,
         ttl: None,

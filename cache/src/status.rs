@@ -91,7 +91,7 @@ impl StatusSource {
             }
         };
         // Any call that names the snapshotter tells whether it is there.
-        match timeout_at(deadline, self.containerd.has_snapshot("cowshed-status")).await {
+        match timeout_at(deadline, self.containerd.snapshot_labels("cowshed-status")).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => problems.push(self.containerd.explain(error)),
             Err(_) => problems.push(late("Snapshots.Stat")),

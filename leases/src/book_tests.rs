@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     Acquisition, Ask, BookError, BootId, DeviceIdentity, DeviceNumber, Failure, Grace, Grant, Kind, Mode,
-    Moment, Process, Release, Releasing, Scratch, ScratchGrant, Seen, Share, Spec, State, Suspicion, Ttl,
-    UnixMicros, Uptime,
+    Moment, Process, Release, Releasing, Scratch, ScratchGrant, Seen, Share, Spec, State, Suspicion, Tenant,
+    Ttl, UnixMicros, Uptime,
 };
 
 const SECOND: u64 = 1_000_000;
@@ -22,7 +22,7 @@ pub(crate) fn spec(n: u8) -> Spec {
     let image = format!("registry.example/app:{}", if n >= SHARED { 0 } else { n });
     let mode = if n >= SHARED { Mode::SharedReadOnly } else { Mode::CopyOnWrite };
     let scratch = (n == SHARED + 1).then_some(Scratch { size_bytes: 1 << 20, raw: false });
-    Spec { image, platform: "linux/amd64".into(), mode, scratch }
+    Spec { image, platform: "linux/amd64".into(), tenant: Tenant::default(), mode, scratch }
 }
 
 pub(crate) const SHARED: u8 = 10;

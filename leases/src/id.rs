@@ -54,6 +54,33 @@ impl VmId {
 
 const IMAGE_PREFIX: char = '@';
 
+/// Whom a VM belongs to, as the launcher knows it: made of what VM ids are made of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Tenant(String);
+
+/// The only one, where nobody says which.
+impl Default for Tenant {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl Tenant {
+    /// One that no request can name.
+    pub fn nobody() -> Self {
+        Self(String::new())
+    }
+}
+
+impl FromStr for Tenant {
+    type Err = VmIdError;
+
+    fn from_str(text: &str) -> Result<Self, VmIdError> {
+        text.parse::<VmId>().map(|VmId(text)| Self(text))
+    }
+}
+
 /// Reads what was written down; a launcher's name is parsed, and can be no image.
 impl TryFrom<String> for VmId {
     type Error = VmIdError;
@@ -196,8 +223,10 @@ macro_rules! parsed_when_read {
     };
 }
 string_newtype!(VmId);
+string_newtype!(Tenant);
 string_newtype!(LeaseId);
 string_newtype!(RequestId);
+parsed_when_read!(Tenant, VmIdError);
 parsed_when_read!(LeaseId, LeaseIdError);
 parsed_when_read!(RequestId, RequestIdError);
 

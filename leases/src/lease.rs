@@ -28,7 +28,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BootId, DeviceIdentity, Generation, LeaseId, Moment, Revision, Ttl, UnixMicros, Uptime, VmId};
+use crate::{
+    BootId, DeviceIdentity, Generation, LeaseId, Moment, Revision, Tenant, Ttl, UnixMicros, Uptime, VmId,
+};
 
 /// What a VM asked for, in full form, so that equal wishes compare equal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +39,9 @@ pub struct Spec {
     pub image: String,
     /// os/architecture[/variant].
     pub platform: String,
+    /// Whose VM it is.
+    #[serde(default)]
+    pub tenant: Tenant,
     /// What the VM may do with the image's disk.
     #[serde(default)]
     pub mode: Mode,

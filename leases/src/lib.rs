@@ -16,7 +16,7 @@ pub use book::{Book, Change, Stored, Tombstone};
 pub use device::{DeviceIdentity, DeviceNumber, Seen};
 pub use id::{
     Generation, LeaseId, LeaseIdError, REQUEST_ID_MAX_BYTES, RequestId, RequestIdError, Revision,
-    SNAPSHOT_KEY_PREFIX, VM_ID_MAX_BYTES, VmId, VmIdError,
+    SNAPSHOT_KEY_PREFIX, Tenant, VM_ID_MAX_BYTES, VmId, VmIdError,
 };
 pub use lease::{Failure, Grant, Lease, Mode, Process, Scratch, ScratchGrant, Spec, State, Suspicion, Term};
 pub use moves::{Acquisition, Ask, BookError, Difference, Grace, Kind, Release, Releasing, Request, Share};

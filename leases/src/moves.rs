@@ -501,6 +501,7 @@ fn differences(held: &Spec, asked: &Spec) -> Vec<Difference> {
     let fields = [
         ("image", held.image.clone(), asked.image.clone()),
         ("platform", held.platform.clone(), asked.platform.clone()),
+        ("tenant", held.tenant.to_string(), asked.tenant.to_string()),
         ("mode", held.mode.as_str().to_owned(), asked.mode.as_str().to_owned()),
         ("scratch", scratch(held), scratch(asked)),
     ];

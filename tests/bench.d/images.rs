@@ -195,7 +195,7 @@ async fn call_at_once(name: &str, callers: usize) -> Outcome<Duration> {
     let begun = Instant::now();
     try_join_all((0..callers).map(|_| async {
         let channel = cowshed::channel(Path::new(cowshed::SOCKET)).await?;
-        let request = PullImageRequest { image: name.to_owned(), platform: None };
+        let request = PullImageRequest { image: name.to_owned(), ..PullImageRequest::default() };
         let mut pictures = CowshedClient::new(channel).pull_image(request).await?.into_inner();
         let mut image = None;
         while let Some(picture) = pictures.message().await? {

@@ -92,6 +92,7 @@ fn timed(name: String, test: fn() -> Outcome) -> Outcome {
 }
 
 /// Where the suite's time goes.
+#[allow(clippy::print_stdout, reason = "like the results")]
 fn tell_slowest() {
     let Ok(mut durations) = DURATIONS.lock() else { return };
     durations.sort();

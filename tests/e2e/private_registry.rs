@@ -15,6 +15,8 @@ use crate::{
         Outcome, check,
         command::sh,
         cow::evict_all,
+        fake_image::digest,
+        fake_registry::{Answer, FakeRegistry, Hosts},
         same,
         second::{Plan, Second},
         wait_for,
@@ -24,6 +26,8 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[
     ("with_a_certificate_of_its_own_and_a_password", with_a_password),
     ("with_a_credential_helper", with_a_helper),
+    ("of_several_tenants", of_several_tenants),
+    ("of_several_tenants_without_kept_layers", of_tenants_without_layers),
 ];
 
 const AUTHORITY: &str = "127.0.0.1:5443";
@@ -33,6 +37,9 @@ const HASH: &str = "$2b$05$abcdefghijklmnopqrstuuIvcImCbNWZEFMZ474.P3nceHvzH/JUO
 /// "cow:moo" and "cow:oink" in base 64.
 const RIGHT: &str = "Y293Om1vbw==";
 const WRONG: &str = "Y293Om9pbms=";
+/// As `--credentials` takes it.
+const COW: &str = r#"{"username":"cow","password":"moo"}"#;
+const WRONG_COW: &str = r#"{"username":"cow","password":"oink"}"#;
 const HELPER: &str = "/usr/local/bin/docker-credential-e2e";
 
 /// Has the images of the host's own. Stopped when dropped.
@@ -68,12 +75,22 @@ impl Private {
         serve.arg("serve").arg(directory.path().join("config.yml"));
         let process = serve.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?;
         let private = Self { directory, process };
-        wait_for("the private registry", || {
-            let status = sh(&format!("curl -sk -o /dev/null -w '%{{http_code}}' https://{AUTHORITY}/v2/"))?;
-            same!(status.trim(), "401", "what it says to anybody");
-            Ok(())
-        })?;
+        answers()?;
         Ok(private)
+    }
+
+    /// Until it is started again it does not answer.
+    fn stop(&mut self) -> Outcome {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    fn start_again(&mut self) -> Outcome {
+        let mut serve = Command::new("docker-registry");
+        serve.arg("serve").arg(self.directory.path().join("config.yml"));
+        self.process = serve.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        answers()
     }
 
     fn docker_config(&self) -> PathBuf {
@@ -85,6 +102,14 @@ impl Private {
         let path = self.docker_config();
         Plan::new(&format!("[registry]\ndocker_config = {:?}\n", path.display()))?.start()
     }
+}
+
+fn answers() -> Outcome {
+    wait_for("the private registry", || {
+        let status = sh(&format!("curl -sk -o /dev/null -w '%{{http_code}}' https://{AUTHORITY}/v2/"))?;
+        same!(status.trim(), "401", "what it says to anybody");
+        Ok(())
+    })
 }
 
 impl Drop for Private {
@@ -158,4 +183,119 @@ fn with_a_helper() -> Outcome {
     service.cowshed(&["pull", &image])?.ok()?;
     same!(service.stop()?, 0, "the exit status");
     evict_all()
+}
+
+/// What one tenant has pulled with credentials of its own, another gets if the registry lets it, and not otherwise.
+fn of_several_tenants() -> Outcome {
+    evict_all()?;
+    let mut private = Private::start()?;
+    let service = private.service()?;
+    let (right, wrong) = (private.directory.path().join("right"), private.directory.path().join("wrong"));
+    fs::write(&right, COW)?;
+    fs::write(&wrong, WRONG_COW)?;
+    let (right, wrong) = (right.display().to_string(), wrong.display().to_string());
+    let image = format!("{AUTHORITY}/cowshed/tiny:1");
+    let acquire = |vm: &str, image: &str, more: &[&str]| {
+        service.cowshed(&[&["acquire", vm, image, "--output", "json"], more].concat())
+    };
+    let denied = |vm: &str, image: &str, more: &[&str]| -> Outcome {
+        acquire(vm, image, more)?.fails(5, &["REGISTRY_DENIED"])
+    };
+    let never = ["--pull", "never"];
+    acquire("a-1", &image, &[&["--tenant", "a"][..], &never].concat())?.fails(6, &["IMAGE_NOT_PRESENT"])?;
+    denied("a-1", &image, &["--tenant", "a"])?;
+    denied("a-1", &image, &["--tenant", "a", "--credentials", &wrong])?;
+    let got = acquire("a-1", &image, &["--tenant", "a", "--credentials", &right])?.json()?;
+    same!(got["cache"].as_str(), Some("miss"), "{got}");
+    same!(got["lease"]["tenant"].as_str(), Some("a"), "{got}");
+    // It need not show who it is again, nor does the registry have to be there; by whatever name of it.
+    let digest = got["lease"]["image_digest"].as_str().ok_or("no digest")?.to_owned();
+    let by_digest = format!("{AUTHORITY}/cowshed/tiny@{digest}");
+    acquire("a-2", &image, &["--tenant", "a", "--pull", "never"])?.ok()?;
+    // Another one has to, whatever the name, and the VM of another tenant is another VM.
+    for name in [&image, &by_digest] {
+        denied("b-1", name, &["--tenant", "b"])?;
+        denied("b-1", name, &["--tenant", "b", "--credentials", &wrong])?;
+        denied("b-1", name, &[])?;
+    }
+    denied("b-1", &image, &["--tenant", "b", "--pull", "never"])?;
+    acquire("a-1", &image, &["--tenant", "b", "--credentials", &right])?
+        .fails(4, &["SPEC_CONFLICT", "tenant"])?;
+    service.cowshed(&["pull", &image, "--tenant", "b"])?.fails(5, &["REGISTRY_DENIED"])?;
+    // A service that has been started anew knows as much.
+    let service = service.restart()?;
+    let acquire = |vm: &str, image: &str, more: &[&str]| {
+        service.cowshed(&[&["acquire", vm, image, "--output", "json"], more].concat())
+    };
+    acquire("b-1", &by_digest, &["--tenant", "b"])?.fails(5, &["REGISTRY_DENIED"])?;
+    // Who cannot be asked has not said yes.
+    private.stop()?;
+    acquire("b-1", &image, &["--tenant", "b", "--credentials", &right])?
+        .fails(8, &["REGISTRY_UNAVAILABLE"])?;
+    acquire("a-3", &image, &["--tenant", "a"])?.ok()?;
+    acquire("a-4", &image, &["--tenant", "a", "--pull", "always"])?.fails(8, &["REGISTRY_UNAVAILABLE"])?;
+    private.start_again()?;
+    let got = acquire("b-1", &image, &["--tenant", "b", "--credentials", &right])?.json()?;
+    same!(got["cache"].as_str(), Some("hit"), "nothing is fetched to see it: {got}");
+    let got =
+        acquire("b-3", &image, &["--tenant", "b", "--credentials", &right, "--pull", "always"])?.json()?;
+    same!(got["cache"].as_str(), Some("hit"), "nothing is fetched that is there: {got}");
+    // For a while that counts.
+    acquire("b-2", &image, &["--tenant", "b"])?.ok()?;
+    // What the host may have is everybody's.
+    fs::write(
+        private.docker_config(),
+        format!("{{\"auths\": {{\"{AUTHORITY}\": {{\"auth\": \"{RIGHT}\"}}}}}}"),
+    )?;
+    acquire("c-1", &image, &["--tenant", "c"])?.ok()?;
+    fs::remove_file(private.docker_config())?;
+    acquire("d-1", &image, &["--tenant", "d"])?.ok()?;
+    let log = service.log();
+    for secret in ["moo", "oink", RIGHT, WRONG] {
+        check!(!log.contains(secret), "{secret:?} is in the log: {log}");
+    }
+    service.release_all()?;
+    same!(service.stop()?, 0, "the exit status");
+    evict_all()
+}
+
+/// Layers that are unpacked and not there otherwise are no less somebody's.
+fn of_tenants_without_layers() -> Outcome {
+    evict_all()?;
+    let private = Private::start()?;
+    let config = format!(
+        "[images]\nkeep_layers = false\n[registry]\ndocker_config = {:?}\n",
+        private.docker_config().display()
+    );
+    let service = Plan::new(&config)?.start()?;
+    let right = private.directory.path().join("right");
+    fs::write(&right, COW)?;
+    let right = right.display().to_string();
+    let image = format!("{AUTHORITY}/cowshed/tiny:1");
+    service.cowshed(&["pull", &image, "--tenant", "a", "--credentials", &right])?.ok()?;
+    // An image of another registry that says that it has the same layer, which that registry does not have.
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    let (manifest, config) = private_manifest()?;
+    registry.manifest("1", Answer::Bytes(manifest.clone()));
+    registry.blob(&digest(&config), Answer::Bytes(config));
+    service.cowshed(&["pull", &registry.image("1"), "--tenant", "b"])?.fails(3, &["IMAGE_NOT_FOUND"])?;
+    service.cowshed(&["pull", &registry.image("1"), "--tenant", "a"])?.ok()?;
+    same!(service.stop()?, 0, "the exit status");
+    evict_all()
+}
+
+/// The manifest of the image that is there, and its configuration.
+fn private_manifest() -> Outcome<(Vec<u8>, Vec<u8>)> {
+    let get =
+        |digest: &str| -> Outcome<Vec<u8>> { Ok(sh(&format!("ctr content get {digest}"))?.into_bytes()) };
+    let target =
+        sh(&format!("ctr images ls name=={AUTHORITY}/cowshed/tiny:1 | awk 'NR == 2 {{ print $3 }}'"))?;
+    let mut manifest = get(target.trim())?;
+    let mut parsed: serde_json::Value = serde_json::from_slice(&manifest)?;
+    if let Some(first) = parsed["manifests"][0]["digest"].as_str() {
+        manifest = get(first)?;
+        parsed = serde_json::from_slice(&manifest)?;
+    }
+    let config = parsed["config"]["digest"].as_str().ok_or("no configuration")?.to_owned();
+    Ok((manifest, get(&config)?))
 }

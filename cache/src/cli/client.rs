@@ -1,6 +1,7 @@
 //! The commands that ask a running service.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +14,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Claim, Command, DiskMode, Failure, Output, Reach, images, print, pull, show};
+use super::{Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, images, print, pull, show};
 use crate::exit;
 
 /// The API's largest page is far below this, in bytes.
@@ -49,6 +50,8 @@ async fn ask(command: Command) -> Result<(), Failure> {
             vm,
             image,
             platform,
+            who,
+            pull,
             mode,
             scratch,
             scratch_raw,
@@ -59,7 +62,16 @@ async fn ask(command: Command) -> Result<(), Failure> {
         } => {
             let scratch = scratch.map(|size| v1::ScratchSpec { size_bytes: size.0, raw: scratch_raw });
             let spec = Some(v1::DiskSpec { image, platform, mode: disk_mode(mode).into(), scratch });
-            let request = v1::AcquireRequest { vm_id: vm, spec, request_id, ttl: ttl.map(seconds), fresh };
+            let request = v1::AcquireRequest {
+                vm_id: vm,
+                spec,
+                request_id,
+                ttl: ttl.map(seconds),
+                fresh,
+                credentials: who.credentials()?,
+                tenant: who.tenant,
+                pull_policy: pull_policy(pull).into(),
+            };
             let reply = connect(&reach.socket).await?.acquire(request).await.map_err(|s| refused(&s))?;
             print(&show::acquired(&reply.into_inner(), reach.output))
         }
@@ -99,8 +111,10 @@ async fn ask(command: Command) -> Result<(), Failure> {
         Command::Leases { vm: None, shared, reach } => {
             print(&show::leases(&all_leases(shared, &reach).await?, reach.output))
         }
-        Command::Pull { image, platform, reach } => {
-            let request = v1::PullImageRequest { image: image.clone(), platform };
+        Command::Pull { image, platform, who, reach } => {
+            let credentials = who.credentials()?;
+            let request =
+                v1::PullImageRequest { image: image.clone(), platform, tenant: who.tenant, credentials };
             let stream = connect(&reach.socket).await?.pull_image(request).await.map_err(|s| refused(&s))?;
             pull::follow(&image, stream.into_inner(), reach.output).await
         }
@@ -126,6 +140,48 @@ async fn ask(command: Command) -> Result<(), Failure> {
         | Command::Snapshotter { .. }
         | Command::Ledger { .. }
         | Command::Version { .. } => Ok(()),
+    }
+}
+
+impl Who {
+    fn credentials(&self) -> Result<Option<v1::RegistryCredentials>, Failure> {
+        use v1::registry_credentials::Secret;
+        let Some(path) = &self.credentials else { return Ok(None) };
+        // Not the parser's words: they may be those of a password.
+        let bad = |what: &str| {
+            let path = path.display();
+            let message = format!(
+                "--credentials {path}: {what}; it has to be {{\"username\": …, \"password\": …}} or {{\"identity_token\": …}}"
+            );
+            Failure { message, status: exit::for_code(tonic::Code::InvalidArgument) }
+        };
+        let read = if path.as_os_str() == "-" {
+            std::io::read_to_string(std::io::stdin())
+        } else {
+            std::fs::read_to_string(path)
+        };
+        let text = read.map_err(|error| bad(&error.to_string()))?;
+        let fields: HashMap<String, String> =
+            serde_json::from_str(&text).map_err(|_| bad("it is no JSON object of strings"))?;
+        let mut names: Vec<&str> = fields.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let of = |name: &str| fields.get(name).cloned().unwrap_or_default();
+        let secret = match names[..] {
+            ["password", "username"] => {
+                Secret::Password(v1::Password { username: of("username"), password: of("password") })
+            }
+            ["identity_token"] => Secret::IdentityToken(of("identity_token")),
+            _ => return Err(bad("it has other fields")),
+        };
+        Ok(Some(v1::RegistryCredentials { secret: Some(secret) }))
+    }
+}
+
+fn pull_policy(policy: PullPolicy) -> v1::PullPolicy {
+    match policy {
+        PullPolicy::IfNotPresent => v1::PullPolicy::IfNotPresent,
+        PullPolicy::Always => v1::PullPolicy::Always,
+        PullPolicy::Never => v1::PullPolicy::Never,
     }
 }
 

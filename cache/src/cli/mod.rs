@@ -95,6 +95,29 @@ enum DiskMode {
     SharedReadOnly,
 }
 
+/// What is asked of an image's registry. A reference with a digest means the same for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PullPolicy {
+    /// Nothing, if the image is there.
+    IfNotPresent,
+    /// What the tag means now.
+    Always,
+    /// Nothing.
+    Never,
+}
+
+/// Who asks for an image.
+#[derive(Args, Debug)]
+struct Who {
+    /// Whose VM it is. What one tenant pulled with credentials of its own, another gets only if the registry lets it.
+    #[arg(long, default_value = "default")]
+    tenant: String,
+    /// Who the tenant is to the registry, for this call only, instead of what the host is: a file, or - for standard input, with
+    /// {"username": …, "password": …} or {"identity_token": …}.
+    #[arg(long, value_name = "FILE")]
+    credentials: Option<PathBuf>,
+}
+
 fn number(text: &str) -> Result<(u32, u32), String> {
     let parts =
         text.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
@@ -142,6 +165,11 @@ enum Command {
         /// os/architecture[/variant]; the host's if absent.
         #[arg(long)]
         platform: Option<String>,
+        #[command(flatten)]
+        who: Who,
+        /// What is asked of the image's registry.
+        #[arg(long, value_enum, default_value = "if-not-present")]
+        pull: PullPolicy,
         /// What the VM may do with the image's disk.
         #[arg(long, value_enum, default_value = "copy-on-write")]
         mode: DiskMode,
@@ -257,6 +285,8 @@ enum Command {
         /// os/architecture[/variant]; the host's if absent.
         #[arg(long)]
         platform: Option<String>,
+        #[command(flatten)]
+        who: Who,
         #[command(flatten)]
         reach: Reach,
     },

@@ -149,6 +149,7 @@ fn lease_json(lease: &v1::Lease) -> Value {
     json!({
         "lease_id": lease.lease_id,
         "vm_id": lease.vm_id,
+        "tenant": lease.tenant,
         "generation": lease.generation,
         "state": state_name(lease.state()),
         "image": lease.spec.as_ref().map(|s| s.image.clone()),

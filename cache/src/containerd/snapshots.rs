@@ -133,12 +133,12 @@ impl Containerd {
         self.call("Snapshots.Commit", self.snapshots().commit(request)).await
     }
 
-    /// Whether there is a snapshot `name`, active or committed.
-    pub async fn has_snapshot(&self, name: &str) -> Result<bool, CallError> {
+    /// The labels of the snapshot `name`, active or committed, if there is one.
+    pub async fn snapshot_labels(&self, name: &str) -> Result<Option<HashMap<String, String>>, CallError> {
         let message = StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
         match self.call("Snapshots.Stat", self.snapshots().stat(self.request(message))).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_not_found() => Ok(false),
+            Ok(reply) => Ok(Some(reply.info.map(|info| info.labels).unwrap_or_default())),
+            Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
     }

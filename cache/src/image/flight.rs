@@ -11,11 +11,13 @@ use futures_util::{FutureExt as _, future};
 use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
-use super::{Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about, progress::Board, pull};
+use super::{
+    Access, Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about, progress::Board, pull,
+};
 use crate::error::{Error, Reason, Result};
 
 type Outcome = Result<(ResolvedImage, Cache)>;
-type Key = (ImageRef, Platform);
+type Key = (ImageRef, Platform, Access);
 
 /// A pull that this caller has begun or joined. Dropping it does not stop the pull.
 #[derive(Clone, Debug)]
@@ -53,12 +55,12 @@ impl Flights {
 
     /// Whether the image is being pulled, for whatever platform.
     pub(super) fn has(&self, image: &ImageRef) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().any(|(of, _)| of == image)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().any(|(of, _, _)| of == image)
     }
 }
 
-pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) -> Pull {
-    let key = (image.clone(), platform.clone());
+pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform, access: &Access) -> Pull {
+    let key = (image.clone(), platform.clone(), access.clone());
     let (board, progress) = Board::new();
     let (sender, outcome) = oneshot::channel();
     let pull = Pull { progress, outcome: outcome.shared() };
@@ -69,7 +71,7 @@ pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) 
         Entry::Vacant(vacant) => drop(vacant.insert(pull.clone())),
     }
     shared.observer.started();
-    let span = tracing::info_span!("pull", %image, %platform);
+    let span = tracing::info_span!("pull", %image, %platform, tenant = %access.tenant);
     let landing = Landing { shared: shared.clone(), key };
     tokio::spawn(fly(landing, board, sender).instrument(span));
     pull
@@ -78,8 +80,8 @@ pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform) 
 async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let begun = Instant::now();
     let shared = landing.shared.clone();
-    let (image, platform) = landing.key.clone();
-    let outcome = caught(Box::pin(pull::run(&shared, &image, &platform, &board))).await;
+    let (image, platform, access) = landing.key.clone();
+    let outcome = caught(Box::pin(pull::run(&shared, &image, &platform, &access, &board))).await;
     let outcome = outcome.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);

@@ -6,7 +6,7 @@ use super::{Digest, Platform, platform::DeclaredPlatform};
 use crate::error::{Error, Reason, Result};
 
 /// Manifests and configurations above this are refused, in bytes.
-pub(super) const DOCUMENT_MAX_BYTES: usize = 8 << 20;
+pub(crate) const DOCUMENT_MAX_BYTES: usize = 8 << 20;
 /// Images that want more said to their process are refused, in bytes as [`ProcessConfig::bytes`] counts them: each
 /// lease, the ledger and many replies repeat it. Linux gives a process's arguments and environment 2 MiB at the most;
 /// real images have a few KiB.

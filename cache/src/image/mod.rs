@@ -1,5 +1,6 @@
 //! Images: pulled once into containerd, unpacked into its snapshotter, ready to be snapshotted.
 
+mod access;
 mod brake;
 mod catalogue;
 mod digest;
@@ -20,25 +21,28 @@ mod unpack;
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::Semaphore;
 
+pub use access::{Access, PullPolicy};
 pub use digest::Digest;
 pub use flight::Pull;
 pub use manifest::ProcessConfig;
+pub(crate) use manifest::{ACCEPTED, DOCUMENT_MAX_BYTES};
 pub use platform::Platform;
 pub use progress::{LayerProgress, LayerStage, Progress, PullStage};
 pub use reference::ImageRef;
 
 use crate::{
     containerd::{Containerd, ImageRecord},
-    error::{Error, Result},
+    error::{Error, Reason, Result},
     layer::Bounds,
     registry::Registries,
 };
 use facts::Facts;
+use labels::Labels;
 use locks::Locks;
 
 /// An image that can be snapshotted.
@@ -127,6 +131,10 @@ pub struct PullLimits {
     pub layer: Bounds,
     /// Whether compressed layers are kept when they are unpacked.
     pub keep_layers: bool,
+    /// How long a registry's word counts that a tenant may have what another has pulled.
+    pub access_check: Duration,
+    /// How long it counts what a tag meant; zero: for ever.
+    pub revalidate: Duration,
 }
 
 /// Who unpacks layers.
@@ -148,6 +156,8 @@ impl Default for PullLimits {
             unpacker: Unpacker::Cowshed,
             layer: Bounds { bytes: 64 << 30, members: 4_000_000, memory: 96 << 20 },
             keep_layers: true,
+            access_check: Duration::from_secs(300),
+            revalidate: Duration::ZERO,
         }
     }
 }
@@ -178,10 +188,20 @@ pub trait PullObserver: Send + Sync {
 /// The images that Acquire needs; the seam where tests put a fake.
 #[async_trait::async_trait]
 pub trait ImageCache: Send + Sync {
-    /// The image, if it is there and unpacked.
-    async fn resolve(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>>;
-    /// The image, pulled and unpacked if need be.
-    async fn ensure(&self, image: &ImageRef, platform: &Platform) -> Result<ResolvedImage>;
+    /// The image, if it is there and unpacked, may be had, and need not be asked for at its registry.
+    async fn resolve(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<Option<ResolvedImage>>;
+    /// The image, pulled and unpacked if need be; whether it was there.
+    async fn ensure(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<(ResolvedImage, Cache)>;
 }
 
 /// Which pulls are alive.
@@ -208,6 +228,11 @@ struct Shared {
     /// containerd leases of pulls that are alive.
     running: Mutex<BTreeSet<String>>,
     flights: flight::Flights,
+    /// Whose is what, and what registries said of who may have it.
+    owners: access::Owners,
+    answers: access::Answers,
+    /// When registries were last asked what a tag means.
+    asked: Mutex<HashMap<ImageRef, Instant>>,
     /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
     locks: Locks,
     /// For bytes that are fetched and not unpacked yet.
@@ -234,6 +259,9 @@ impl Images {
             facts: Mutex::default(),
             running: Mutex::default(),
             flights: flight::Flights::default(),
+            owners: access::Owners::default(),
+            answers: access::Answers::default(),
+            asked: Mutex::default(),
             locks: Locks::default(),
             room: Arc::default(),
             spare_threads: Arc::new(Semaphore::new(SPARE_THREADS)),
@@ -241,8 +269,8 @@ impl Images {
     }
 
     /// Joins the pull of this image, or begins it.
-    pub fn pull(&self, image: &ImageRef, platform: &Platform) -> Pull {
-        flight::join(&self.0, image, platform)
+    pub fn pull(&self, image: &ImageRef, platform: &Platform, access: &Access) -> Pull {
+        flight::join(&self.0, image, platform, access)
     }
 
     /// How many pulls are under way.
@@ -291,26 +319,87 @@ impl Shared {
         self.containerd.image(&image.to_string()).await.map_err(|e| self.containerd.explain(e))
     }
 
+    /// Whether the registry says, if it is time to ask it again, that the tag means something else by now. One that does not
+    /// answer changes nothing.
+    async fn means_another(&self, image: &ImageRef, target: &Digest, access: &Access) -> bool {
+        let interval = self.limits.revalidate;
+        if interval.is_zero() || image.digest().is_some() || !self.is_time_to_ask(image, interval) {
+            return false;
+        }
+        let asked = async {
+            let source = self.registries.source(image, access.credential.as_ref()).await?;
+            source.document(None, &ACCEPTED, DOCUMENT_MAX_BYTES).await
+        };
+        match asked.await {
+            Ok((_, now)) => now != *target,
+            Err(error) => {
+                tracing::warn!(%image, %error, "what the tag means is not to be learnt now; going on with what is there");
+                false
+            }
+        }
+    }
+
+    fn is_time_to_ask(&self, image: &ImageRef, interval: Duration) -> bool {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.retain(|_, at| at.elapsed() < interval);
+        if asked.contains_key(image) {
+            return false;
+        }
+        asked.insert(image.clone(), Instant::now());
+        true
+    }
+
     async fn has_snapshot(&self, chain_id: &Digest) -> Result<bool> {
-        self.containerd.has_snapshot(chain_id.as_str()).await.map_err(|e| self.containerd.explain(e))
+        Ok(self.snapshot_labels(chain_id).await?.is_some())
+    }
+
+    /// The labels of a snapshot, if there is one.
+    async fn snapshot_labels(&self, chain_id: &Digest) -> Result<Option<Labels>> {
+        self.containerd.snapshot_labels(chain_id.as_str()).await.map_err(|e| self.containerd.explain(e))
     }
 }
 
 #[async_trait::async_trait]
 impl ImageCache for Images {
-    async fn resolve(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>> {
+    async fn resolve(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<Option<ResolvedImage>> {
         let shared = &self.0;
+        if access.policy == PullPolicy::Always && image.digest().is_none() {
+            return Ok(None);
+        }
         let Some(record) = shared.record(image).await? else { return Ok(None) };
         let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
         let Some(facts) = shared.facts(&target, platform).await? else { return Ok(None) };
         if !shared.has_snapshot(&facts.chain_id).await? {
             return Ok(None);
         }
+        if !shared.permits_all(image, &[&target, &facts.manifest], access).await? {
+            return Ok(None);
+        }
+        if access.policy == PullPolicy::IfNotPresent && shared.means_another(image, &target, access).await {
+            return Ok(None);
+        }
         Ok(Some(facts.resolved(image.clone(), target, record.created_at)))
     }
 
-    async fn ensure(&self, image: &ImageRef, platform: &Platform) -> Result<ResolvedImage> {
-        self.pull(image, platform).outcome().await.map(|(image, _)| image)
+    async fn ensure(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<(ResolvedImage, Cache)> {
+        if access.policy == PullPolicy::Never {
+            let message = format!(
+                "image {image} is not there for {platform}, and is not to be pulled: `cowshed pull {image}`, or acquire it \
+                 with another pull policy"
+            );
+            return Err(Error::new(Reason::ImageNotPresent, message).with("image", image));
+        }
+        self.pull(image, platform, access).outcome().await
     }
 }
 

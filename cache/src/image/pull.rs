@@ -9,22 +9,22 @@ use containerd_client::types::Descriptor as ContainerdDescriptor;
 use futures_util::{StreamExt as _, stream, stream::FuturesUnordered};
 
 use super::{
-    Cache, Digest, ImageRef, LayerStage, Platform, ResolvedImage, Shared,
+    Access, Cache, Digest, ImageRef, LayerStage, Platform, PullPolicy, ResolvedImage, Shared,
     brake::Brake,
     digest::chain_ids,
     facts::Facts,
     flight::caught,
     labels::{self, Labels},
-    manifest::{self, DOCUMENT_MAX_BYTES, Document, ImageConfig, Manifest},
+    manifest::{self, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageConfig, Manifest},
     progress::Board,
     store::Store,
     tap::{Outlet, Tap, tap},
-    unpack::{Inflating, Layer, is_held, unpack},
+    unpack::{Inflating, Layer, is_held, may_take, unpack},
 };
 use crate::{
     containerd::LEASE_LABEL,
     error::{Error, Reason, Result},
-    registry::Source,
+    registry::{Kind, Source},
 };
 
 /// Pulls under the journal and a containerd lease of its own, unless everything is there.
@@ -32,10 +32,12 @@ pub(super) async fn run(
     shared: &Shared,
     image: &ImageRef,
     platform: &Platform,
+    access: &Access,
     board: &Board,
 ) -> Result<(ResolvedImage, Cache)> {
-    let source = shared.registries.source(image).await?;
-    let (bytes, digest) = top(shared, image, &source).await?;
+    let source = shared.registries.source(image, access.credential.as_ref()).await?;
+    let asker = Asker { shared, image, source: &source, access };
+    let (bytes, digest) = asker.top().await?;
     if let Some((found, manifest)) = complete(shared, image, platform, &digest).await? {
         board.layers(sizes(&manifest));
         (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
@@ -48,7 +50,8 @@ pub(super) async fn run(
     let labels = HashMap::from([(LEASE_LABEL.to_owned(), "pull".to_owned())]);
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
-            let store = Store { shared, lease: &lease, image, source: &source, brake: Brake::default() };
+            let store =
+                Store { shared, lease: &lease, image, source: &source, access, brake: Brake::default() };
             // What it has made is cleared away below, also if it panics.
             caught(Box::pin(pull(&store, bytes, digest, platform, board))).await
         }
@@ -163,7 +166,7 @@ async fn resolve(
             Document::Index(entries) => {
                 let next = manifest::pick(&entries, platform)?.digest.clone();
                 documents.push(Stored { digest, media_type, bytes, labels: labels::of_index(&entries) });
-                bytes = document(store.shared, store.source, &next).await?;
+                bytes = store.asker().document(&next).await?;
                 digest = next;
             }
         }
@@ -171,36 +174,53 @@ async fn resolve(
     Err(manifest::unsupported("its indexes are nested more than two deep".to_owned()))
 }
 
-/// What the image's name points to now. If the registry does not answer and containerd knows the image, what it knows.
-async fn top(shared: &Shared, image: &ImageRef, source: &Source) -> Result<(Vec<u8>, Digest)> {
-    if let Some(pinned) = image.digest() {
-        return Ok((document(shared, source, &pinned).await?, pinned));
-    }
-    let refused = match source.document(None, &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await {
-        Ok(found) => return Ok(found),
-        Err(error) => error,
-    };
-    if refused.reason() != Reason::RegistryUnavailable {
-        return Err(refused);
-    }
-    let record = shared.record(image).await?;
-    let Some(digest) = record.and_then(|record| record.target.digest.parse::<Digest>().ok()) else {
-        return Err(refused);
-    };
-    match shared.document_in_store(&digest).await? {
-        Some(bytes) => {
-            tracing::warn!(error = %refused, "the registry does not answer; going on with what containerd has");
-            Ok((bytes, digest))
-        }
-        None => Err(refused),
-    }
+/// Who asks whom for which image.
+pub(super) struct Asker<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) image: &'a ImageRef,
+    pub(super) source: &'a Source,
+    pub(super) access: &'a Access,
 }
 
-async fn document(shared: &Shared, source: &Source, digest: &Digest) -> Result<Vec<u8>> {
-    if let Some(bytes) = shared.document_in_store(digest).await? {
-        return Ok(bytes);
+impl Asker<'_> {
+    /// What the image's name points to now. If the registry does not answer and containerd knows the image, what it knows.
+    async fn top(&self) -> Result<(Vec<u8>, Digest)> {
+        let Self { shared, image, source, access } = self;
+        if let Some(pinned) = image.digest() {
+            return Ok((self.document(&pinned).await?, pinned));
+        }
+        let refused = match source.document(None, &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await {
+            Ok((bytes, digest)) => {
+                self.found_accessible(&digest).await?;
+                return Ok((bytes, digest));
+            }
+            Err(error) => error,
+        };
+        if refused.reason() != Reason::RegistryUnavailable || access.policy == PullPolicy::Always {
+            return Err(refused);
+        }
+        let record = shared.record(image).await?;
+        let digest = record.and_then(|record| record.target.digest.parse::<Digest>().ok());
+        let Some(digest) = digest else { return Err(refused) };
+        if shared.is_foreign(&digest, access).await? {
+            return Err(refused);
+        }
+        match shared.document_in_store(&digest).await? {
+            Some(bytes) => {
+                tracing::warn!(error = %refused, "the registry does not answer; going on with what containerd has");
+                Ok((bytes, digest))
+            }
+            None => Err(refused),
+        }
     }
-    Ok(source.document(Some(digest), &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await?.0)
+
+    async fn document(&self, digest: &Digest) -> Result<Vec<u8>> {
+        if let Some(bytes) = self.shared.document_in_store(digest).await? {
+            self.expect_access(Kind::Manifest, digest).await?;
+            return Ok(bytes);
+        }
+        Ok(self.source.document(Some(digest), &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await?.0)
+    }
 }
 
 async fn read_config(store: &Store<'_>, manifest: &Manifest, platform: &Platform) -> Result<ImageConfig> {
@@ -230,7 +250,7 @@ async fn layers(
     board: &Board,
 ) -> Result<Cache> {
     let chain = chain_ids(&config.diff_ids);
-    let there = unpacked_already(store, &chain).await?;
+    let there = unpacked_already(store, &chain, &manifest.layers).await?;
     let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(&store.shared.room)).unzip();
     let keeps = store.shared.limits.keep_layers;
     let wanted = taps.into_iter().enumerate().filter(|(at, _)| keeps || *at >= there);
@@ -259,9 +279,9 @@ async fn layers(
 }
 
 /// How many layers, from the lowest on, are unpacked, by whatever image; from now on they are held.
-async fn unpacked_already(store: &Store<'_>, chain: &[Digest]) -> Result<usize> {
+async fn unpacked_already(store: &Store<'_>, chain: &[Digest], layers: &[Descriptor]) -> Result<usize> {
     let mut there = 0;
-    while there < chain.len() && store.shared.has_snapshot(&chain[there]).await? {
+    while there < chain.len() && may_take(store, &chain[there], &layers[there]).await? {
         there += 1;
     }
     // The highest one holds those below. If it has gone meanwhile, all are looked at one by one.

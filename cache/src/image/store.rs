@@ -5,18 +5,19 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt as _;
 
 use super::{
-    Cache, Digest, ImageRef, Shared,
+    Access, Cache, Digest, ImageRef, Shared,
     brake::Brake,
     labels::{self, Labels},
     locks::Turn,
     manifest::Descriptor,
     pace::Pace,
+    pull::Asker,
     tap::Tap,
 };
 use crate::{
     containerd::{CallError, ContentWriter},
     error::{Error, Reason, Result},
-    registry::Source,
+    registry::{Kind, Source},
 };
 
 /// Bytes per message to containerd.
@@ -31,6 +32,7 @@ pub(super) struct Store<'a> {
     pub(super) lease: &'a str,
     pub(super) image: &'a ImageRef,
     pub(super) source: &'a Source,
+    pub(super) access: &'a Access,
     /// Pulled when the pull has failed elsewhere.
     pub(super) brake: Brake,
 }
@@ -46,6 +48,11 @@ struct Errand<'a> {
 }
 
 impl Store<'_> {
+    pub(super) fn asker(&self) -> Asker<'_> {
+        let Self { shared, image, source, access, .. } = *self;
+        Asker { shared, image, source, access }
+    }
+
     /// Writes a document, or finds it; labels it either way.
     pub(super) async fn put(&self, digest: &Digest, bytes: &[u8], labels: Labels) -> Result<Cache> {
         let turn = self.turn(digest).await;
@@ -61,7 +68,7 @@ impl Store<'_> {
             for piece in bytes.chunks(PIECE) {
                 writer.write(piece.to_vec()).await?;
             }
-            writer.commit(labels.clone()).await
+            self.commit(writer, digest, labels.clone()).await
         };
         match written.await {
             Ok(()) => Ok(Cache::Miss),
@@ -83,6 +90,7 @@ impl Store<'_> {
     ) -> Result<Cache> {
         let turn = self.brake.or(self.turn(&blob.digest)).await?;
         if self.is_held(&blob.digest).await? {
+            self.brake.or(self.asker().expect_access(Kind::Blob(blob.size), &blob.digest)).await??;
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
@@ -128,6 +136,8 @@ impl Store<'_> {
             Err(error) if error.is_already_exists() => {
                 tap.inspect(|tap| tap.spoil());
                 self.forget(reference).await;
+                let expected = self.asker().expect_access(Kind::Blob(blob.size), &blob.digest).await;
+                expected.map_err(Broken::ForGood)?;
                 return self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
             }
             Err(error) => return Err(self.broken(error)),
@@ -139,7 +149,7 @@ impl Store<'_> {
         if writer.offset() < blob.size || blob.size == 0 {
             self.copy(blob, failed, &mut writer, *tap, progress).await?;
         }
-        match writer.commit(labels.clone()).await {
+        match self.commit(writer, &blob.digest, labels.clone()).await {
             // What was poured is nobody's word for what is there.
             Err(error) if error.is_already_exists() => {
                 tap.inspect(|tap| tap.spoil());
@@ -255,11 +265,15 @@ impl Store<'_> {
     /// The name under which a blob is written; the same after a restart, so that it goes on. Nobody else writes under
     /// it while the turn lasts.
     fn reference(&self, digest: &Digest, turn: &Turn) -> String {
+        let mut reference = format!("cowshed-{digest}");
         if turn.is_beside_another() {
-            format!("cowshed-{digest}-{}", self.image.registry())
-        } else {
-            format!("cowshed-{digest}")
+            reference = format!("{reference}-{}", self.image.registry());
         }
+        // Who goes on with what another has begun has not shown that it may have the beginning.
+        if self.access.credential.is_some() {
+            reference = format!("{reference}-{}", self.access.tenant);
+        }
+        reference
     }
 
     async fn writer(&self, reference: &str, digest: &Digest, size: u64) -> Result<ContentWriter, CallError> {

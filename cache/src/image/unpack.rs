@@ -116,7 +116,7 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
-    if is_held(shared, lease, layer.chain_id).await? {
+    if may_take(store, layer.chain_id, layer.blob).await? && is_held(shared, lease, layer.chain_id).await? {
         return Ok(Cache::Hit);
     }
     let begun = Instant::now();
@@ -131,7 +131,7 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
             Err(error) => error,
         };
         let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
-        // Another client's unpacking of the same layer may have come first.
+        // Another client's unpacking of the same layer may have come first. (Or it was unpacked to see that it is the same.)
         if is_held(shared, lease, layer.chain_id).await.unwrap_or(false) {
             return Ok(Cache::Hit);
         }
@@ -150,6 +150,14 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
         }
         tracing::warn!(%error, "what had arrived was not the layer; it is unpacked anew");
         ahead = Inflating::begin(shared, layer.blob, layer.bytes, None);
+    }
+}
+
+/// Whether the layer is unpacked, and who asks for it may have it.
+pub(super) async fn may_take(store: &Store<'_>, chain_id: &Digest, blob: &Descriptor) -> Result<bool> {
+    match store.shared.snapshot_labels(chain_id).await? {
+        Some(labels) => store.asker().may_take(&labels, &blob.digest, blob.size).await,
+        None => Ok(false),
     }
 }
 
@@ -196,6 +204,7 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
         return Err(not_fetched(layer));
     }
     let waited = clock.lap();
+    let labels = store.labels_of_unpacked(&layer.blob.digest).await?.into_iter().chain(labels).collect();
     let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await;
     committed.map_err(|e| containerd.explain(e))?;
     let committed = clock.lap();

@@ -4,19 +4,19 @@ use std::{future::Future, time::Duration};
 
 use oci_client::Reference;
 use reqwest::{
-    Certificate, Client, Identity, RequestBuilder, Response, StatusCode,
+    Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode,
     header::{ACCEPT, AUTHORIZATION, HeaderMap, RANGE},
     redirect::{Action, Attempt, Policy},
 };
 
 use super::{
-    body,
+    Kind, body,
     credentials::Credential,
     hosts::{Endpoint, Scheme, Verify},
     refusal::Failure,
     token::Tokens,
 };
-use crate::image::Digest;
+use crate::image::{ACCEPTED, Digest};
 
 /// What a refusal says is read up to here, in bytes.
 const REFUSAL_MAX_BYTES: usize = 64 << 10;
@@ -112,6 +112,17 @@ impl Connection {
         self.in_time(Box::pin(self.answer(at, request))).await
     }
 
+    /// Whether it is there, and we may have it.
+    pub(super) async fn has(&self, at: &Reference, kind: Kind, digest: &Digest) -> Result<(), Failure> {
+        let request = match kind {
+            Kind::Manifest => {
+                self.ask(Method::HEAD, at, &format!("manifests/{digest}")).header(ACCEPT, ACCEPTED.join(", "))
+            }
+            Kind::Blob(_) => self.ask(Method::HEAD, at, &format!("blobs/{digest}")),
+        };
+        self.in_time(Box::pin(self.answer(at, request))).await.map(drop)
+    }
+
     fn base(&self, at: &Reference) -> String {
         let scheme = match self.scheme {
             Scheme::Http => "http",
@@ -121,8 +132,12 @@ impl Connection {
     }
 
     fn get(&self, at: &Reference, what: &str) -> RequestBuilder {
+        self.ask(Method::GET, at, what)
+    }
+
+    fn ask(&self, method: Method, at: &Reference, what: &str) -> RequestBuilder {
         let namespace = at.namespace().map(|registry| format!("?ns={registry}")).unwrap_or_default();
-        self.http.get(format!("{}/v2/{}/{what}{namespace}", self.base(at), at.repository()))
+        self.http.request(method, format!("{}/v2/{}/{what}{namespace}", self.base(at), at.repository()))
     }
 
     async fn answer(&self, at: &Reference, mut request: RequestBuilder) -> Result<Response, Failure> {

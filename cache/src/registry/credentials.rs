@@ -28,9 +28,14 @@ const IDENTITY_TOKEN: &str = "<token>";
 
 /// Who we are to one endpoint.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(super) enum Credential {
+pub enum Credential {
     /// A name and a password.
-    Password { user: String, password: String },
+    Password {
+        /// The name.
+        user: String,
+        /// The password, or a token in its place.
+        password: String,
+    },
     /// What is exchanged for tokens.
     Identity(String),
 }

@@ -15,17 +15,20 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use oci_client::Reference;
 use reqwest::StatusCode;
+use sha2::{Digest as _, Sha256};
 
 use connection::{Connection, Document, Patience};
-use credentials::{Credential, Credentials};
+pub use credentials::Credential;
+use credentials::Credentials;
 pub use hosts::{Endpoint, Scheme, Serves, Verify};
 use refusal::{Failure, Outlook};
 
 use crate::{
     error::{Error, Reason, Result},
-    image::{Digest, ImageRef},
+    image::{ACCEPTED, DOCUMENT_MAX_BYTES, Digest, ImageRef},
 };
 
 /// So many connections are kept; more than a host has registries.
@@ -53,6 +56,15 @@ struct Key {
     /// Certificate and key, PEM, of our own.
     identity: Option<Vec<u8>>,
     credential: Option<Credential>,
+}
+
+/// What a digest is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A manifest or an index.
+    Manifest,
+    /// A configuration or a layer, of so many bytes.
+    Blob(u64),
 }
 
 /// Where one image comes from.
@@ -84,15 +96,21 @@ impl Registries {
         Self { config_path, docker_config, patience, connections: Arc::default() }
     }
 
-    /// Where `image` comes from.
+    /// Where `image` comes from. `own` is what its registry, and no mirror of it, is told instead of what the host says.
     ///
     /// # Errors
     /// If a configuration, certificate or credential cannot be used.
-    pub async fn source(&self, image: &ImageRef) -> Result<Source> {
+    pub async fn source(&self, image: &ImageRef, own: Option<&Credential>) -> Result<Source> {
         let credentials = Credentials::read(&self.docker_config)?;
         let mut endpoints = Vec::new();
-        for endpoint in hosts::endpoints(&self.config_path, image.registry())? {
-            let credential = credentials.of(&endpoint.authority).await?;
+        let all = hosts::endpoints(&self.config_path, image.registry())?;
+        let last = all.len().saturating_sub(1);
+        for (at, endpoint) in all.into_iter().enumerate() {
+            let credential = match own {
+                // The others are mirrors.
+                Some(own) if at == last => Some(own.clone()),
+                _ => credentials.of(&endpoint.authority).await?,
+            };
             endpoints.push((endpoint.clone(), self.connection(endpoint, credential)?));
         }
         Ok(Source { image: image.clone(), endpoints })
@@ -186,6 +204,73 @@ impl Source {
             failure = Some(refusal);
         }
         Err(failure.unwrap_or_else(|| (Outlook::Lasting, self.nowhere())))
+    }
+
+    /// Whether an endpoint hands this out to us. Nothing is fetched.
+    ///
+    /// # Errors
+    /// If none does, and one refuses to say so or does not answer.
+    pub async fn has(&self, kind: Kind, digest: &Digest) -> Result<bool> {
+        let mut failure: Option<Error> = None;
+        for (endpoint, connection) in &self.endpoints {
+            if endpoint.serves == Serves::Nothing {
+                continue;
+            }
+            match connection.has(&at(self.image.inner(), endpoint), kind, digest).await {
+                Ok(()) => return Ok(true),
+                Err(error) => {
+                    let error = self.explain(&error, endpoint, digest.as_str());
+                    // One that may say yes when it answers outweighs one that says no.
+                    if error.reason() != Reason::ImageNotFound
+                        && failure.as_ref().is_none_or(|other| other.reason() != Reason::RegistryUnavailable)
+                    {
+                        failure = Some(error);
+                    }
+                }
+            }
+        }
+        failure.map_or(Ok(false), Err)
+    }
+
+    /// Whether an endpoint hands this out to us, as it shows by sending it. Nothing of it is kept.
+    ///
+    /// # Errors
+    /// If none does, and one refuses to or does not answer, or what it sends is something else.
+    pub async fn proves(&self, kind: Kind, digest: &Digest) -> Result<bool> {
+        let sent = match kind {
+            Kind::Manifest => {
+                self.document(Some(digest), &ACCEPTED, DOCUMENT_MAX_BYTES).await.map(|(_, sent)| sent)
+            }
+            Kind::Blob(size) => self.hash(digest, size).await,
+        };
+        match sent {
+            Ok(sent) if sent == *digest => Ok(true),
+            Ok(sent) => {
+                let message = format!("{}: the registry served {sent} for {digest}", self.image);
+                Err(Error::new(Reason::ImageCorrupt, message).with("digest", digest))
+            }
+            Err(error) if error.reason() == Reason::ImageNotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn hash(&self, digest: &Digest, size: u64) -> Result<Digest> {
+        let mut blob = self.blob(digest, 0, 0).await?;
+        let (mut hash, mut left) = (Sha256::new(), size);
+        while let Some(part) = blob.bytes.next().await {
+            let part = part.map_err(|error| {
+                let message =
+                    format!("registry {} broke off while serving {digest}: {error}; repeat", blob.endpoint);
+                Error::new(Reason::RegistryUnavailable, message)
+            })?;
+            hash.update(&part);
+            match left.checked_sub(part.len() as u64) {
+                Some(rest) => left = rest,
+                // It is something else, however it goes on.
+                None => break,
+            }
+        }
+        Ok(Digest::of_hash(&hash.finalize()))
     }
 
     /// How many endpoints there are.
@@ -315,5 +400,50 @@ mod tests {
             assert_eq!((at.resolve_registry(), at.namespace()), (asked, namespace), "{image}");
             assert_eq!((at.repository(), at.tag()), (image.inner().repository(), image.inner().tag()));
         }
+    }
+
+    /// A registry that has one thing, and says that it has another.
+    async fn registry_of(honest: &'static [u8], lied_about: &str) -> Source {
+        use axum::{Router, body::Body, extract::Request, http};
+        // Another test may have done it.
+        let _done = rustls::crypto::ring::default_provider().install_default();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let authority = listener.local_addr().unwrap().to_string();
+        let (theirs, lied_about) = (Digest::of(honest).to_string(), lied_about.to_owned());
+        let serve = Router::new().fallback(async move |request: Request| {
+            let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+            let (status, body) = match name {
+                name if name == theirs => (200, Body::from(honest)),
+                name if name == lied_about => (200, Body::from("something else")),
+                _ => (404, Body::empty()),
+            };
+            http::Response::builder().status(status).body(body).unwrap()
+        });
+        tokio::spawn(async { axum::serve(listener, serve).await });
+        let directory = tempfile::tempdir().unwrap();
+        let hosts = directory.path().join(&authority);
+        fs::create_dir(&hosts).unwrap();
+        fs::write(hosts.join("hosts.toml"), format!("server = \"http://{authority}\"\n")).unwrap();
+        let patience = Duration::from_secs(20);
+        let none = directory.path().join("config.json");
+        let registries = Registries::new(directory.path().to_owned(), none, patience, patience);
+        let image = ImageRef::parse(&format!("{authority}/x:1")).unwrap();
+        registries.source(&image, None).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn to_say_that_one_has_it_is_not_to_prove_it() {
+        let (there, lied, missing) = (Digest::of(b"honest"), Digest::of(b"secret"), Digest::of(b"missing"));
+        let source = registry_of(b"honest", lied.as_str()).await;
+        for kind in [Kind::Manifest, Kind::Blob(6)] {
+            assert!(source.has(kind, &there).await.unwrap() && source.proves(kind, &there).await.unwrap());
+            assert!(source.has(kind, &lied).await.unwrap());
+            assert_eq!(source.proves(kind, &lied).await.unwrap_err().reason(), Reason::ImageCorrupt);
+            assert!(
+                !source.has(kind, &missing).await.unwrap() && !source.proves(kind, &missing).await.unwrap()
+            );
+        }
+        // More than there should be is read no further.
+        assert!(source.proves(Kind::Blob(3), &lied).await.is_err());
     }
 }

@@ -55,6 +55,7 @@ pub(super) fn lease(lease: &Lease, waiting: Option<String>, now: &Moment) -> v1:
         scratch: grant.and_then(|grant| grant.scratch.as_ref()).map(|s| device(&s.device, &s.filesystem)),
         shares: lease.shares.as_ref().map(ToString::to_string),
         abandoned: matches!(lease.state, State::Releasing { abandoned: true, .. }),
+        tenant: lease.spec.tenant.to_string(),
     }
 }
 

@@ -199,12 +199,13 @@ impl Cowshed for Api {
         request: Request<v1::PullImageRequest>,
     ) -> Result<Response<Self::PullImageStream>, Status> {
         let begun = Instant::now();
-        let v1::PullImageRequest { image, platform } = request.into_inner();
+        let v1::PullImageRequest { image, platform, tenant, credentials } = request.into_inner();
         let begin = async {
             let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
+            let access = parse::access(&tenant, credentials)?;
             self.acquirer.drain.admit()?;
             self.admission.admit(&self.kernel).await?;
-            Ok::<_, Error>(self.images.pull(&image, &platform))
+            Ok::<_, Error>(self.images.pull(&image, &platform, &access))
         };
         match begin.await {
             Ok(pull) => {

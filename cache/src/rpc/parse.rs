@@ -1,17 +1,20 @@
 //! Fields of requests, parsed: what comes out of here is valid.
 
-use cowshed_leases::{LeaseId, Mode, RequestId, Scratch, Ttl, VmId};
+use cowshed_leases::{LeaseId, Mode, RequestId, Scratch, Tenant, Ttl, VmId};
 use cowshed_pool::Bytes;
 use cowshed_proto::v1;
 
 use crate::{
     acquire::Wish,
     error::{Error, Reason, Result},
-    image::{ImageRef, Platform},
+    image::{Access, ImageRef, Platform, PullPolicy},
+    registry::Credential,
 };
 
 /// So much of a wrong value is shown, in characters.
 const SHOWN: usize = 140;
+/// More is no credential, in bytes.
+const CREDENTIAL_MAX_BYTES: usize = 64 << 10;
 
 pub(super) fn wish(request: v1::AcquireRequest) -> Result<Wish> {
     let spec = request.spec.unwrap_or_default();
@@ -20,12 +23,68 @@ pub(super) fn wish(request: v1::AcquireRequest) -> Result<Wish> {
         vm: vm_id(&request.vm_id)?,
         image: image_reference(&spec.image)?,
         platform: platform(spec.platform.as_deref())?,
+        access: Access {
+            policy: pull_policy(request.pull_policy)?,
+            ..access(&request.tenant, request.credentials)?
+        },
         mode,
         scratch: spec.scratch.map(|wanted| scratch(wanted, mode)).transpose()?,
         ttl: request.ttl.as_ref().map(ttl).transpose()?,
         fresh: request.fresh,
         request: request.request_id.as_deref().map(request_id).transpose()?,
     })
+}
+
+/// Who asks for an image.
+pub(super) fn access(tenant: &str, credentials: Option<v1::RegistryCredentials>) -> Result<Access> {
+    let tenant = match tenant {
+        "" => Tenant::default(),
+        text => {
+            text.parse().map_err(|error| wrong(Reason::TenantInvalid, "tenant", text, "tenant", &error))?
+        }
+    };
+    let credential = credentials.map(credential).transpose()?;
+    Ok(Access { tenant, credential, policy: PullPolicy::default() })
+}
+
+/// Its values are shown to nobody.
+fn credential(credentials: v1::RegistryCredentials) -> Result<Credential> {
+    use v1::registry_credentials::Secret;
+    let bad = |what: &str| {
+        let message = format!("credentials are wrong: {what}");
+        Error::new(Reason::CredentialsInvalid, message).with("field", "credentials")
+    };
+    let is_long = |text: &str| text.len() > CREDENTIAL_MAX_BYTES;
+    let too_long = || bad(&format!("more than {CREDENTIAL_MAX_BYTES} bytes are no name, password or token"));
+    match credentials.secret {
+        Some(Secret::Password(v1::Password { username, password })) => {
+            if username.is_empty() || username.contains(':') {
+                return Err(bad("password.username is empty or has a colon, which no registry can take"));
+            }
+            if is_long(&username) || is_long(&password) {
+                return Err(too_long());
+            }
+            Ok(Credential::Password { user: username, password })
+        }
+        Some(Secret::IdentityToken(token)) if token.is_empty() => Err(bad("identity_token is empty")),
+        Some(Secret::IdentityToken(token)) if is_long(&token) => Err(too_long()),
+        Some(Secret::IdentityToken(token)) => Ok(Credential::Identity(token)),
+        None => Err(bad("give a password or an identity_token, or none of it for the host's own")),
+    }
+}
+
+fn pull_policy(policy: i32) -> Result<PullPolicy> {
+    match v1::PullPolicy::try_from(policy) {
+        Ok(v1::PullPolicy::Unspecified | v1::PullPolicy::IfNotPresent) => Ok(PullPolicy::IfNotPresent),
+        Ok(v1::PullPolicy::Always) => Ok(PullPolicy::Always),
+        Ok(v1::PullPolicy::Never) => Ok(PullPolicy::Never),
+        Err(_) => {
+            let message = format!(
+                "pull_policy {policy} is not known to this version: IF_NOT_PRESENT is 1, ALWAYS 2, NEVER 3"
+            );
+            Err(Error::new(Reason::PullPolicyInvalid, message).with("field", "pull_policy"))
+        }
+    }
 }
 
 fn mode(mode: i32) -> Result<Mode> {
@@ -156,5 +215,45 @@ mod tests {
         }
         let refused = hold_for(&prost_types::Duration::default()).unwrap_err().to_string();
         assert!(refused.contains("hold_for"), "{refused}");
+    }
+
+    #[test]
+    fn who_asks_is_checked_and_shown_to_nobody() {
+        use v1::registry_credentials::Secret;
+        let password = |username: &str, password: &str| {
+            Some(v1::RegistryCredentials {
+                secret: Some(Secret::Password(v1::Password {
+                    username: username.to_owned(),
+                    password: password.to_owned(),
+                })),
+            })
+        };
+        let token = |token: &str| {
+            Some(v1::RegistryCredentials { secret: Some(Secret::IdentityToken(token.to_owned())) })
+        };
+        assert_eq!(access("", None).unwrap(), Access::default());
+        assert_eq!(access("default", None).unwrap(), Access::default());
+        assert_eq!(
+            access("a", token("geheim")).unwrap().credential,
+            Some(Credential::Identity("geheim".into()))
+        );
+        let long = "geheim".repeat(CREDENTIAL_MAX_BYTES);
+        let table = [
+            ("../a", None, Reason::TenantInvalid, "tenant"),
+            ("a b", None, Reason::TenantInvalid, "tenant"),
+            ("a", password("", "geheim"), Reason::CredentialsInvalid, "username"),
+            ("a", password("c:ow", "geheim"), Reason::CredentialsInvalid, "username"),
+            ("a", password("cow", &long), Reason::CredentialsInvalid, "bytes"),
+            ("a", token(""), Reason::CredentialsInvalid, "identity_token"),
+            ("a", token(&long), Reason::CredentialsInvalid, "bytes"),
+            ("a", Some(v1::RegistryCredentials { secret: None }), Reason::CredentialsInvalid, "password"),
+        ];
+        for (tenant, credentials, reason, says) in table {
+            let error = access(tenant, credentials).unwrap_err();
+            assert_eq!(error.reason(), reason, "{error}");
+            assert!(error.to_string().contains(says) && !error.to_string().contains("geheim"), "{error}");
+        }
+        assert_eq!(pull_policy(2).unwrap(), PullPolicy::Always);
+        assert_eq!(pull_policy(9).unwrap_err().reason(), Reason::PullPolicyInvalid);
     }
 }

@@ -218,6 +218,8 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
             ..PullLimits::default().layer
         },
         keep_layers: config.images.keep_layers,
+        access_check: Duration::from_secs(r.access_check_seconds),
+        revalidate: Duration::from_secs(config.images.revalidate_seconds),
         ..PullLimits::default()
     };
     Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)

@@ -35,7 +35,7 @@ pub(crate) fn acquire_request(vm: &str, image: &str) -> v1::AcquireRequest {
 }
 
 pub(crate) fn pull_request(image: &str) -> v1::PullImageRequest {
-    v1::PullImageRequest { image: image.to_owned(), platform: None }
+    v1::PullImageRequest { image: image.to_owned(), ..v1::PullImageRequest::default() }
 }
 
 /// An error of the service, taken apart.

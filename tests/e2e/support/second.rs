@@ -12,7 +12,7 @@ use super::{
     Outcome, check,
     command::{Ran, run},
     cow::snapshotter,
-    wait_for,
+    same, wait_for,
 };
 
 /// What a second service is to be.
@@ -69,11 +69,7 @@ impl Plan {
     pub(crate) fn start(self) -> Outcome<Second> {
         let child = self.spawn()?;
         let second = Second { plan: self, child };
-        wait_for("the second service", || {
-            let answer = second.cowshed(&["leases"])?;
-            check!(answer.status == 0, "{answer:?}; its log: {}", second.log());
-            Ok(())
-        })?;
+        second.wait_serving()?;
         Ok(second)
     }
 
@@ -136,6 +132,23 @@ impl Second {
             check!(left["leases"].as_array().is_some_and(Vec::is_empty), "{left}");
             Ok(())
         })
+    }
+
+    fn wait_serving(&self) -> Outcome {
+        wait_for("the second service", || {
+            let answer = self.cowshed(&["leases"])?;
+            check!(answer.status == 0, "{answer:?}; its log: {}", self.log());
+            Ok(())
+        })
+    }
+
+    /// Ends it in order and starts it again. Its log begins anew.
+    pub(crate) fn restart(mut self) -> Outcome<Self> {
+        self.terminate()?;
+        same!(self.wait()?, 0, "the exit status");
+        self.child = self.plan.spawn()?;
+        self.wait_serving()?;
+        Ok(self)
     }
 
     fn wait_in_rescue(&self) -> Outcome {
