@@ -7,6 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -14,11 +15,12 @@ use crate::{
     support::{
         Outcome, check,
         command::sh,
-        cow::evict_all,
+        cow::{collect, evict_all},
         fake_image::digest,
         fake_registry::{Answer, FakeRegistry, Hosts},
         same,
         second::{Plan, Second},
+        stack::Layer,
         wait_for,
     },
 };
@@ -27,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("with_a_certificate_of_its_own_and_a_password", with_a_password),
     ("with_a_credential_helper", with_a_helper),
     ("of_several_tenants", of_several_tenants),
+    ("of_a_tenant_that_cheats", of_a_tenant_that_cheats),
     ("of_several_tenants_without_kept_layers", of_tenants_without_layers),
 ];
 
@@ -222,6 +225,7 @@ fn of_several_tenants() -> Outcome {
     acquire("a-1", &image, &["--tenant", "b", "--credentials", &right])?
         .fails(4, &["SPEC_CONFLICT", "tenant"])?;
     service.cowshed(&["pull", &image, "--tenant", "b"])?.fails(5, &["REGISTRY_DENIED"])?;
+    tells_no_secret(&service)?;
     // A service that has been started anew knows as much.
     let service = service.restart()?;
     let acquire = |vm: &str, image: &str, more: &[&str]| {
@@ -250,10 +254,70 @@ fn of_several_tenants() -> Outcome {
     acquire("c-1", &image, &["--tenant", "c"])?.ok()?;
     fs::remove_file(private.docker_config())?;
     acquire("d-1", &image, &["--tenant", "d"])?.ok()?;
+    tells_no_secret(&service)?;
+    service.release_all()?;
+    same!(service.stop()?, 0, "the exit status");
+    evict_all()
+}
+
+fn tells_no_secret(service: &Second) -> Outcome {
     let log = service.log();
     for secret in ["moo", "oink", RIGHT, WRONG] {
         check!(!log.contains(secret), "{secret:?} is in the log: {log}");
     }
+    Ok(())
+}
+
+/// A tenant with a registry of its own, which says what it likes of another one's image.
+fn of_a_tenant_that_cheats() -> Outcome {
+    evict_all()?;
+    let private = Private::start()?;
+    let service = private.service()?;
+    let right = private.directory.path().join("right");
+    fs::write(&right, COW)?;
+    let image = format!("{AUTHORITY}/cowshed/tiny:1");
+    service
+        .cowshed(&["pull", &image, "--tenant", "a", "--credentials", &right.display().to_string()])?
+        .ok()?;
+    let (manifest, config) = private_manifest()?;
+    let denied = |command: &[&str], status: i32, reason: &str| -> Outcome {
+        service.cowshed(&[command, &["--tenant", "b"]].concat())?.fails(status, &[reason])
+    };
+    // Other layers, and a configuration that says that they are the ones that are unpacked.
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    let junk = Layer::new().file("junk", b"junk")?.bytes()?;
+    let mut other: Value = serde_json::from_slice(&manifest)?;
+    for layer in other["layers"].as_array_mut().into_iter().flatten() {
+        let kind = layer["mediaType"].as_str().unwrap_or_default().replace("+gzip", "").replace(".gzip", "");
+        *layer = json!({ "mediaType": kind, "digest": digest(&junk), "size": junk.len() });
+    }
+    registry.manifest("1", Answer::Bytes(serde_json::to_vec(&other)?));
+    registry.blob(&digest(&junk), Answer::Bytes(junk));
+    // It does not have the configuration …
+    denied(&["pull", &registry.image("1")], 5, "REGISTRY_DENIED")?;
+    denied(&["acquire", "b-1", &registry.image("1")], 5, "REGISTRY_DENIED")?;
+    // … and then it has.
+    registry.blob(&digest(&config), Answer::Bytes(config));
+    denied(&["pull", &registry.image("1")], 10, "IMAGE_CORRUPT")?;
+    denied(&["acquire", "b-1", &registry.image("1")], 10, "IMAGE_CORRUPT")?;
+    // An index that leads to the other tenant's manifest, without it, and with it.
+    let entry = json!({
+        "mediaType": other["mediaType"].as_str().unwrap_or("application/vnd.oci.image.manifest.v1+json"),
+        "digest": digest(&manifest),
+        "size": manifest.len(),
+        "platform": { "os": "linux", "architecture": "amd64" },
+    });
+    let kind = "application/vnd.oci.image.index.v1+json";
+    let index = json!({ "schemaVersion": 2, "mediaType": kind, "manifests": [entry] });
+    registry.manifest("2", Answer::Bytes(serde_json::to_vec(&index)?));
+    for _ in 0..2 {
+        denied(&["pull", &registry.image("2")], 5, "REGISTRY_DENIED")?;
+        denied(&["acquire", "b-2", &registry.image("2")], 5, "REGISTRY_DENIED")?;
+        registry.manifest(&digest(&manifest), Answer::Bytes(manifest.clone()));
+    }
+    // To have shown a part of it opens nothing.
+    denied(&["acquire", "b-3", &image], 5, "REGISTRY_DENIED")?;
+    service.cowshed(&["acquire", "a-1", &image, "--tenant", "a"])?.ok()?;
     service.release_all()?;
     same!(service.stop()?, 0, "the exit status");
     evict_all()
@@ -273,6 +337,7 @@ fn of_tenants_without_layers() -> Outcome {
     let right = right.display().to_string();
     let image = format!("{AUTHORITY}/cowshed/tiny:1");
     service.cowshed(&["pull", &image, "--tenant", "a", "--credentials", &right])?.ok()?;
+    collect()?;
     // An image of another registry that says that it has the same layer, which that registry does not have.
     let registry = FakeRegistry::start(Hosts::PlainHttp)?;
     let (manifest, config) = private_manifest()?;
@@ -291,7 +356,7 @@ fn private_manifest() -> Outcome<(Vec<u8>, Vec<u8>)> {
     let target =
         sh(&format!("ctr images ls name=={AUTHORITY}/cowshed/tiny:1 | awk 'NR == 2 {{ print $3 }}'"))?;
     let mut manifest = get(target.trim())?;
-    let mut parsed: serde_json::Value = serde_json::from_slice(&manifest)?;
+    let mut parsed: Value = serde_json::from_slice(&manifest)?;
     if let Some(first) = parsed["manifests"][0]["digest"].as_str() {
         manifest = get(first)?;
         parsed = serde_json::from_slice(&manifest)?;

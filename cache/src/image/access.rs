@@ -22,7 +22,9 @@ use std::{
 
 use cowshed_leases::Tenant;
 
-use super::{Digest, ImageRef, Shared, labels::Labels, pull::Asker, store::Store};
+use super::{
+    Digest, ImageRef, Shared, digest::chain_ids, facts::Facts, labels::Labels, pull::Asker, store::Store,
+};
 use crate::{
     containerd::{CallError, ContentWriter},
     error::{Error, Reason, Result},
@@ -155,25 +157,29 @@ impl Shared {
         Ok(self.owner(digest).await?.is_some_and(|owner| owner.tenant != access.tenant))
     }
 
-    /// Whether who asks may have these documents of an image that is there; see [`Asker::permits`].
-    pub(super) async fn permits_all(
+    /// Whether who asks may have the image that is there, unpacked, with these labels of its highest layer.
+    pub(super) async fn permits_image(
         &self,
         image: &ImageRef,
-        documents: &[&Digest],
+        target: &Digest,
+        (facts, top): (&Facts, &Labels),
         access: &Access,
     ) -> Result<bool> {
-        for digest in documents {
-            if !self.is_foreign(digest, access).await? {
-                continue;
-            }
-            let source = self.registries.source(image, access.credential.as_ref()).await?;
-            let asker = Asker { shared: self, image, source: &source, access };
-            if !asker.permits(Kind::Manifest, digest).await? {
-                return Ok(false);
-            }
+        let mut foreign = is_strangers(top, access);
+        for digest in [target, &facts.manifest, &facts.config] {
+            foreign |= self.is_foreign(digest, access).await?;
         }
-        Ok(true)
+        if !foreign {
+            return Ok(true);
+        }
+        let source = self.registries.source(image, access.credential.as_ref()).await?;
+        Asker { shared: self, image, source: &source, access }.permits_image(target, facts, top).await
     }
+}
+
+/// Whether the layer with these labels, or one below it, is another tenant's.
+fn is_strangers(labels: &Labels, access: &Access) -> bool {
+    Owner::of(labels).is_some_and(|owner| owner.tenant != access.tenant)
 }
 
 impl Asker<'_> {
@@ -192,6 +198,30 @@ impl Asker<'_> {
             Some(owner) => self.permits_of(&owner, kind, digest).await,
             None => Ok(true),
         }
+    }
+
+    /// The same of all that an image is made of. An index and a manifest say what they like: whoever has made them need not
+    /// have the rest.
+    pub(super) async fn permits_image(&self, target: &Digest, facts: &Facts, top: &Labels) -> Result<bool> {
+        let config = Kind::Blob(facts.config_bytes);
+        for (kind, digest) in
+            [(Kind::Manifest, target), (Kind::Manifest, &facts.manifest), (config, &facts.config)]
+        {
+            if !self.permits(kind, digest).await? {
+                return Ok(false);
+            }
+        }
+        if !is_strangers(top, self.access) {
+            return Ok(true);
+        }
+        let Some((manifest, config)) = self.shared.documents_of(facts).await? else { return Ok(false) };
+        for (layer, chain_id) in manifest.layers.iter().zip(chain_ids(&config.diff_ids)) {
+            let Some(labels) = self.shared.snapshot_labels(&chain_id).await? else { return Ok(false) };
+            if !self.may_take(&labels, &layer.digest, layer.size).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     async fn permits_of(&self, owner: &Owner, kind: Kind, digest: &Digest) -> Result<bool> {
@@ -229,6 +259,15 @@ impl Asker<'_> {
         Ok(())
     }
 
+    /// Whether a registry sends it to who asks.
+    pub(super) async fn expect_proof(&self, kind: Kind, digest: &Digest) -> Result<()> {
+        if self.source.proves(kind, digest).await? {
+            return Ok(());
+        }
+        let message = format!("image {}: the registry does not have {digest}", self.image);
+        Err(Error::new(Reason::ImageNotFound, message).with("digest", digest))
+    }
+
     /// Of what is in the content store: whether who asks may have it.
     pub(super) async fn expect_access(&self, kind: Kind, digest: &Digest) -> Result<()> {
         if self.permits(kind, digest).await? {
@@ -246,12 +285,19 @@ impl Asker<'_> {
     /// Whether the layer that is unpacked, with these labels, may be taken for this blob without unpacking that. What was made
     /// of another blob, and is another tenant's, may not: that it is the same is only what the image's configuration says.
     pub(super) async fn may_take(&self, labels: &Labels, blob: &Digest, size: u64) -> Result<bool> {
-        match Owner::of(labels) {
-            Some(owner) if owner.tenant != self.access.tenant => {
-                let is_of_it = labels.get(BLOB_LABEL).is_some_and(|of| of == blob.as_str());
-                Ok(is_of_it && self.permits_of(&owner, Kind::Blob(size), blob).await?)
-            }
-            _ => Ok(true),
+        let Some(owner) = Owner::of(labels).filter(|owner| owner.tenant != self.access.tenant) else {
+            return Ok(true);
+        };
+        if labels.get(BLOB_LABEL).is_none_or(|of| of != blob.as_str()) {
+            return Ok(false);
+        }
+        let containerd = &self.shared.containerd;
+        let there = containerd.blob(blob.as_str()).await.map_err(|e| containerd.explain(e))?;
+        // By now it may be nobody's. If it is not there, the snapshot's label is all that is known.
+        match there.map(|(_, labels)| Owner::of(&labels)) {
+            Some(None) => Ok(true),
+            Some(Some(owner)) => self.permits_of(&owner, Kind::Blob(size), blob).await,
+            None => self.permits_of(&owner, Kind::Blob(size), blob).await,
         }
     }
 }
@@ -277,9 +323,12 @@ impl Store<'_> {
         Ok(())
     }
 
-    /// Those that a snapshot of a layer gets of its blob.
-    pub(super) async fn labels_of_unpacked(&self, blob: &Digest) -> Result<Labels> {
-        let owner = self.shared.owner(blob).await?;
+    /// Those that a snapshot of a layer gets: of its blob's owner, or that of the layers below.
+    pub(super) async fn labels_of_unpacked(&self, blob: &Digest, parent: Option<&Digest>) -> Result<Labels> {
+        let mut owner = self.shared.owner(blob).await?;
+        if let (None, Some(parent)) = (&owner, parent) {
+            owner = self.shared.snapshot_labels(parent).await?.and_then(|labels| Owner::of(&labels));
+        }
         let labels = owner.map(|owner| [owner.label(), (BLOB_LABEL.to_owned(), blob.to_string())]);
         Ok(labels.into_iter().flatten().collect())
     }

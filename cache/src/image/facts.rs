@@ -19,6 +19,8 @@ const REMEMBERED: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Facts {
     pub(super) manifest: Digest,
+    pub(super) config: Digest,
+    pub(super) config_bytes: u64,
     pub(super) platform: Platform,
     pub(super) chain_id: Digest,
     pub(super) process: ProcessConfig,
@@ -31,6 +33,8 @@ impl Facts {
     pub(super) fn of(digest: Digest, manifest: &Manifest, config: &ImageConfig) -> Option<Self> {
         Some(Self {
             manifest: digest,
+            config: manifest.config.digest.clone(),
+            config_bytes: manifest.config.size,
             platform: config.platform.clone(),
             chain_id: chain_ids(&config.diff_ids).pop()?,
             process: config.process.clone(),
@@ -83,6 +87,16 @@ impl Shared {
         }
         remembered.insert(key, facts.clone());
         Ok(Some(facts))
+    }
+
+    /// The manifest and the configuration, if they are in the content store.
+    pub(super) async fn documents_of(&self, facts: &Facts) -> Result<Option<(Manifest, ImageConfig)>> {
+        let manifest = self.document_in_store(&facts.manifest).await?;
+        let manifest = manifest.and_then(|bytes| manifest::parse(&bytes).ok());
+        let Some((_, Document::Manifest(manifest))) = manifest else { return Ok(None) };
+        let config = self.document_in_store(&manifest.config.digest).await?;
+        let config = config.and_then(|bytes| manifest::parse_config(&bytes, &manifest).ok());
+        Ok(config.map(|config| (manifest, config)))
     }
 
     /// The manifest for `platform` that `target` is or leads to, if it is in the content store.

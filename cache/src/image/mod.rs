@@ -9,7 +9,7 @@ mod flight;
 mod labels;
 mod locks;
 mod manifest;
-mod pace;
+pub(crate) mod pace;
 mod platform;
 mod progress;
 mod pull;
@@ -213,6 +213,9 @@ pub trait RunningPulls: Send + Sync {
 /// Layers that are inflated ahead of their turn, of all pulls. Each has some memory of its own.
 const SPARE_THREADS: usize = 8;
 
+/// A registry that is asked what a tag means by now answers within this time, or what is there is taken.
+const REVALIDATION: Duration = Duration::from_secs(10);
+
 /// The images of one containerd. Clones share everything.
 #[derive(Clone)]
 pub struct Images(Arc<Shared>);
@@ -232,7 +235,7 @@ struct Shared {
     owners: access::Owners,
     answers: access::Answers,
     /// When registries were last asked what a tag means.
-    asked: Mutex<HashMap<ImageRef, Instant>>,
+    asked: Mutex<HashMap<(ImageRef, Access), Instant>>,
     /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
     locks: Locks,
     /// For bytes that are fetched and not unpacked yet.
@@ -323,30 +326,34 @@ impl Shared {
     /// answer changes nothing.
     async fn means_another(&self, image: &ImageRef, target: &Digest, access: &Access) -> bool {
         let interval = self.limits.revalidate;
-        if interval.is_zero() || image.digest().is_some() || !self.is_time_to_ask(image, interval) {
+        if interval.is_zero() || image.digest().is_some() {
+            return false;
+        }
+        let key = (image.clone(), access.clone());
+        let answers = || self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        answers().retain(|_, at| at.elapsed() < interval);
+        if answers().contains_key(&key) {
             return false;
         }
         let asked = async {
             let source = self.registries.source(image, access.credential.as_ref()).await?;
             source.document(None, &ACCEPTED, DOCUMENT_MAX_BYTES).await
         };
-        match asked.await {
-            Ok((_, now)) => now != *target,
+        // Nobody waits long for that.
+        let asked = tokio::time::timeout(REVALIDATION, asked).await;
+        let late = || Error::new(Reason::RegistryUnavailable, format!("no answer within {REVALIDATION:?}"));
+        match asked.unwrap_or_else(|_| Err(late())) {
+            // Until it is pulled, the next one asks again.
+            Ok((_, now)) if now != *target => true,
+            Ok(_) => {
+                answers().insert(key, Instant::now());
+                false
+            }
             Err(error) => {
                 tracing::warn!(%image, %error, "what the tag means is not to be learnt now; going on with what is there");
                 false
             }
         }
-    }
-
-    fn is_time_to_ask(&self, image: &ImageRef, interval: Duration) -> bool {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        asked.retain(|_, at| at.elapsed() < interval);
-        if asked.contains_key(image) {
-            return false;
-        }
-        asked.insert(image.clone(), Instant::now());
-        true
     }
 
     async fn has_snapshot(&self, chain_id: &Digest) -> Result<bool> {
@@ -374,10 +381,8 @@ impl ImageCache for Images {
         let Some(record) = shared.record(image).await? else { return Ok(None) };
         let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
         let Some(facts) = shared.facts(&target, platform).await? else { return Ok(None) };
-        if !shared.has_snapshot(&facts.chain_id).await? {
-            return Ok(None);
-        }
-        if !shared.permits_all(image, &[&target, &facts.manifest], access).await? {
+        let Some(top) = shared.snapshot_labels(&facts.chain_id).await? else { return Ok(None) };
+        if !shared.permits_image(image, &target, (&facts, &top), access).await? {
             return Ok(None);
         }
         if access.policy == PullPolicy::IfNotPresent && shared.means_another(image, &target, access).await {

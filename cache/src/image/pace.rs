@@ -10,14 +10,14 @@ const BYTES: u64 = 64 << 10;
 
 /// One download's. What the host takes to store the bytes does not count.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     waited: Duration,
     bytes: u64,
 }
 
 impl Pace {
     /// So many bytes have come, after this time. Says whether that is enough.
-    pub(super) fn keeps(&mut self, bytes: usize, waited: Duration) -> bool {
+    pub(crate) fn keeps(&mut self, bytes: usize, waited: Duration) -> bool {
         self.waited += waited;
         self.bytes += bytes as u64;
         if self.waited < WINDOW {

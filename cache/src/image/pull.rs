@@ -19,7 +19,7 @@ use super::{
     progress::Board,
     store::Store,
     tap::{Outlet, Tap, tap},
-    unpack::{Inflating, Layer, is_held, may_take, unpack},
+    unpack::{Inflating, Layer, is_held, is_theirs, unpack},
 };
 use crate::{
     containerd::LEASE_LABEL,
@@ -38,7 +38,7 @@ pub(super) async fn run(
     let source = shared.registries.source(image, access.credential.as_ref()).await?;
     let asker = Asker { shared, image, source: &source, access };
     let (bytes, digest) = asker.top().await?;
-    if let Some((found, manifest)) = complete(shared, image, platform, &digest).await? {
+    if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.layers(sizes(&manifest));
         (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
         board.done();
@@ -76,18 +76,19 @@ async fn end(shared: &Shared, lease: &str, collect: bool) {
 
 /// The image, if its record says what the registry says and nothing of it is missing.
 async fn complete(
-    shared: &Shared,
-    image: &ImageRef,
+    asker: &Asker<'_>,
     platform: &Platform,
     target: &Digest,
 ) -> Result<Option<(ResolvedImage, Manifest)>> {
+    let Asker { shared, image, .. } = *asker;
     let containerd = &shared.containerd;
     let record = shared.record(image).await?;
     let Some(record) = record.filter(|record| record.target.digest == target.as_str()) else {
         return Ok(None);
     };
     let Some(facts) = shared.facts(target, platform).await? else { return Ok(None) };
-    if !shared.has_snapshot(&facts.chain_id).await? {
+    let Some(top) = shared.snapshot_labels(&facts.chain_id).await? else { return Ok(None) };
+    if !asker.permits_image(target, &facts, &top).await? {
         return Ok(None);
     }
     let Some((_, manifest)) = shared.stored_manifest(target, platform).await? else { return Ok(None) };
@@ -281,7 +282,7 @@ async fn layers(
 /// How many layers, from the lowest on, are unpacked, by whatever image; from now on they are held.
 async fn unpacked_already(store: &Store<'_>, chain: &[Digest], layers: &[Descriptor]) -> Result<usize> {
     let mut there = 0;
-    while there < chain.len() && may_take(store, &chain[there], &layers[there]).await? {
+    while there < chain.len() && is_theirs(store, &chain[there], &layers[there]).await? {
         there += 1;
     }
     // The highest one holds those below. If it has gone meanwhile, all are looked at one by one.

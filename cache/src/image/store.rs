@@ -146,6 +146,10 @@ impl Store<'_> {
             tap.inspect(|tap| tap.spoil());
             writer.restart();
         }
+        if failed == 0 && blob.size > 0 && writer.offset() == blob.size {
+            // Of another namespace of containerd's, for example: nobody has shown that it may be had.
+            self.asker().expect_proof(Kind::Blob(blob.size), &blob.digest).await?;
+        }
         if writer.offset() < blob.size || blob.size == 0 {
             self.copy(blob, failed, &mut writer, *tap, progress).await?;
         }
@@ -271,7 +275,7 @@ impl Store<'_> {
         }
         // Who goes on with what another has begun has not shown that it may have the beginning.
         if self.access.credential.is_some() {
-            reference = format!("{reference}-{}", self.access.tenant);
+            reference = format!("{reference}@{}", self.access.tenant);
         }
         reference
     }

@@ -115,26 +115,39 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     // well: their bytes may not come.
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
+    // What there is to ask of registries is asked before, and remembered.
+    store.brake.or(may_take(store, layer)).await??;
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
-    if may_take(store, layer.chain_id, layer.blob).await? && is_held(shared, lease, layer.chain_id).await? {
+    if store.brake.or(take(store, layer)).await?? {
         return Ok(Cache::Hit);
     }
+    let mut has_other = shared.has_snapshot(layer.chain_id).await?;
     let begun = Instant::now();
     let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
     loop {
         let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
-        let error = match apply(store, &key, layer, ahead).await {
-            Ok(()) => {
-                shared.observer.layer_unpacked(begun.elapsed());
-                return Ok(Cache::Miss);
+        let applied = apply(store, &key, layer, ahead, has_other).await;
+        if matches!(applied, Ok(Applied::Committed)) {
+            shared.observer.layer_unpacked(begun.elapsed());
+            return Ok(Cache::Miss);
+        }
+        let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
+        let error = match applied {
+            // It was seen to be the same.
+            Ok(Applied::Same) if is_held(shared, lease, layer.chain_id).await? => return Ok(Cache::Hit),
+            // Another client's unpacking of the same layer may have come first.
+            _ if take(store, layer).await.unwrap_or(false) => return Ok(Cache::Hit),
+            Ok(Applied::Found) if !has_other => {
+                has_other = true;
+                ahead = Inflating::begin(shared, layer.blob, layer.bytes, None);
+                continue;
             }
+            Ok(_) => Error::new(
+                Reason::NotReady,
+                format!("layer {} was removed just now; repeat", layer.blob.digest),
+            ),
             Err(error) => error,
         };
-        let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
-        // Another client's unpacking of the same layer may have come first. (Or it was unpacked to see that it is the same.)
-        if is_held(shared, lease, layer.chain_id).await.unwrap_or(false) {
-            return Ok(Cache::Hit);
-        }
         if let Err(second) = removed {
             return Err(
                 error.context(format!("(and the unfinished snapshot {key:?} stays in containerd: {second})"))
@@ -154,11 +167,30 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
 }
 
 /// Whether the layer is unpacked, and who asks for it may have it.
-pub(super) async fn may_take(store: &Store<'_>, chain_id: &Digest, blob: &Descriptor) -> Result<bool> {
+async fn may_take(store: &Store<'_>, layer: &Layer<'_>) -> Result<bool> {
+    is_theirs(store, layer.chain_id, layer.blob).await
+}
+
+/// The same, and it is held from now on.
+async fn take(store: &Store<'_>, layer: &Layer<'_>) -> Result<bool> {
+    Ok(may_take(store, layer).await? && is_held(store.shared, store.lease, layer.chain_id).await?)
+}
+
+/// Whether there is such a snapshot, and who asks for the blob that it is made of may have it.
+pub(super) async fn is_theirs(store: &Store<'_>, chain_id: &Digest, blob: &Descriptor) -> Result<bool> {
     match store.shared.snapshot_labels(chain_id).await? {
         Some(labels) => store.asker().may_take(&labels, &blob.digest, blob.size).await,
         None => Ok(false),
     }
+}
+
+/// What has come of unpacking a layer.
+enum Applied {
+    Committed,
+    /// There was one by then, and this one is the same.
+    Same,
+    /// There was one before, and nothing was done.
+    Found,
 }
 
 /// Whether the layer is unpacked, and from now on held.
@@ -171,14 +203,26 @@ pub(super) async fn is_held(shared: &Shared, lease: &str, chain_id: &Digest) -> 
     shared.has_snapshot(chain_id).await
 }
 
-async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<Inflating>) -> Result<()> {
+/// `has_other`: there is a snapshot of this name that who asks may not take for it.
+async fn apply(
+    store: &Store<'_>,
+    key: &str,
+    layer: &Layer<'_>,
+    ahead: Option<Inflating>,
+    has_other: bool,
+) -> Result<Applied> {
     let (shared, lease) = (store.shared, store.lease);
     let containerd = &shared.containerd;
     let parent = layer.parent.map(Digest::as_str).unwrap_or_default();
-    let labels = HashMap::from([("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string())]);
+    // With this label containerd makes none if there is one of that name.
+    let reference = ("containerd.io/snapshot.ref".to_owned(), layer.chain_id.to_string());
+    let labels = HashMap::from_iter((!has_other).then_some(reference));
     let mut clock = Laps::start();
-    let prepared = containerd.prepare_snapshot(lease, key, parent, labels.clone()).await;
-    let mounts = prepared.map_err(|e| containerd.explain(e))?;
+    let mounts = match containerd.prepare_snapshot(lease, key, parent, labels.clone()).await {
+        Ok(mounts) => mounts,
+        Err(error) if error.is_already_exists() => return Ok(Applied::Found),
+        Err(error) => return Err(containerd.explain(error)),
+    };
     let prepared = clock.lap();
     let point = mount_point(&mounts);
     let applied = match (ahead, point) {
@@ -204,12 +248,16 @@ async fn apply(store: &Store<'_>, key: &str, layer: &Layer<'_>, ahead: Option<In
         return Err(not_fetched(layer));
     }
     let waited = clock.lap();
-    let labels = store.labels_of_unpacked(&layer.blob.digest).await?.into_iter().chain(labels).collect();
-    let committed = containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await;
-    committed.map_err(|e| containerd.explain(e))?;
+    let labels =
+        store.labels_of_unpacked(&layer.blob.digest, layer.parent).await?.into_iter().chain(labels).collect();
+    match containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await {
+        Ok(()) => {}
+        Err(error) if error.is_already_exists() => return Ok(Applied::Same),
+        Err(error) => return Err(containerd.explain(error)),
+    }
     let committed = clock.lap();
     tracing::debug!(digest = %layer.blob.digest, ?prepared, ?applying, ?waited, ?committed, "a layer was unpacked");
-    Ok(())
+    Ok(Applied::Committed)
 }
 
 /// A block device with a filesystem, which is all that can be mounted here.

@@ -169,6 +169,11 @@ fn directories(registry: &str) -> Vec<String> {
 }
 
 /// The registry as it is called, over TLS.
+/// Whether the endpoint is the registry, and no mirror of it.
+pub(super) fn is_itself(endpoint: &Endpoint, registry: &str) -> bool {
+    endpoint.authority == itself(registry).authority
+}
+
 fn itself(registry: &str) -> Endpoint {
     let authority = if registry == "docker.io" { HUB } else { registry };
     Endpoint {

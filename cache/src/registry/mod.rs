@@ -9,10 +9,10 @@ mod token;
 
 use std::{
     collections::HashMap,
-    fs,
+    fmt, fs,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt as _;
@@ -28,7 +28,7 @@ use refusal::{Failure, Outlook};
 
 use crate::{
     error::{Error, Reason, Result},
-    image::{ACCEPTED, DOCUMENT_MAX_BYTES, Digest, ImageRef},
+    image::{ACCEPTED, DOCUMENT_MAX_BYTES, Digest, ImageRef, pace::Pace},
 };
 
 /// So many connections are kept; more than a host has registries.
@@ -103,15 +103,23 @@ impl Registries {
     pub async fn source(&self, image: &ImageRef, own: Option<&Credential>) -> Result<Source> {
         let credentials = Credentials::read(&self.docker_config)?;
         let mut endpoints = Vec::new();
-        let all = hosts::endpoints(&self.config_path, image.registry())?;
-        let last = all.len().saturating_sub(1);
-        for (at, endpoint) in all.into_iter().enumerate() {
+        let mut is_told = own.is_none();
+        for endpoint in hosts::endpoints(&self.config_path, image.registry())? {
             let credential = match own {
-                // The others are mirrors.
-                Some(own) if at == last => Some(own.clone()),
+                Some(own) if hosts::is_itself(&endpoint, image.registry()) => {
+                    is_told = true;
+                    Some(own.clone())
+                }
                 _ => credentials.of(&endpoint.authority).await?,
             };
             endpoints.push((endpoint.clone(), self.connection(endpoint, credential)?));
+        }
+        if !is_told {
+            let message = format!(
+                "credentials came for {image}, and its hosts.toml has no endpoint that is {} itself: they are for no mirror",
+                image.registry()
+            );
+            return Err(Error::new(Reason::RegistryConfiguration, message).with("image", image));
         }
         Ok(Source { image: image.clone(), endpoints })
     }
@@ -237,32 +245,43 @@ impl Source {
     /// # Errors
     /// If none does, and one refuses to or does not answer, or what it sends is something else.
     pub async fn proves(&self, kind: Kind, digest: &Digest) -> Result<bool> {
-        let sent = match kind {
-            Kind::Manifest => {
-                self.document(Some(digest), &ACCEPTED, DOCUMENT_MAX_BYTES).await.map(|(_, sent)| sent)
-            }
-            Kind::Blob(size) => self.hash(digest, size).await,
+        let Kind::Blob(size) = kind else {
+            return match self.document(Some(digest), &ACCEPTED, DOCUMENT_MAX_BYTES).await {
+                Ok(_) => Ok(true),
+                Err(error) if error.reason() == Reason::ImageNotFound => Ok(false),
+                Err(error) => Err(error),
+            };
         };
-        match sent {
-            Ok(sent) if sent == *digest => Ok(true),
-            Ok(sent) => {
-                let message = format!("{}: the registry served {sent} for {digest}", self.image);
-                Err(Error::new(Reason::ImageCorrupt, message).with("digest", digest))
-            }
-            Err(error) if error.reason() == Reason::ImageNotFound => Ok(false),
-            Err(error) => Err(error),
+        let mut outcome = Ok(false);
+        for failed in 0..self.endpoints() {
+            outcome = match self.hash(digest, size, failed).await {
+                Ok(sent) if sent == *digest => return Ok(true),
+                Ok(sent) => {
+                    let message = format!("{}: the registry served {sent} for {digest}", self.image);
+                    Err(Error::new(Reason::ImageCorrupt, message).with("digest", digest))
+                }
+                Err(error) if error.reason() == Reason::ImageNotFound => return outcome,
+                Err(error) => Err(error),
+            };
         }
+        outcome
     }
 
-    async fn hash(&self, digest: &Digest, size: u64) -> Result<Digest> {
-        let mut blob = self.blob(digest, 0, 0).await?;
-        let (mut hash, mut left) = (Sha256::new(), size);
-        while let Some(part) = blob.bytes.next().await {
-            let part = part.map_err(|error| {
+    async fn hash(&self, digest: &Digest, size: u64, failed: u32) -> Result<Digest> {
+        let mut blob = self.blob(digest, 0, failed).await?;
+        let (mut hash, mut left, mut pace) = (Sha256::new(), size, Pace::default());
+        loop {
+            let asked = Instant::now();
+            let Some(part) = blob.bytes.next().await else { break };
+            let broken = |what: &dyn fmt::Display| {
                 let message =
-                    format!("registry {} broke off while serving {digest}: {error}; repeat", blob.endpoint);
+                    format!("registry {} broke off while serving {digest}: {what}; repeat", blob.endpoint);
                 Error::new(Reason::RegistryUnavailable, message)
-            })?;
+            };
+            let part = part.map_err(|error| broken(&error))?;
+            if !pace.keeps(part.len(), asked.elapsed()) {
+                return Err(broken(&"it is too slow"));
+            }
             hash.update(&part);
             match left.checked_sub(part.len() as u64) {
                 Some(rest) => left = rest,
