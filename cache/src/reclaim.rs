@@ -441,6 +441,11 @@ impl Reclaimer {
         let (due, overdue) = self.to_collect(&released);
         match self.collect(&due).await {
             Ok(()) => self.note_collected(&due),
+            // It goes on. To remove and collect all of them once more would only make it longer.
+            Err(error) if error.is_timeout() => {
+                tracing::warn!(%error, "containerd is still collecting released disks");
+                self.note_collected(&due);
+            }
             Err(error) => tracing::warn!(%error, "containerd did not collect released disks; trying again"),
         }
         let collecting = clock.lap();

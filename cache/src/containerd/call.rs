@@ -49,6 +49,11 @@ impl CallError {
         self.is(Code::Unavailable)
     }
 
+    /// It has not answered in time, and may be at it still.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::Timeout { .. })
+    }
+
     /// What containerd or the connection said.
     pub fn message(&self) -> &str {
         match self {
