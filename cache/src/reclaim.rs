@@ -45,11 +45,10 @@ pub(crate) const ABREAST: usize = 8;
 /// How often the time is looked at.
 const TICK: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(200);
-/// So long a snapshotter may take for a device whose snapshot containerd has collected; then that is a failure.
+/// So long a snapshotter may take for a device whose snapshot containerd has collected; then containerd is asked again.
 const AT_LEISURE: Duration = Duration::from_secs(10);
-/// After so long containerd collects again what is not gone: who waits for a collection is also told of one that had begun
-/// before.
-const AGAIN: Duration = Duration::from_secs(2);
+/// But not more often than this: a snapshotter that has much to remove would get even slower by it.
+const BETWEEN_SWEEPS: Duration = Duration::from_secs(60);
 /// So long one pass waits for that.
 const A_MOMENT: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(25);
@@ -99,7 +98,7 @@ pub struct Reclaimer {
     /// Since when the closed devices of overdue leases of an earlier boot have been seen.
     pub closed: Mutex<HashMap<LeaseId, Uptime>>,
     /// When containerd collected the snapshots of disks whose devices are still there.
-    pub collected: Mutex<HashMap<LeaseId, Collected>>,
+    pub collected: Mutex<Collected>,
 }
 
 /// Things without a record, and whether that was said.
@@ -132,11 +131,13 @@ pub(crate) struct Compared {
     pub(crate) snapshots: Vec<String>,
 }
 
-/// When containerd was made to collect a disk.
-#[derive(Debug)]
+/// What containerd was made to collect.
+#[derive(Debug, Default)]
 pub struct Collected {
-    first: Instant,
-    last: Instant,
+    /// When each of these disks, whose devices are still there.
+    disks: HashMap<LeaseId, Instant>,
+    /// When it last looked for what it has forgotten.
+    swept: Option<Instant>,
 }
 
 /// What is left of a disk after its collection.
@@ -450,7 +451,7 @@ impl Reclaimer {
         }
         let collecting = clock.lap();
         if !overdue.is_empty()
-            && let Err(error) = self.snapshots.sweep().await
+            && let Err(error) = self.sweep().await
         {
             tracing::warn!(%error, "containerd did not look for snapshots that it has forgotten");
         }
@@ -464,6 +465,8 @@ impl Reclaimer {
                     left.insert(id, format!("containerd has not removed the device {name} yet"));
                 }
                 Remains::Other(why) => {
+                    // All of it once more.
+                    self.collected().disks.remove(&id);
                     left.insert(id, why);
                 }
             }
@@ -499,7 +502,7 @@ impl Reclaimer {
     /// plan was made, hundreds of others may have gone.
     async fn let_go(&self, id: &LeaseId) -> LetGo {
         // Its snapshot has gone; what is left is the snapshotter's to do.
-        if self.was_just_collected(id) {
+        if self.was_collected(id) {
             return LetGo::Done;
         }
         let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return LetGo::Done };
@@ -522,30 +525,34 @@ impl Reclaimer {
         self.snapshots.delete_lease(&one.snapshot_key(), true).await
     }
 
-    /// Those that containerd has not just collected, and those among them that it did a while ago.
+    /// Those that containerd has not collected, and, if it is time to look at them again, those among them that it did a
+    /// while ago.
     fn to_collect<'a>(&self, ids: &[&'a LeaseId]) -> (Vec<&'a LeaseId>, BTreeSet<LeaseId>) {
         let collected = self.collected();
-        let is_due = |id: &&LeaseId| collected.get(*id).is_none_or(|when| when.last.elapsed() >= AGAIN);
-        let due: Vec<&LeaseId> = ids.iter().copied().filter(is_due).collect();
-        let is_overdue =
-            |id: &LeaseId| collected.get(id).is_some_and(|when| when.first.elapsed() >= AT_LEISURE);
-        let overdue = due.iter().copied().filter(|id| is_overdue(id)).cloned().collect();
+        let sweeps = collected.swept.is_none_or(|swept| swept.elapsed() >= BETWEEN_SWEEPS);
+        let is_late = |collected: &Instant| sweeps && collected.elapsed() >= AT_LEISURE;
+        let due: Vec<&LeaseId> =
+            ids.iter().copied().filter(|id| collected.disks.get(*id).is_none_or(is_late)).collect();
+        let overdue =
+            due.iter().filter(|id| collected.disks.contains_key(**id)).map(|id| (*id).clone()).collect();
         (due, overdue)
     }
 
-    fn was_just_collected(&self, id: &LeaseId) -> bool {
-        self.collected().get(id).is_some_and(|when| when.first.elapsed() < AT_LEISURE)
+    fn was_collected(&self, id: &LeaseId) -> bool {
+        self.collected().disks.contains_key(id)
     }
 
     fn note_collected(&self, ids: &[&LeaseId]) {
         let now = Instant::now();
-        let mut collected = self.collected();
-        for id in ids {
-            collected.entry((*id).clone()).or_insert(Collected { first: now, last: now }).last = now;
-        }
+        self.collected().disks.extend(ids.iter().map(|id| ((*id).clone(), now)));
     }
 
-    fn collected(&self) -> MutexGuard<'_, HashMap<LeaseId, Collected>> {
+    async fn sweep(&self) -> Result<(), crate::containerd::CallError> {
+        self.collected().swept = Some(Instant::now());
+        self.snapshots.sweep().await
+    }
+
+    fn collected(&self) -> MutexGuard<'_, Collected> {
         self.collected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -591,7 +598,7 @@ impl Reclaimer {
             return;
         }
         let count = gone.len();
-        self.collected().retain(|id, _| !gone.contains(id));
+        self.collected().disks.retain(|id, _| !gone.contains(id));
         let shares = |id: &LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|l| l.shares.is_some()));
         let shared = gone.iter().any(shares);
         match self.ledger.remove_all(gone, self.clock.now()).await {
