@@ -530,10 +530,14 @@ fn state_full_and_free_again() -> Outcome {
 fn fill_and_free(client: &Snapshots) -> Outcome {
     block_on(client.prepare("full-0", "", &[]))?;
     let mut refusal = None;
+    // So that it takes few.
+    let (names, text) =
+        ((0..8).map(|n| format!("containerd.io/snapshot/e2e-{n}")).collect::<Vec<_>>(), "x".repeat(4000));
+    let labels: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), text.as_str())).collect();
     for n in 1..200 {
         sh(&format!("dd if=/dev/zero bs=1k status=none >> {STATE}/filler 2>/dev/null || true"))?;
         // The write-ahead log may have room for some more.
-        if let Err(status) = block_on(client.prepare(&format!("full-{n}"), "", &[])) {
+        if let Err(status) = block_on(client.prepare(&format!("full-{n}"), "", &labels)) {
             refusal = Some(status);
             break;
         }
