@@ -16,7 +16,7 @@ use std::{
     collections::HashMap,
     fmt,
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -108,11 +108,20 @@ impl Owners {
     }
 
     fn note(&self, digest: &Digest, owner: Option<Owner>) {
+        self.with_room().insert(digest.clone(), owner);
+    }
+
+    /// What was read a moment ago. Who has written since knows better.
+    fn note_read(&self, digest: &Digest, owner: Option<Owner>) {
+        self.with_room().entry(digest.clone()).or_insert(owner);
+    }
+
+    fn with_room(&self) -> MutexGuard<'_, HashMap<Digest, Option<Owner>>> {
         let mut owners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if owners.len() >= REMEMBERED {
             owners.clear();
         }
-        owners.insert(digest.clone(), owner);
+        owners
     }
 
     fn forget(&self, digest: &Digest) {
@@ -148,7 +157,7 @@ impl Shared {
         let found = self.containerd.blob(digest.as_str()).await.map_err(|e| self.containerd.explain(e))?;
         let Some((_, labels)) = found else { return Ok(None) };
         let owner = Owner::of(&labels);
-        self.owners.note(digest, owner.clone());
+        self.owners.note_read(digest, owner.clone());
         Ok(owner)
     }
 
@@ -293,12 +302,14 @@ impl Asker<'_> {
         }
         let containerd = &self.shared.containerd;
         let there = containerd.blob(blob.as_str()).await.map_err(|e| containerd.explain(e))?;
-        // By now it may be nobody's. If it is not there, the snapshot's label is all that is known.
-        match there.map(|(_, labels)| Owner::of(&labels)) {
-            Some(None) => Ok(true),
-            Some(Some(owner)) => self.permits_of(&owner, Kind::Blob(size), blob).await,
-            None => self.permits_of(&owner, Kind::Blob(size), blob).await,
-        }
+        let owner = match there.map(|(_, labels)| Owner::of(&labels)) {
+            // By now it is nobody's.
+            Some(None) => return Ok(true),
+            Some(Some(now)) => now,
+            // The snapshot's label is all that is known.
+            None => owner,
+        };
+        self.permits_of(&owner, Kind::Blob(size), blob).await
     }
 }
 
@@ -356,6 +367,19 @@ mod tests {
                 "{odd}"
             );
         }
+    }
+
+    #[test]
+    fn what_was_read_does_not_undo_what_was_written_since() {
+        let owner = Owner { tenant: "a".parse().unwrap(), registry: "r".to_owned() };
+        let (owners, digest) = (Owners::default(), Digest::of(b"x"));
+        owners.note(&digest, Some(owner.clone()));
+        owners.note_read(&digest, None);
+        assert_eq!(owners.get(&digest), Some(Some(owner.clone())));
+        owners.forget(&digest);
+        owners.note_read(&digest, None);
+        owners.note(&digest, Some(owner.clone()));
+        assert_eq!(owners.get(&digest), Some(Some(owner)));
     }
 
     #[test]

@@ -115,13 +115,16 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     // well: their bytes may not come.
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
-    // What there is to ask of registries is asked before, and remembered.
-    store.brake.or(may_take(store, layer)).await??;
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
-    if store.brake.or(take(store, layer)).await?? {
+    // One look for both: each is a call of containerd's, and there are many layers.
+    let there = shared.snapshot_labels(layer.chain_id).await?;
+    if let Some(labels) = &there
+        && store.brake.or(store.asker().may_take(labels, &layer.blob.digest, layer.blob.size)).await??
+        && is_held(shared, lease, layer.chain_id).await?
+    {
         return Ok(Cache::Hit);
     }
-    let mut has_other = shared.has_snapshot(layer.chain_id).await?;
+    let mut has_other = there.is_some();
     let begun = Instant::now();
     let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
     loop {
@@ -166,14 +169,10 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     }
 }
 
-/// Whether the layer is unpacked, and who asks for it may have it.
-async fn may_take(store: &Store<'_>, layer: &Layer<'_>) -> Result<bool> {
-    is_theirs(store, layer.chain_id, layer.blob).await
-}
-
-/// The same, and it is held from now on.
+/// Whether the layer is unpacked, who asks for it may have it, and it is held from now on.
 async fn take(store: &Store<'_>, layer: &Layer<'_>) -> Result<bool> {
-    Ok(may_take(store, layer).await? && is_held(store.shared, store.lease, layer.chain_id).await?)
+    let is_theirs = is_theirs(store, layer.chain_id, layer.blob).await?;
+    Ok(is_theirs && is_held(store.shared, store.lease, layer.chain_id).await?)
 }
 
 /// Whether there is such a snapshot, and who asks for the blob that it is made of may have it.
