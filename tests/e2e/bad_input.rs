@@ -9,7 +9,8 @@ use crate::{
         api::{acquire_request, block_on, client, refusal},
         audit::nothing_left,
         check,
-        command::{lines, run, sh},
+        command::run,
+        containerd,
         cow::{acquire, cowshed, host, image, refused, release, service_pid},
         fake_registry::{FakeRegistry, Hosts},
         same, wait_for,
@@ -40,7 +41,7 @@ fn still_serves() -> Outcome {
 fn unknown_image_and_tag() -> Outcome {
     for name in ["nowhere:1", "tiny:no-such-tag"].map(image) {
         refused("bad-1", &name, 3, "IMAGE_NOT_FOUND", &[&name, "127.0.0.1:5000"])?;
-        check!(!lines("ctr images ls -q")?.contains(&name), "{name} is listed");
+        check!(!containerd::images()?.contains(&name), "{name} is listed");
         let pulled = cowshed(&["pull", &name])?;
         pulled.fails(3, &["[IMAGE_NOT_FOUND]", &name])?;
     }
@@ -133,7 +134,7 @@ fn containerd_stopped() -> Outcome {
     same!(acquire("bad-held", &image("tiny:1"))?, held, "the disk");
     release("bad-held")?;
     host("start", "containerd")?;
-    wait_for("containerd", || sh("ctr version").map(drop))?;
+    wait_for("containerd", || containerd::version().map(drop))?;
     wait_for("cowshed to serve", || cowshed(&["status"])?.ok().map(drop))?;
     still_serves()?;
     same!(service_pid()?, pid, "the service's process: it was restarted");

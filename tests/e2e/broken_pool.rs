@@ -8,7 +8,8 @@ use crate::{
         Outcome,
         audit::pool_used_bytes,
         check,
-        command::{lines, sh},
+        command::sh,
+        containerd,
         cow::{acquire, image, pull, release_fully, snapshots},
         same,
         second::Plan,
@@ -40,7 +41,8 @@ fn snapshotter_unfit() -> Outcome {
         check!(left["leases"].as_array().is_some_and(Vec::is_empty), "{left}");
         Ok(())
     })?;
-    let left = lines("ctr snapshots --snapshotter overlayfs ls | sed 1d | { grep -v Committed || true; }")?;
+    let mut left = containerd::snapshots("overlayfs")?;
+    left.retain(|(_, kind)| *kind != "Committed");
     check!(left.is_empty(), "snapshots of overlayfs: {left:?}");
     same!(second.stop()?, 0, "the exit status");
     // The image that it has unpacked there as well still serves where it is right.

@@ -20,6 +20,7 @@ use crate::{
     support::{
         Outcome, PATIENCE, check,
         command::{lines, number, sh, spawn, text},
+        containerd,
         cow::{Disk, acquire, collect, cowshed, host, image, lease, service_pid, thin_devices, wait_serving},
         same, wait_at_most, wait_for,
     },
@@ -258,7 +259,7 @@ impl Scene {
                 Ok(())
             })?;
         }
-        wait_for("containerd to answer", || sh("ctr version"))?;
+        wait_for("containerd to answer", containerd::version)?;
         wait_serving()?;
         self.waits_for_its_device()?;
         let back = if services.len() == 1 { "it is" } else { "they are" };

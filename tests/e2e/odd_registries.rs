@@ -7,6 +7,7 @@ use crate::{
         audit::nothing_left,
         check,
         command::{lines, run},
+        containerd,
         cow::{acquire_as, cowshed, evict, refused, release, wait_gone},
         fake_image::{FakeImage, digest, gzip, noise, tar},
         fake_registry::{Answer, FakeRegistry, Hosts},
@@ -53,9 +54,9 @@ fn refused_without_a_trace(
 ) -> Outcome {
     refused("odd", name, status, reason, words)?;
     nothing_left()?;
-    check!(!lines("ctr images ls -q")?.iter().any(|listed| listed == name), "{name} is listed");
+    check!(!containerd::images()?.contains(name), "{name} is listed");
     wait_for("its blobs to go", || {
-        let blobs = lines("ctr content ls -q")?;
+        let blobs = containerd::blobs()?;
         for digest in [&image.manifest, &image.config, &image.layer].map(|bytes| digest(bytes)) {
             check!(!blobs.contains(&digest), "{digest} is left");
         }

@@ -10,7 +10,8 @@ use crate::{
         Outcome,
         api::{block_on, client, refusal},
         check,
-        command::{lines, number, sh, text},
+        command::{number, sh, text},
+        containerd,
         cow::{
             acquire, acquire_as, acquire_reply, cowshed, evict_all, host, image, nothing_pulled, pull,
             release, release_fully, wait_serving,
@@ -38,7 +39,7 @@ fn listed(name: &str) -> Outcome<Value> {
 }
 
 fn is_listed(name: &str) -> Outcome<bool> {
-    Ok(lines("ctr images ls -q")?.iter().any(|one| one == name))
+    Ok(containerd::images()?.contains(name))
 }
 
 /// `cowshed rmi`, to be done; the reply.

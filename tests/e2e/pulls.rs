@@ -15,8 +15,9 @@ use crate::{
         Outcome,
         api::{acquire_request, block_on, client, pull_request},
         check,
-        command::{lines, spawn},
-        cow::{acquire_as, cowshed, evict_all, image, pull, release, snapshotter, wait_serving},
+        command::spawn,
+        containerd,
+        cow::{acquire_as, cowshed, evict_all, image, pull, release, snapshots, wait_serving},
         fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
         registry_log::{describe, mark},
@@ -94,8 +95,11 @@ fn images_pulled_together_share_their_layers() -> Outcome {
         puller.join().map_err(|_| "a pull panicked")??;
     }
     start.each_once(&[describe("app:1")?.blobs(), describe("app:2")?.blobs()].concat())?;
-    let unpacked = lines(&format!("ctr snapshots --snapshotter {} ls | grep -c Committed", snapshotter()))?;
-    same!(unpacked, ["5"], "the layers that were unpacked: two shared, two of app:1, one of app:2");
+    same!(
+        snapshots("Committed")?.len(),
+        5,
+        "the layers that were unpacked: two shared, two of app:1, one of app:2"
+    );
     Ok(())
 }
 
@@ -193,14 +197,14 @@ fn killed_service_leaves_nothing_of_it() -> Outcome {
     let mut command = spawn("cowshed", &["acquire", "pulls-killed", &name])?;
     wait_until_asked(&registry, &layer)?;
     check!(
-        !lines("ctr leases ls | grep cowshed-pull- || true")?.is_empty(),
+        containerd::leases()?.iter().any(|id| id.starts_with("cowshed-pull-")),
         "no containerd lease holds the pull"
     );
     crate::support::cow::host("kill", "cowshed")?;
     check!(!command.wait()?.success(), "the acquire of a killed service succeeded");
     wait_serving()?;
     crate::support::audit::nothing_left()?;
-    check!(!lines("ctr images ls -q")?.contains(&name), "the unfinished image is listed");
+    check!(!containerd::images()?.contains(&name), "the unfinished image is listed");
     registry.open_gate();
     acquire_as("miss", "pulls-killed", &name)?;
     release("pulls-killed")?;

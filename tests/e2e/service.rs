@@ -20,6 +20,7 @@ use crate::{
         audit::pool_used_bytes,
         check,
         command::{number, run, sh, text},
+        containerd,
         cow::{
             REGISTRY, SOCKET, acquire, acquire_as, cowshed, evict_all, image, leases, refused, release_fully,
             snapshotter,
@@ -267,8 +268,9 @@ fn stops_within_its_time() -> Outcome {
     again.state = second.plan.state.clone();
     let again = again.start()?;
     wait_for("the pull's containerd lease to go", || {
-        let left = sh("ctr leases ls | { grep cowshed-pull- || true; }")?;
-        check!(left.is_empty(), "{left}");
+        let mut left = containerd::leases()?;
+        left.retain(|id| id.starts_with("cowshed-pull-"));
+        check!(left.is_empty(), "{left:?}");
         Ok(())
     })?;
     same!(again.stop()?, 0, "the exit status");

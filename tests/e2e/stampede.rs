@@ -14,6 +14,7 @@ use crate::{
         api::{acquire_all, block_on},
         check,
         command::sh,
+        containerd,
         cow::{
             evict, evict_all, host, image, leases, release, snapshots, thin_devices, wait_for_devices,
             wait_gone, wait_serving,
@@ -59,7 +60,7 @@ fn twenty_vms_one_cold_image() -> Outcome {
 }
 
 fn pulling() -> Outcome {
-    check!(sh("ctr leases ls")?.contains("cowshed-pull-"), "no pull is under way");
+    check!(containerd::leases()?.iter().any(|id| id.starts_with("cowshed-pull-")), "no pull is under way");
     Ok(())
 }
 
@@ -119,7 +120,7 @@ fn ask_until_all_are_granted(vms: &[String], image: &str) -> Outcome<BTreeMap<St
 
 fn kill_containerd() -> Outcome {
     host("kill", "containerd")?;
-    wait_for("containerd", || sh("ctr version").map(drop))?;
+    wait_for("containerd", || containerd::version().map(drop))?;
     wait_serving()
 }
 

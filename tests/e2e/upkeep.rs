@@ -6,7 +6,8 @@ use crate::{
     Test,
     support::{
         Outcome, check,
-        command::{lines, sh},
+        command::sh,
+        containerd,
         cow::{
             acquire, collect, cowshed, evict_all, host, image, pull, refused, release, release_fully,
             snapshots, snapshotter, thin_devices, wait_serving,
@@ -31,7 +32,7 @@ fn a_deleted_containerd_lease_is_made_again() -> Outcome {
     let found = cowshed(&["audit"])?;
     found.fails(6, &["left"])?;
     check!(found.stdout.contains(&disk.lease) && found.stdout.contains("upkeep-lease"), "{found:?}");
-    check!(lines("ctr leases ls -q")?.iter().all(|lease| *lease != key), "a look has changed something");
+    check!(containerd::leases()?.iter().all(|lease| *lease != key), "a look has changed something");
     check!(cowshed(&["audit", "--repair"])?.ok()?.contains("done: "), "it is not mended");
     collect()?;
     check!(snapshots("Active")?.contains(&key), "containerd has collected {key}");
@@ -46,7 +47,7 @@ fn what_is_not_ours_is_left_alone() -> Outcome {
         let found = cowshed(&["audit", "--repair"])?;
         found.fails(6, &["left"])?;
         check!(found.stdout.contains(&stray) && found.stdout.contains("left alone"), "{found:?}");
-        check!(lines("ctr leases ls -q")?.contains(&stray), "{stray} was deleted");
+        check!(containerd::leases()?.contains(&stray), "{stray} was deleted");
         Ok(())
     })();
     sh(&format!("ctr leases delete {stray}"))?;

@@ -4,8 +4,8 @@ use std::{future::Future, time::Duration};
 
 use oci_client::Reference;
 use reqwest::{
-    Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode,
-    header::{ACCEPT, AUTHORIZATION, HeaderMap, RANGE},
+    Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode, Url,
+    header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, RANGE},
     redirect::{Action, Attempt, Policy},
 };
 
@@ -21,7 +21,7 @@ use crate::image::{ACCEPTED, Digest};
 /// What a refusal says is read up to here, in bytes.
 const REFUSAL_MAX_BYTES: usize = 64 << 10;
 /// A document, and the beginning of a blob, may take so many times what a connection and the wait for its first byte
-/// may take: there are up to three requests in it (greeting, token, the thing itself). An endpoint that sends a byte now
+/// may take: there are up to three requests in it (the thing itself, a token for it, the thing with it). An endpoint that sends a byte now
 /// and then is cut off here.
 const REQUESTS: u32 = 3;
 /// Registries send us to their storage, which may send us on.
@@ -140,11 +140,24 @@ impl Connection {
         self.http.request(method, format!("{}/v2/{}/{what}{namespace}", self.base(at), at.repository()))
     }
 
-    async fn answer(&self, at: &Reference, mut request: RequestBuilder) -> Result<Response, Failure> {
-        if let Some(token) = self.tokens.of(&self.http, &self.base(at), at.repository()).await {
-            request = request.header(AUTHORIZATION, token);
+    /// Says who we are only to a registry that asks for it, as containerd does: most of what is pulled is for anybody.
+    async fn answer(&self, at: &Reference, request: RequestBuilder) -> Result<Response, Failure> {
+        let again = request.try_clone();
+        let known = self.tokens.known(at.repository());
+        let mut response = with(request, known.clone()).send().await?;
+        if response.status() == StatusCode::UNAUTHORIZED
+            && let Some(again) = again
+            // What a registry leads to has no right to ask.
+            && is_of(&self.base(at), response.url())
+            && let Some(token) = self
+                .tokens
+                .wanted(&self.http, &self.base(at), at.repository(), response.headers(), known.as_ref())
+                .await
+        {
+            // Read, the connection can be used again.
+            body::beginning(response, REFUSAL_MAX_BYTES).await;
+            response = with(again, Some(token)).send().await?;
         }
-        let response = request.send().await?;
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(response),
             _ => Err(Failure::refused(response, REFUSAL_MAX_BYTES).await),
@@ -155,6 +168,17 @@ impl Connection {
         let in_time = tokio::time::timeout(self.limit, work).await;
         in_time.unwrap_or(Err(Failure::Late(self.limit)))
     }
+}
+
+fn with(request: RequestBuilder, authorization: Option<HeaderValue>) -> RequestBuilder {
+    match authorization {
+        Some(value) => request.header(AUTHORIZATION, value),
+        None => request,
+    }
+}
+
+fn is_of(base: &str, url: &Url) -> bool {
+    Url::parse(base).is_ok_and(|base| base.origin() == url.origin())
 }
 
 /// A few, and never from TLS to none. (What we say of ourselves goes to no other host: that is reqwest's own doing.)

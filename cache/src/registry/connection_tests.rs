@@ -29,15 +29,6 @@ async fn answer(request: Request<Body>) -> Reply {
     let host = request.headers()["host"].to_str().unwrap();
     let authorization = request.headers().get("authorization").map(|value| value.to_str().unwrap());
     match request.uri().path() {
-        // Which registry it is, its repositories say: each test has one of its own.
-        "/v2/" => {
-            let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
-            http::Response::builder()
-                .status(401)
-                .header("www-authenticate", challenge)
-                .body(Body::empty())
-                .unwrap()
-        }
         "/token" => match request.uri().query().unwrap() {
             scope if scope.contains("private") => match authorization {
                 Some("Basic Y293Om1vbw==") if scope.contains("account=cow") => {
@@ -56,7 +47,14 @@ async fn answer(request: Request<Body>) -> Reply {
         "/v2/dripping/manifests/1" => reply(200, endless(1, Duration::from_millis(20))),
         "/v2/raging/manifests/1" => reply(500, endless(1 << 16, Duration::ZERO)),
         "/v2/fussy/manifests/1" => reply(403, endless(1, Duration::from_millis(20))),
-        _ => reply(401, Body::empty()),
+        _ => {
+            let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+            http::Response::builder()
+                .status(401)
+                .header("www-authenticate", challenge)
+                .body(Body::empty())
+                .unwrap()
+        }
     }
 }
 
@@ -75,6 +73,11 @@ async fn plain_answer(request: Request<Body>) -> Reply {
             to(format!("http://localhost:{}/stored", host.rsplit(':').next().unwrap()))
         }
         ("/stored", None) => reply(200, "stored".into()),
+        // Asks what only the registry may.
+        ("/v2/curious/manifests/1", _) => {
+            to(format!("http://localhost:{}/asks", host.rsplit(':').next().unwrap()))
+        }
+        ("/asks", Some(told)) => panic!("it was told {told}"),
         _ => http::Response::builder()
             .status(401)
             .header("www-authenticate", "Basic realm=\"r\"")
@@ -158,6 +161,7 @@ async fn who_we_are_is_told_to_the_registry_alone() {
         (&plain, wrong(), "private", None),
         (&plain, None, "private", None),
         (&plain, cow(), "elsewhere", Some("stored")),
+        (&plain, cow(), "curious", None),
     ];
     for (registry, credential, repository, expected) in table {
         let (connection, authority) = connection_as(credential, registry.clone(), patience).await;

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use http_auth::parser::ChallengeParser;
 use reqwest::{
     Client, RequestBuilder, StatusCode, Url,
-    header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE},
+    header::{CONTENT_TYPE, HeaderMap, HeaderValue, WWW_AUTHENTICATE},
 };
 use serde::Deserialize;
 
@@ -49,17 +49,30 @@ impl Tokens {
         Self { credential, known: Mutex::default() }
     }
 
-    /// The value of `Authorization` for this repository at `base` (scheme://host[:port]). `None` if none is wanted, or
-    /// none is to be had: then the registry's own refusal says what there is to say.
-    pub(super) async fn of(&self, http: &Client, base: &str, repository: &str) -> Option<HeaderValue> {
-        if let Some(header) = self.remembered(repository, Instant::now()) {
+    /// The value of `Authorization` for this repository, if one was wanted before and is still good.
+    pub(super) fn known(&self, repository: &str) -> Option<HeaderValue> {
+        self.remembered(repository, Instant::now())
+    }
+
+    /// What to say instead of `refused` to the registry at `base` (scheme://host[:port]) that has answered 401 with these
+    /// headers. `None` if there is nothing else to be had: then the registry's own refusal says what there is to say.
+    pub(super) async fn wanted(
+        &self,
+        http: &Client,
+        base: &str,
+        repository: &str,
+        headers: &HeaderMap,
+        refused: Option<&HeaderValue>,
+    ) -> Option<HeaderValue> {
+        // Another request may have got a new one meanwhile.
+        if let Some(header) = self.known(repository).filter(|header| Some(header) != refused) {
             return Some(header);
         }
-        match self.ask(http, base, repository).await {
+        match self.ask(http, base, repository, headers).await {
             Ok(token) => {
                 let (header, life) = token?;
                 self.remember(repository, header.clone(), life);
-                Some(header)
+                Some(header).filter(|header| Some(header) != refused)
             }
             Err(error) => {
                 tracing::warn!(
@@ -92,9 +105,9 @@ impl Tokens {
         http: &Client,
         base: &str,
         repository: &str,
+        headers: &HeaderMap,
     ) -> Result<Option<(HeaderValue, Duration)>, Failure> {
-        let greeting = http.get(format!("{base}/v2/")).send().await?;
-        let challenges = greeting.headers().get_all(WWW_AUTHENTICATE).iter();
+        let challenges = headers.get_all(WWW_AUTHENTICATE).iter();
         let wanted =
             challenges.filter_map(|value| wanted(value.to_str().ok()?, repository)).max_by_key(Wanted::rank);
         match (wanted, &self.credential) {

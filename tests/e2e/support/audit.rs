@@ -1,15 +1,20 @@
 //! After every test the host has to be as before it: nobody holds anything, and nothing is left over.
 
 use std::{
+    fs,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
+use cowshed_proto::v1;
 use libtest_mimic::Failed;
 
 use super::{
-    Outcome, PATIENCE, check,
-    command::{lines, sh},
+    Outcome, PATIENCE,
+    api::{block_on, client},
+    check,
+    command::sh,
+    containerd,
     cow::{cowshed, host, leases, snapshotter, thin_devices, wait_serving},
     wait_at_most,
 };
@@ -51,20 +56,28 @@ pub(crate) fn nothing_left() -> Outcome {
     static LEFTOVERS: AtomicBool = AtomicBool::new(false);
     let patience = if LEFTOVERS.load(Ordering::Relaxed) { Duration::from_secs(10) } else { PATIENCE };
     let audited = wait_at_most(patience, "a clean host", || {
-        let leases = leases()?;
+        let request = v1::ListLeasesRequest::default();
+        let leases =
+            block_on(async { Outcome::Ok(client().await?.list_leases(request).await?) })?.into_inner().leases;
         check!(leases.is_empty(), "leases: {leases:?}");
-        let held = lines("ctr leases ls | sed 1d | { grep cowshed- || true; }")?;
+        let mut held = containerd::leases()?;
+        held.retain(|id| id.starts_with("cowshed-"));
         check!(held.is_empty(), "containerd leases: {held:?}");
         for snapshotter in [snapshotter(), "overlayfs"] {
-            let list = format!("ctr snapshots --snapshotter {snapshotter} ls");
-            let left = lines(&format!("{list} | {{ grep -E '^(cowshed-vm-|extract-)|Active' || true; }}"))?;
+            let mut left = containerd::snapshots(snapshotter)?;
+            left.retain(|(key, kind)| {
+                *kind == "Active" || key.starts_with("cowshed-vm-") || key.starts_with("extract-")
+            });
             check!(left.is_empty(), "snapshots of {snapshotter}: {left:?}");
         }
-        let writes = lines("ctr content active | sed 1d")?;
+        let writes = containerd::writes()?;
         check!(writes.is_empty(), "unfinished writes: {writes:?}");
         let devices = thin_devices()?;
         check!(devices.is_empty(), "thin devices: {devices:?}");
-        let mounts = lines("grep -E '/dev/mapper/(vg-pool-snap|cowshed-)|/tmp/e2e' /proc/mounts || true")?;
+        let mounts = fs::read_to_string("/proc/mounts")?;
+        let ours = ["/dev/mapper/vg-pool-snap", "/dev/mapper/cowshed-", "/tmp/e2e"];
+        let mounts: Vec<_> =
+            mounts.lines().filter(|line| ours.iter().any(|mark| line.contains(mark))).collect();
         check!(mounts.is_empty(), "mounts: {mounts:?}");
         Ok(())
     });

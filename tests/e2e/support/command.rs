@@ -1,13 +1,20 @@
 //! Runs commands, and puts what they said into the failure.
 
-use std::process::{Child, Command, Stdio};
+use std::{
+    os::unix::process::CommandExt as _,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{RecvTimeoutError, channel},
+    thread,
+    time::Duration,
+};
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
 use super::{Outcome, check, same};
 
-/// A command that hangs fails the test after this many seconds.
-const LIMIT: &str = "300";
+/// A command that hangs is killed after this time, and fails the test.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// A command that has ended.
 #[derive(Debug)]
@@ -47,7 +54,19 @@ impl Ran {
 
 /// Runs a command to its end.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> Outcome<Ran> {
-    let output = limited(program, arguments).stdin(Stdio::null()).output()?;
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.process_group(0).spawn()?;
+    let group = Pid::from_child(&child);
+    // timeout(1) would be one more process to start.
+    let (over, limit) = channel::<()>();
+    thread::spawn(move || {
+        if limit.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            let _gone = kill_process_group(group, Signal::KILL);
+        }
+    });
+    let output = child.wait_with_output()?;
+    drop(over);
     Ok(Ran {
         command: format!("{program} {}", arguments.join(" ")),
         status: output.status.code().unwrap_or(-1),
@@ -61,12 +80,6 @@ pub(crate) fn spawn(program: &str, arguments: &[&str]) -> Outcome<Child> {
     let mut command = Command::new(program);
     let piped = command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     Ok(piped.spawn()?)
-}
-
-fn limited(program: &str, arguments: &[&str]) -> Command {
-    let mut command = Command::new("timeout");
-    command.args(["-k", "5", LIMIT, program]).args(arguments);
-    command
 }
 
 /// Runs a script with bash; it has to succeed.

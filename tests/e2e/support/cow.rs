@@ -2,13 +2,19 @@
 
 use std::{collections::BTreeSet, sync::LazyLock};
 
+use cowshed_proto::v1;
+use devicemapper::{DM, DevId, DmFlags, DmOptions};
 use serde_json::Value;
 
 use super::{
-    Outcome, check,
-    command::{Ran, lines, number, run, sh, text},
-    same, wait_for,
+    Outcome,
+    api::{block_on, client, refusal},
+    check,
+    command::{Ran, number, run, text},
+    containerd, same, wait_for,
 };
+
+pub(crate) use super::containerd::collect;
 
 pub(crate) use super::cowshed::SOCKET;
 
@@ -94,8 +100,12 @@ pub(crate) fn release_fully(vm: &str) -> Outcome {
 /// Waits until the VM has no lease in any state.
 pub(crate) fn wait_gone(vm: &str) -> Outcome {
     wait_for("the lease to go", || {
-        let ran = cowshed(&["leases", vm])?;
-        ran.fails(3, &["LEASE_NOT_FOUND"])
+        let by = v1::get_lease_request::By::VmId(vm.to_owned());
+        let reply = block_on(async {
+            Outcome::Ok(client().await?.get_lease(v1::GetLeaseRequest { by: Some(by) }).await)
+        })?;
+        same!(refusal(reply)?.reason, "LEASE_NOT_FOUND", "why {vm} has no lease");
+        Ok(())
     })
 }
 
@@ -112,15 +122,12 @@ pub(crate) fn leases() -> Outcome<Vec<Value>> {
 
 /// Removes images from containerd, and what only they held.
 pub(crate) fn evict(images: &[&str]) -> Outcome {
-    for name in images {
-        sh(&format!("ctr images rm --sync {name}"))?;
-    }
-    Ok(())
+    images.iter().try_for_each(|name| containerd::remove_image(name))
 }
 
 /// Leaves no image in containerd, no layer and no blob.
 pub(crate) fn evict_all() -> Outcome {
-    sh("ctr images ls -q | xargs -r ctr images rm --sync")?;
+    containerd::images()?.iter().try_for_each(|name| containerd::remove_image(name))?;
     nothing_pulled()
 }
 
@@ -128,19 +135,13 @@ pub(crate) fn evict_all() -> Outcome {
 pub(crate) fn nothing_pulled() -> Outcome {
     wait_for("an empty content store", || {
         // A collection that is under way may have begun before the last removal.
-        let left =
-            lines(&format!("ctr content ls -q; ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
-        if !left.is_empty() {
+        let (blobs, layers) = (containerd::blobs()?, containerd::snapshots(snapshotter())?);
+        if !(blobs.is_empty() && layers.is_empty()) {
             collect()?;
         }
-        check!(left.is_empty(), "{left:?}");
+        check!(blobs.is_empty() && layers.is_empty(), "{blobs:?} {layers:?}");
         Ok(())
     })
-}
-
-/// Has containerd collect what nothing holds.
-pub(crate) fn collect() -> Outcome {
-    sh("ctr leases create --id e2e-nudge > /dev/null; ctr leases delete --sync e2e-nudge").map(drop)
 }
 
 /// Pulls, so that it is there.
@@ -154,8 +155,17 @@ pub(crate) fn pull(image: &str) -> Outcome<Value> {
 
 /// Names of the thin devices that there are, besides LVM's own.
 pub(crate) fn thin_devices() -> Outcome<BTreeSet<String>> {
-    let listed = lines("dmsetup ls --target thin | sed '/^No devices/d'")?;
-    Ok(listed.iter().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+    let dm = DM::new()?;
+    let mut thin = BTreeSet::new();
+    for (name, _, _) in dm.list_devices()? {
+        // One that has gone meanwhile has no table.
+        let table =
+            dm.table_status(&DevId::Name(&name), DmOptions::default().set_flags(DmFlags::DM_STATUS_TABLE));
+        if table.is_ok_and(|(_, targets)| targets.iter().any(|target| target.2 == "thin")) {
+            thin.insert(name.to_string());
+        }
+    }
+    Ok(thin)
 }
 
 /// Waits until the thin devices are these: an image's layers are active for a moment after its pull.
@@ -166,11 +176,10 @@ pub(crate) fn wait_for_devices(devices: &BTreeSet<String>) -> Outcome {
     })
 }
 
-/// Keys of the snapshots whose lines in `ctr snapshots ls` have this kind.
+/// Keys of the snapshots of this kind.
 pub(crate) fn snapshots(kind: &str) -> Outcome<BTreeSet<String>> {
-    let listed = lines(&format!("ctr snapshots --snapshotter {} ls | sed 1d", snapshotter()))?;
-    let of_kind = listed.iter().filter(|line| line.trim_end().ends_with(kind));
-    Ok(of_kind.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+    let all = containerd::snapshots(snapshotter())?;
+    Ok(all.into_iter().filter(|(_, of)| *of == kind).map(|(key, _)| key).collect())
 }
 
 /// `cowshed-host VERB SERVICE`
@@ -180,10 +189,13 @@ pub(crate) fn host(verb: &str, service: &str) -> Outcome {
 
 /// Waits until the service serves.
 pub(crate) fn wait_serving() -> Outcome {
-    wait_for("cowshed to serve", || cowshed(&["status"])?.ok().map(drop))
+    wait_for("cowshed to serve", || {
+        block_on(async { Outcome::Ok(client().await?.get_status(v1::GetStatusRequest::default()).await?) })
+            .map(drop)
+    })
 }
 
 /// The service's process id.
 pub(crate) fn service_pid() -> Outcome<String> {
-    Ok(sh("cat /var/lib/cowshed/lock")?.trim().to_owned())
+    Ok(std::fs::read_to_string("/var/lib/cowshed/lock")?.trim().to_owned())
 }

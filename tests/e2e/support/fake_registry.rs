@@ -26,6 +26,8 @@ pub(crate) struct Request {
     /// The first line, without the version; bytes that are no HTTP begin with "not HTTP".
     pub(crate) line: String,
     pub(crate) range: Option<String>,
+    /// Whether it says who asks.
+    pub(crate) authorized: bool,
 }
 
 /// What it answers to one path.
@@ -38,7 +40,7 @@ pub(crate) enum Answer {
     Endless(u16),
     /// Says that it sends all, and sends a byte a second.
     Drip(Vec<u8>),
-    /// Not without a token, which is to be had at this path.
+    /// To whatever is asked without a token, if it is the answer to "/v2/": one is to be had at this path.
     Challenge(String),
     /// Says that it sends all, and closes the connection after so many bytes, the first time; honours ranges after it.
     CutOnce(Vec<u8>, usize),
@@ -171,10 +173,11 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> Option<()> {
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     let first = reader.fill_buf().ok()?;
     if !first.first().is_some_and(u8::is_ascii_uppercase) {
-        shared
-            .lock()
-            .requests
-            .push(Request { line: format!("not HTTP: {} bytes", first.len()), range: None });
+        shared.lock().requests.push(Request {
+            line: format!("not HTTP: {} bytes", first.len()),
+            range: None,
+            authorized: false,
+        });
         return None;
     }
     let request = read(&mut reader)?;
@@ -183,7 +186,9 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> Option<()> {
         let mut state = shared.lock();
         state.requests.push(request.clone());
         let greeting = (path == "/v2/").then(|| Answer::Bytes(b"{}".to_vec()));
-        state.answers.get(&path).cloned().or(greeting)
+        let challenge = (path.starts_with("/v2/") && !request.authorized).then(|| state.answers.get("/v2/"));
+        let challenge = challenge.flatten().filter(|answer| matches!(answer, Answer::Challenge(_)));
+        challenge.or_else(|| state.answers.get(&path)).cloned().or(greeting)
     };
     let head_only = request.line.starts_with("HEAD ");
     match answer {
@@ -206,14 +211,17 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
     let line = line.trim_end().trim_end_matches(" HTTP/1.1").to_owned();
-    let mut range = None;
+    let mut request = Request { line, range: None, authorized: false };
     loop {
         let mut header = String::new();
         if reader.read_line(&mut header).ok()? == 0 || header.trim().is_empty() {
-            return Some(Request { line, range });
+            return Some(request);
         }
-        let named = header.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("range"));
-        range = named.map(|(_, value)| value.trim().to_owned()).or(range);
+        let (name, value) = header.split_once(':').unwrap_or_default();
+        request.authorized |= name.eq_ignore_ascii_case("authorization");
+        if name.eq_ignore_ascii_case("range") {
+            request.range = Some(value.trim().to_owned());
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 pub(crate) mod api;
 pub(crate) mod audit;
 pub(crate) mod command;
+pub(crate) mod containerd;
 pub(crate) mod cow;
 #[path = "../../support/cowshed.rs"]
 pub(crate) mod cowshed;

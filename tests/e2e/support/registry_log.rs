@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs};
 
 use serde_json::Value;
 
-use super::{Outcome, check, command::sh, cow::REGISTRY, same};
+use super::{Outcome, check, command::sh, cow::REGISTRY, fake_image::digest, same};
 
 const LOG: &str = "/var/log/cowshed-host/registry.log";
 
@@ -66,13 +66,14 @@ pub(crate) fn describe(name: &str) -> Outcome<Described> {
     let accept =
         "application/vnd.oci.image.manifest.v1+json,application/vnd.docker.distribution.manifest.v2+json";
     let url = format!("http://{REGISTRY}/v2/cowshed/{repository}/manifests/{tag}");
-    let manifest: Value = serde_json::from_str(&sh(&format!("curl -sf -H 'Accept: {accept}' {url}"))?)?;
-    let digest = sh(&format!("curl -sf -H 'Accept: {accept}' {url} | sha256sum | cut -d' ' -f1"))?;
+    let manifest = sh(&format!("curl -sf -H 'Accept: {accept}' {url}"))?;
+    let digest = digest(manifest.as_bytes());
+    let manifest: Value = serde_json::from_str(&manifest)?;
     let text = |value: &Value| value["digest"].as_str().unwrap_or_default().to_owned();
     let layers = manifest["layers"].as_array().cloned().unwrap_or_default();
     check!(!layers.is_empty(), "{name} has no layers: {manifest}");
     Ok(Described {
-        digest: format!("sha256:{}", digest.trim()),
+        digest,
         config: text(&manifest["config"]),
         layers: layers
             .iter()
