@@ -14,7 +14,7 @@ use cowshed_pool::Bytes;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
-use crate::image::{PullLimits, Unpacker};
+use crate::image::{PullLimits, Unpacker, Verifiers};
 
 /// Where `serve` looks if it is not told; if nothing is there, everything has its default.
 pub const DEFAULT_PATH: &str = "/etc/cowshed/cowshed.toml";
@@ -73,6 +73,8 @@ pub struct Config {
     pub registry: Registry,
     /// How to unpack and keep them.
     pub images: Images,
+    /// Who has to agree before one is used.
+    pub verification: Verification,
     /// How long leases are kept that nobody may want any more.
     pub leases: Leases,
     /// When to look after released disks.
@@ -198,6 +200,17 @@ pub struct Images {
     pub revalidate_seconds: u64,
 }
 
+/// `[verification]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Verification {
+    /// Directory of programs that say whether an image may be used, by containerd's convention for image verifiers. "":
+    /// every image may.
+    pub directory: PathBuf,
+    /// A program that has not ended within this time refuses the image, in seconds.
+    pub timeout_seconds: u64,
+}
+
 /// `[leases]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -317,6 +330,12 @@ impl Default for Images {
     }
 }
 
+impl Default for Verification {
+    fn default() -> Self {
+        Self { directory: PathBuf::new(), timeout_seconds: 10 }
+    }
+}
+
 impl Default for Leases {
     fn default() -> Self {
         Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
@@ -380,8 +399,10 @@ impl Config {
             ("registry", "config_path", &self.registry.config_path),
             ("registry", "docker_config", &self.registry.docker_config),
             ("snapshotter", "socket", &self.snapshotter.socket),
+            ("verification", "directory", &self.verification.directory),
         ] {
-            if !path.is_absolute() {
+            let is_off = section == "verification" && path.as_os_str().is_empty();
+            if !path.is_absolute() && !is_off {
                 return Err(value(section, field, format!("{:?} is not an absolute path", path.display())));
             }
         }
@@ -403,6 +424,7 @@ impl Config {
             ("registry", "concurrent_downloads", self.registry.concurrent_downloads as u64),
             ("registry", "connect_timeout_seconds", self.registry.connect_timeout_seconds),
             ("registry", "read_timeout_seconds", self.registry.read_timeout_seconds),
+            ("verification", "timeout_seconds", self.verification.timeout_seconds),
             ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
             ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
         ] {
@@ -461,6 +483,13 @@ impl Config {
             base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
             allow_unzeroed: self.pool.allow_unzeroed,
         }
+    }
+
+    /// Who has to agree before an image is used.
+    pub fn verifiers(&self) -> Option<Verifiers> {
+        let Verification { directory, timeout_seconds } = &self.verification;
+        let is_on = !directory.as_os_str().is_empty();
+        is_on.then(|| Verifiers::new(directory.clone(), Duration::from_secs(*timeout_seconds)))
     }
 
     /// How long leases are kept that nobody may want any more.
@@ -525,6 +554,7 @@ mod tests {
         "concurrent_downloads",
         "connect_timeout_seconds",
         "read_timeout_seconds",
+        "timeout_seconds",
         "expired_grace_seconds",
         "boot_grace_seconds",
         "retry_seconds",
@@ -549,6 +579,7 @@ mod tests {
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
             ("[leases]\nboot_grace_seconds = 0", "[leases] boot_grace_seconds"),
+            ("[verification]\ndirectory = \"v\"", "[verification] directory"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

@@ -43,6 +43,7 @@ pub enum Reason {
     PlatformNotFound,
     SpecConflict,
     RegistryDenied,
+    ImageUnverified,
     SnapshotterMissing,
     SnapshotterUnfit,
     SnapshotterUnusable,
@@ -95,7 +96,7 @@ impl Reason {
             | Self::PullPolicyInvalid => Code::InvalidArgument,
             Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
             Self::SpecConflict => Code::AlreadyExists,
-            Self::RegistryDenied => Code::PermissionDenied,
+            Self::RegistryDenied | Self::ImageUnverified => Code::PermissionDenied,
             Self::SnapshotterUnfit
             | Self::PoolUnzeroed
             | Self::ImageNotPresent
@@ -146,6 +147,7 @@ impl Reason {
             Self::PlatformNotFound => "PLATFORM_NOT_FOUND",
             Self::SpecConflict => "SPEC_CONFLICT",
             Self::RegistryDenied => "REGISTRY_DENIED",
+            Self::ImageUnverified => "IMAGE_UNVERIFIED",
             Self::SnapshotterMissing => "SNAPSHOTTER_MISSING",
             Self::SnapshotterUnfit => "SNAPSHOTTER_UNFIT",
             Self::SnapshotterUnusable => "SNAPSHOTTER_UNUSABLE",

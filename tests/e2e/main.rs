@@ -23,6 +23,7 @@ mod stampede;
 mod support;
 mod terms;
 mod upkeep;
+mod verification;
 mod watching;
 
 use std::{
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 23] = [
+    let groups: [(&str, &[Test]); 24] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
         ("private_registry", private_registry::TESTS),
+        ("verification", verification::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
         ("rescue", rescue::TESTS),

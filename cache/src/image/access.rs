@@ -107,7 +107,7 @@ impl Owners {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(digest).cloned()
     }
 
-    fn note(&self, digest: &Digest, owner: Option<Owner>) {
+    pub(super) fn note(&self, digest: &Digest, owner: Option<Owner>) {
         self.with_room().insert(digest.clone(), owner);
     }
 
@@ -334,15 +334,27 @@ impl Store<'_> {
         Ok(())
     }
 
-    /// Those that a snapshot of a layer gets: of its blob's owner, or that of the layers below.
-    pub(super) async fn labels_of_unpacked(&self, blob: &Digest, parent: Option<&Digest>) -> Result<Labels> {
-        let mut owner = self.shared.owner(blob).await?;
-        if let (None, Some(parent)) = (&owner, parent) {
-            owner = self.shared.snapshot_labels(parent).await?.and_then(|labels| Owner::of(&labels));
+    /// Whose a snapshot of a layer is: its blob's owner's, or that of the layers below.
+    pub(super) async fn owner_of_unpacked(
+        &self,
+        blob: &Digest,
+        parent: Option<&Digest>,
+    ) -> Result<Option<Owner>> {
+        let owner = self.shared.owner(blob).await?;
+        let (None, Some(parent)) = (&owner, parent) else { return Ok(owner) };
+        if let Some(known) = self.unpacked.get(parent) {
+            return Ok(known);
         }
-        let labels = owner.map(|owner| [owner.label(), (BLOB_LABEL.to_owned(), blob.to_string())]);
-        Ok(labels.into_iter().flatten().collect())
+        Ok(self.shared.snapshot_labels(parent).await?.and_then(|labels| Owner::of(&labels)))
     }
+}
+
+/// Those of a snapshot that is somebody's.
+pub(super) fn labels_of_unpacked(
+    owner: Option<&Owner>,
+    blob: &Digest,
+) -> impl Iterator<Item = (String, String)> {
+    owner.map(|owner| [owner.label(), (BLOB_LABEL.to_owned(), blob.to_string())]).into_iter().flatten()
 }
 
 #[cfg(test)]

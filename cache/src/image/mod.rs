@@ -17,6 +17,7 @@ mod reference;
 mod store;
 mod tap;
 mod unpack;
+mod verify;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -34,6 +35,7 @@ pub(crate) use manifest::{ACCEPTED, DOCUMENT_MAX_BYTES};
 pub use platform::Platform;
 pub use progress::{LayerProgress, LayerStage, Progress, PullStage};
 pub use reference::ImageRef;
+pub use verify::Verifiers;
 
 use crate::{
     containerd::{Containerd, ImageRecord},
@@ -44,6 +46,7 @@ use crate::{
 use facts::Facts;
 use labels::Labels;
 use locks::Locks;
+use verify::Target;
 
 /// An image that can be snapshotted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -226,6 +229,8 @@ struct Shared {
     journal: Arc<dyn PullJournal>,
     observer: Arc<dyn PullObserver>,
     limits: PullLimits,
+    /// Who has to agree before an image is used.
+    verifiers: Option<Verifiers>,
     /// What manifests say, by target digest and platform: immutable, so never stale.
     facts: Mutex<HashMap<(Digest, Platform), Arc<Facts>>>,
     /// containerd leases of pulls that are alive.
@@ -245,13 +250,14 @@ struct Shared {
 }
 
 impl Images {
-    /// Of this containerd, from these registries.
+    /// Of this containerd, from these registries; used if the verifiers agree.
     pub fn new(
         containerd: Arc<Containerd>,
         registries: Registries,
         journal: Arc<dyn PullJournal>,
         observer: Arc<dyn PullObserver>,
         limits: PullLimits,
+        verifiers: Option<Verifiers>,
     ) -> Self {
         Self(Arc::new(Shared {
             containerd,
@@ -259,6 +265,7 @@ impl Images {
             journal,
             observer,
             limits,
+            verifiers,
             facts: Mutex::default(),
             running: Mutex::default(),
             flights: flight::Flights::default(),
@@ -388,6 +395,9 @@ impl ImageCache for Images {
         if access.policy == PullPolicy::IfNotPresent && shared.means_another(image, &target, access).await {
             return Ok(None);
         }
+        // Whoever has pulled it.
+        let size = record.target.size.try_into().unwrap_or_default();
+        shared.verify(image, Target { digest: &target, media_type: &record.target.media_type, size }).await?;
         Ok(Some(facts.resolved(image.clone(), target, record.created_at)))
     }
 

@@ -10,6 +10,7 @@ use futures_util::{StreamExt as _, stream, stream::FuturesUnordered};
 
 use super::{
     Access, Cache, Digest, ImageRef, LayerStage, Platform, PullPolicy, ResolvedImage, Shared,
+    access::Owners,
     brake::Brake,
     digest::chain_ids,
     facts::Facts,
@@ -20,6 +21,7 @@ use super::{
     store::Store,
     tap::{Outlet, Tap, tap},
     unpack::{Inflating, Layer, is_held, is_theirs, unpack},
+    verify::Target,
 };
 use crate::{
     containerd::LEASE_LABEL,
@@ -38,6 +40,9 @@ pub(super) async fn run(
     let source = shared.registries.source(image, access.credential.as_ref()).await?;
     let asker = Asker { shared, image, source: &source, access };
     let (bytes, digest) = asker.top().await?;
+    let (media_type, _) = manifest::parse(&bytes)?;
+    let target = Target { digest: &digest, media_type: &media_type, size: bytes.len() as u64 };
+    shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.layers(sizes(&manifest));
         (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
@@ -50,8 +55,8 @@ pub(super) async fn run(
     let labels = HashMap::from([(LEASE_LABEL.to_owned(), "pull".to_owned())]);
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
-            let store =
-                Store { shared, lease: &lease, image, source: &source, access, brake: Brake::default() };
+            let (unpacked, brake) = (Owners::default(), Brake::default());
+            let store = Store { shared, lease: &lease, image, source: &source, access, unpacked, brake };
             // What it has made is cleared away below, also if it panics.
             caught(Box::pin(pull(&store, bytes, digest, platform, board))).await
         }
@@ -326,7 +331,7 @@ async fn unpack_layers(
             // Only now: until it was applied, it was but what the image's configuration claims.
             Ok(Cache::Miss) => {
                 cache = Cache::Miss;
-                labelling.push(store.label(&blob.digest, labels::of_applied(diff_id)));
+                labelling.push(store.label_anew(&blob.digest, labels::of_applied(diff_id)));
             }
             Ok(Cache::Hit) => {}
             Err(error) => {

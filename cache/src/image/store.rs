@@ -6,6 +6,7 @@ use futures_util::StreamExt as _;
 
 use super::{
     Access, Cache, Digest, ImageRef, Shared,
+    access::Owners,
     brake::Brake,
     labels::{self, Labels},
     locks::Turn,
@@ -33,6 +34,8 @@ pub(super) struct Store<'a> {
     pub(super) image: &'a ImageRef,
     pub(super) source: &'a Source,
     pub(super) access: &'a Access,
+    /// Whose the snapshots are that this pull has made, by chain id.
+    pub(super) unpacked: Owners,
     /// Pulled when the pull has failed elsewhere.
     pub(super) brake: Brake,
 }
@@ -248,6 +251,12 @@ impl Store<'_> {
         if let Err(error) = self.shared.containerd.abort_write(reference).await {
             tracing::warn!(reference, %error, "what was written of a blob is collected later");
         }
+    }
+
+    /// Labels a blob that this pull has written, or seen to be there.
+    pub(super) async fn label_anew(&self, digest: &Digest, labels: Labels) -> Result<()> {
+        let labelled = self.shared.containerd.label_blob(digest.as_str(), labels).await;
+        labelled.map_err(|e| self.explain(e))
     }
 
     /// Labels a blob that is there; each change is a write of containerd's, so only if something changes.

@@ -14,7 +14,7 @@ use std::{
 use containerd_client::types::Descriptor as ContainerdDescriptor;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Cache, Digest, Shared, Unpacker, manifest::Descriptor, store::Store, tap::Outlet};
+use super::{Cache, Digest, Shared, Unpacker, access, manifest::Descriptor, store::Store, tap::Outlet};
 use crate::{
     containerd::{CallError, Mount},
     error::{Error, Reason, Result},
@@ -116,15 +116,8 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
-    // One look for both: each is a call of containerd's, and there are many layers.
-    let there = shared.snapshot_labels(layer.chain_id).await?;
-    if let Some(labels) = &there
-        && store.brake.or(store.asker().may_take(labels, &layer.blob.digest, layer.blob.size)).await??
-        && is_held(shared, lease, layer.chain_id).await?
-    {
-        return Ok(Cache::Hit);
-    }
-    let mut has_other = there.is_some();
+    // Nobody had it when the pull began. If somebody has by now, Prepare says so: to ask for each layer is a call too many.
+    let mut has_other = false;
     let begun = Instant::now();
     let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
     loop {
@@ -247,10 +240,10 @@ async fn apply(
         return Err(not_fetched(layer));
     }
     let waited = clock.lap();
-    let labels =
-        store.labels_of_unpacked(&layer.blob.digest, layer.parent).await?.into_iter().chain(labels).collect();
+    let owner = store.owner_of_unpacked(&layer.blob.digest, layer.parent).await?;
+    let labels = access::labels_of_unpacked(owner.as_ref(), &layer.blob.digest).chain(labels).collect();
     match containerd.commit_snapshot(lease, layer.chain_id.as_str(), key, labels).await {
-        Ok(()) => {}
+        Ok(()) => store.unpacked.note(layer.chain_id, owner),
         Err(error) if error.is_already_exists() => return Ok(Applied::Same),
         Err(error) => return Err(containerd.explain(error)),
     }

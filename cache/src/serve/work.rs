@@ -222,7 +222,8 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         revalidate: Duration::from_secs(config.images.revalidate_seconds),
         ..PullLimits::default()
     };
-    Images::new(containerd.clone(), registries, Arc::new(ledger.clone()), Arc::new(metrics.clone()), limits)
+    let (journal, observer) = (Arc::new(ledger.clone()), Arc::new(metrics.clone()));
+    Images::new(containerd.clone(), registries, journal, observer, limits, config.verifiers())
 }
 
 /// Has containerd connect to the snapshotter, which it does when it is asked for what only that knows. The sweep does so

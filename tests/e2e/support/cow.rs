@@ -190,8 +190,11 @@ pub(crate) fn host(verb: &str, service: &str) -> Outcome {
 /// Waits until the service serves.
 pub(crate) fn wait_serving() -> Outcome {
     wait_for("cowshed to serve", || {
-        block_on(async { Outcome::Ok(client().await?.get_status(v1::GetStatusRequest::default()).await?) })
-            .map(drop)
+        let request = v1::GetStatusRequest::default();
+        let reply = block_on(async { Outcome::Ok(client().await?.get_status(request).await?) })?;
+        let status = reply.into_inner();
+        check!(status.serving, "it does not: {:?}", status.problems);
+        Ok(())
     })
 }
 
