@@ -397,7 +397,8 @@ impl ImageCache for Images {
         }
         // Whoever has pulled it.
         let size = record.target.size.try_into().unwrap_or_default();
-        shared.verify(image, Target { digest: &target, media_type: &record.target.media_type, size }).await?;
+        let media_type = &record.target.media_type;
+        shared.verify(image, Target { digest: &target, media_type, size, is_here: true }).await?;
         Ok(Some(facts.resolved(image.clone(), target, record.created_at)))
     }
 

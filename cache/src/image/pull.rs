@@ -41,7 +41,8 @@ pub(super) async fn run(
     let asker = Asker { shared, image, source: &source, access };
     let (bytes, digest) = asker.top().await?;
     let (media_type, _) = manifest::parse(&bytes)?;
-    let target = Target { digest: &digest, media_type: &media_type, size: bytes.len() as u64 };
+    let target =
+        Target { digest: &digest, media_type: &media_type, size: bytes.len() as u64, is_here: false };
     shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.layers(sizes(&manifest));

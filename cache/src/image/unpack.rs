@@ -119,7 +119,7 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     // Nobody had it when the pull began. If somebody has by now, Prepare says so: to ask for each layer is a call too many.
     let mut has_other = false;
     let begun = Instant::now();
-    let mut ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
+    let mut ahead = ahead;
     loop {
         let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
         let applied = apply(store, &key, layer, ahead, has_other).await;
@@ -132,10 +132,13 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
             // It was seen to be the same.
             Ok(Applied::Same) if is_held(shared, lease, layer.chain_id).await? => return Ok(Cache::Hit),
             // Another client's unpacking of the same layer may have come first.
-            _ if take(store, layer).await.unwrap_or(false) => return Ok(Cache::Hit),
-            Ok(Applied::Found) if !has_other => {
+            _ if store.brake.or(take(store, layer)).await.flatten().unwrap_or(false) => {
+                return Ok(Cache::Hit);
+            }
+            Ok(Applied::Found(untouched)) if !has_other => {
+                store.brake.check(())?;
                 has_other = true;
-                ahead = Inflating::begin(shared, layer.blob, layer.bytes, None);
+                ahead = untouched;
                 continue;
             }
             Ok(_) => Error::new(
@@ -158,7 +161,7 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
             return Err(error);
         }
         tracing::warn!(%error, "what had arrived was not the layer; it is unpacked anew");
-        ahead = Inflating::begin(shared, layer.blob, layer.bytes, None);
+        ahead = None;
     }
 }
 
@@ -182,7 +185,7 @@ enum Applied {
     /// There was one by then, and this one is the same.
     Same,
     /// There was one before, and nothing was done.
-    Found,
+    Found(Option<Inflating>),
 }
 
 /// Whether the layer is unpacked, and from now on held.
@@ -212,10 +215,11 @@ async fn apply(
     let mut clock = Laps::start();
     let mounts = match containerd.prepare_snapshot(lease, key, parent, labels.clone()).await {
         Ok(mounts) => mounts,
-        Err(error) if error.is_already_exists() => return Ok(Applied::Found),
+        Err(error) if error.is_already_exists() => return Ok(Applied::Found(ahead)),
         Err(error) => return Err(containerd.explain(error)),
     };
     let prepared = clock.lap();
+    let ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
     let point = mount_point(&mounts);
     let applied = match (ahead, point) {
         (Some(ahead), Some(point)) => apply_here(store, layer, point, ahead).await?,

@@ -10,22 +10,24 @@
 //! may be used; what it has written to its standard output is the reason. All have to agree.
 //!
 //! Unlike there nothing is waved through: a directory that is not there or has no program in it, a program that cannot be
-//! started or does not end in time, each refuse the image.
+//! started or does not end in time, each refuse the image. What is granted already stays granted.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs, io,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
+    pin::pin,
     process::{ExitStatus, Stdio},
     sync::{Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    process::Command,
+    process::{ChildStdout, Command},
+    sync::Semaphore,
 };
 
 use super::{Digest, ImageRef, Shared};
@@ -37,6 +39,10 @@ const REASON_MAX_BYTES: u64 = 16 << 10;
 const TOLD_MAX_BYTES: usize = 500;
 /// So many images that have passed are remembered; more than a host has.
 const REMEMBERED: usize = 10_000;
+/// Programs that run at the same time.
+const AT_ONCE: usize = 4;
+/// For what one has said before its end and is not read yet.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What a name points to.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +51,20 @@ pub(super) struct Target<'a> {
     pub(super) media_type: &'a str,
     /// Bytes of the document.
     pub(super) size: u64,
+    /// Whether it is what the host has, so that the registry may have another.
+    pub(super) is_here: bool,
 }
+
+/// Why an image is not used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum No {
+    /// A program does not agree, or there is none that could.
+    Refused(String),
+    /// It could not be asked; perhaps the next time.
+    Unasked(String),
+}
+
+type Key = (ImageRef, Digest);
 
 /// Asks an operator's programs.
 #[derive(Debug)]
@@ -53,59 +72,96 @@ pub struct Verifiers {
     directory: PathBuf,
     timeout: Duration,
     /// Names, and what they point to, that all programs have agreed to since this service started.
-    passed: Mutex<HashSet<(ImageRef, Digest)>>,
+    passed: Mutex<HashSet<Key>>,
+    /// Those to which one has not, and when that was asked, for those who were waiting.
+    refused: Mutex<HashMap<Key, (Instant, Error)>>,
+    room: Semaphore,
 }
 
 impl Verifiers {
     /// All programs in `directory`; each has so much time.
     pub fn new(directory: PathBuf, timeout: Duration) -> Self {
-        Self { directory, timeout, passed: Mutex::default() }
+        let (passed, refused) = (Mutex::default(), Mutex::default());
+        Self { directory, timeout, passed, refused, room: Semaphore::new(AT_ONCE) }
     }
 
-    fn has_passed(&self, image: &ImageRef, digest: &Digest) -> bool {
-        let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        passed.contains(&(image.clone(), digest.clone()))
+    fn has_passed(&self, key: &Key) -> bool {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner).contains(key)
     }
 
-    fn note(&self, image: &ImageRef, digest: &Digest) {
+    fn note(&self, key: Key) {
         let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
         if passed.len() >= REMEMBERED {
             passed.clear();
         }
-        passed.insert((image.clone(), digest.clone()));
+        passed.insert(key);
     }
 
-    /// By name. Directories and what begins with a dot are none.
-    fn programs(&self) -> Result<Vec<PathBuf>, String> {
-        let refused = |error: io::Error| format!("it cannot be read: {error}");
-        let mut programs = Vec::new();
-        for entry in fs::read_dir(&self.directory).map_err(refused)? {
-            let path = entry.map_err(refused)?.path();
-            let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-            if !is_hidden && !path.is_dir() {
-                programs.push(path);
-            }
+    /// The last refusal, if it was asked for no earlier than `since`.
+    fn refused_since(&self, key: &Key, since: Instant) -> Option<Error> {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.get(key).filter(|(asked, _)| *asked >= since).map(|(_, error)| error.clone())
+    }
+
+    fn note_refused(&self, key: Key, asked: Instant, error: Error) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        if refused.len() >= REMEMBERED {
+            refused.clear();
         }
-        if programs.is_empty() {
-            return Err("there is no verifier in it".to_owned());
-        }
-        programs.sort();
-        Ok(programs)
+        refused.insert(key, (asked, error));
     }
 
     async fn ask_all(&self, image: &ImageRef, target: Target<'_>) -> Result<()> {
-        let programs = self.programs().map_err(|what| {
-            let directory = self.directory.display();
-            refusal(image, target.digest, &format!("[verification] directory {directory}: {what}"))
-        })?;
-        for program in programs {
+        let about = format!("[verification] directory {}", self.directory.display());
+        let late = || No::Unasked(format!("no answer within {} s", self.timeout.as_secs()));
+        let directory = self.directory.clone();
+        // It may be on a filesystem that does not answer.
+        let listing = tokio::task::spawn_blocking(move || programs(&directory));
+        let programs = match tokio::time::timeout(self.timeout, listing).await {
+            Ok(listed) => listed.unwrap_or_else(|error| Err(No::Unasked(error.to_string()))),
+            Err(_) => Err(late()),
+        };
+        for program in programs.map_err(|no| no.of(image, target, &about))? {
+            let _room = self.room.acquire().await;
             let verdict = tokio::time::timeout(self.timeout, ask(&program, image, target)).await;
-            let late = || Err(format!("it has not ended within {} s", self.timeout.as_secs()));
-            verdict.unwrap_or_else(|_| late()).map_err(|why| {
-                refusal(image, target.digest, &format!("verifier {}: {why}", program.display()))
-            })?;
+            let about = format!("verifier {}", program.display());
+            verdict.unwrap_or_else(|_| Err(late())).map_err(|no| no.of(image, target, &about))?;
         }
         Ok(())
+    }
+}
+
+/// By name. Directories and what begins with a dot are none.
+fn programs(directory: &Path) -> Result<Vec<PathBuf>, No> {
+    let refused = |error: io::Error| No::Refused(format!("it cannot be read: {error}"));
+    let mut programs = Vec::new();
+    for entry in fs::read_dir(directory).map_err(refused)? {
+        let path = entry.map_err(refused)?.path();
+        let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !is_hidden && !path.is_dir() {
+            programs.push(path);
+        }
+    }
+    if programs.is_empty() {
+        return Err(No::Refused("there is no verifier in it".to_owned()));
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+impl No {
+    fn of(self, image: &ImageRef, target: Target<'_>, about: &str) -> Error {
+        let (reason, why) = match self {
+            Self::Refused(why) => (Reason::ImageUnverified, why),
+            Self::Unasked(why) => (Reason::NotReady, why),
+        };
+        let way_out = match (reason, target.is_here) {
+            (Reason::NotReady, _) => "; repeat".to_owned(),
+            (_, true) => format!("; if the registry has another by now: `cowshed pull {image}`"),
+            (_, false) => String::new(),
+        };
+        let message = format!("image {image} ({}) may not be used: {about}: {why}{way_out}", target.digest);
+        Error::new(reason, message).with("image", image).with("digest", target.digest)
     }
 }
 
@@ -113,29 +169,36 @@ impl Shared {
     /// Fails unless all verifiers agree that the image is used, or have done so before.
     pub(super) async fn verify(&self, image: &ImageRef, target: Target<'_>) -> Result<()> {
         let Some(verifiers) = &self.verifiers else { return Ok(()) };
-        if verifiers.has_passed(image, target.digest) {
+        let key = (image.clone(), target.digest.clone());
+        if verifiers.has_passed(&key) {
             return Ok(());
         }
-        // A hundred VMs that start at once need one answer.
+        // A hundred VMs that start at once need one answer, whichever it is.
+        let came = Instant::now();
         let _turn = self.locks.turn(&format!("verify {image} {}", target.digest), "").await;
-        if verifiers.has_passed(image, target.digest) {
+        if verifiers.has_passed(&key) {
             return Ok(());
         }
-        verifiers.ask_all(image, target).await?;
-        verifiers.note(image, target.digest);
-        tracing::info!(%image, digest = %target.digest, "verified");
-        Ok(())
+        if let Some(refused) = verifiers.refused_since(&key, came) {
+            return Err(refused);
+        }
+        let asked = Instant::now();
+        match verifiers.ask_all(image, target).await {
+            Ok(()) => {
+                verifiers.note(key);
+                tracing::info!(%image, digest = %target.digest, "verified");
+                Ok(())
+            }
+            Err(error) => {
+                verifiers.note_refused(key, asked, error.clone());
+                Err(error)
+            }
+        }
     }
 }
 
-fn refusal(image: &ImageRef, digest: &Digest, why: &str) -> Error {
-    Error::new(Reason::ImageUnverified, format!("image {image} ({digest}) may not be used: {why}"))
-        .with("image", image)
-        .with("digest", digest)
-}
-
-/// Whether one agrees; if not, why.
-async fn ask(program: &Path, image: &ImageRef, target: Target<'_>) -> Result<(), String> {
+/// Whether one agrees.
+async fn ask(program: &Path, image: &ImageRef, target: Target<'_>) -> Result<(), No> {
     let descriptor = json!({
         "mediaType": target.media_type,
         "digest": target.digest.to_string(),
@@ -147,10 +210,15 @@ async fn ask(program: &Path, image: &ImageRef, target: Target<'_>) -> Result<(),
         .args(["-stdin-media-type", "application/vnd.oci.descriptor.v1+json"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        // To the service's log.
+        .stderr(Stdio::inherit())
         .process_group(0)
         .kill_on_drop(true);
-    let mut child = command.spawn().map_err(|error| format!("it cannot be started: {error}"))?;
+    let mut child = command.spawn().map_err(|error| {
+        let why = format!("it cannot be started: {error}");
+        let passes = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory);
+        if passes { No::Unasked(why) } else { No::Refused(why) }
+    })?;
     // What it has started itself must not outlive its time either.
     let _group = Group(child.id());
     if let Some(mut stdin) = child.stdin.take() {
@@ -158,19 +226,35 @@ async fn ask(program: &Path, image: &ImageRef, target: Target<'_>) -> Result<(),
         let _unread = stdin.write_all(descriptor.to_string().as_bytes()).await;
     }
     let mut said = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        let read = stdout.take(REASON_MAX_BYTES).read_to_end(&mut said).await;
-        read.map_err(|error| format!("what it says cannot be read: {error}"))?;
-    }
-    let status = child.wait().await.map_err(|error| format!("it was lost: {error}"))?;
+    let stdout = child.stdout.take();
+    let status = {
+        let mut listening = pin!(listen(stdout, &mut said));
+        tokio::select! {
+            status = child.wait() => {
+                // What it has left running may hold its output open for ever.
+                let _over = tokio::time::timeout(LAST_WORDS, listening).await;
+                status
+            }
+            () = &mut listening => child.wait().await,
+        }
+    };
+    let status = status.map_err(|error| No::Unasked(format!("it was lost: {error}")))?;
     if status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&said);
-    match said.trim() {
-        "" => Err(format!("it has given no reason ({})", ended(status))),
-        said => Err(format!("{} ({})", shown(said, TOLD_MAX_BYTES), ended(status))),
-    }
+    Err(No::Refused(match said.trim() {
+        "" => format!("it has given no reason ({})", ended(status)),
+        said => format!("{} ({})", shown(said, TOLD_MAX_BYTES), ended(status)),
+    }))
+}
+
+/// Keeps the beginning, and reads the rest so that nobody has to wait to say it.
+async fn listen(stdout: Option<ChildStdout>, said: &mut Vec<u8>) {
+    let Some(mut stdout) = stdout else { return };
+    // An output that breaks is one that has ended.
+    let _kept = (&mut stdout).take(REASON_MAX_BYTES).read_to_end(said).await;
+    let _dropped = tokio::io::copy(&mut stdout, &mut tokio::io::sink()).await;
 }
 
 fn ended(status: ExitStatus) -> String {
@@ -220,7 +304,7 @@ mod tests {
     async fn verdict(directory: &Path) -> Result<()> {
         let digest = Digest::of(b"cow");
         let verifiers = Verifiers::new(directory.to_owned(), Duration::from_secs(2));
-        let target = Target { digest: &digest, media_type: "application/x", size: 3 };
+        let target = Target { digest: &digest, media_type: "application/x", size: 3, is_here: true };
         verifiers.ask_all(&image(), target).await
     }
 
@@ -254,27 +338,31 @@ mod tests {
         assert_eq!(error.reason(), Reason::ImageUnverified);
         let words = error.to_string();
         assert!(words.contains("it has no signature (status 3)") && words.contains("/b"), "{words}");
+        assert!(words.contains("`cowshed pull r.example/cow:1`"), "{words}");
         assert!(words.contains("r.example/cow:1") && words.contains(digest.as_str()), "{words}");
     }
 
     #[tokio::test]
     async fn what_cannot_be_asked_refuses() {
         let directory = tempfile::tempdir().unwrap();
+        use Reason::{ImageUnverified as Refused, NotReady as Unasked};
         let table = [
-            ("silent", Some("exit 1"), "no reason (status 1)"),
-            ("killed", Some("kill -9 $$"), "signal 9"),
-            ("loud", Some("yes no | head -c 1000000; exit 2"), "no (status 2)"),
-            ("slow", Some("sleep 30"), "not ended within 2 s"),
-            ("deep", Some("sleep 30 & wait"), "not ended within 2 s"),
-            ("empty", None, "no verifier in it"),
+            ("silent", Some("exit 1"), Refused, "no reason (status 1)"),
+            ("killed", Some("kill -9 $$"), Refused, "signal 9"),
+            ("loud", Some("yes no | head -c 1000000; exit 2"), Refused, "… (status 2)"),
+            ("slow", Some("sleep 30"), Unasked, "no answer within 2 s"),
+            ("deep", Some("sleep 30 & wait"), Unasked, "no answer within 2 s"),
+            ("empty", None, Refused, "no verifier in it"),
         ];
-        for (name, text, expected) in table {
+        for (name, text, reason, expected) in table {
             let at = directory.path().join(name);
             fs::create_dir(&at).unwrap();
             text.into_iter().for_each(|text| script(&at, "v", text));
             let begun = Instant::now();
-            let words = verdict(&at).await.unwrap_err().to_string();
+            let error = verdict(&at).await.unwrap_err();
+            let words = error.to_string();
             assert!(words.contains(expected), "{name}: {words}");
+            assert_eq!(error.reason(), reason, "{name}: {words}");
             assert!(begun.elapsed() < Duration::from_secs(20), "{name}: {:?}", begun.elapsed());
         }
         fs::write(directory.path().join("empty/plain"), "no program").unwrap();
@@ -284,13 +372,28 @@ mod tests {
         assert!(words.contains("cannot be read"), "{words}");
     }
 
+    #[tokio::test]
+    async fn who_agrees_may_talk_and_leave_something_running() {
+        let directory = tempfile::tempdir().unwrap();
+        script(directory.path(), "talks", "yes | head -c 1000000");
+        script(directory.path(), "leaves", "sleep 30 & exit 0");
+        verdict(directory.path()).await.unwrap();
+    }
+
     #[test]
-    fn what_has_passed_is_a_name_and_what_it_points_to() {
+    fn what_was_answered_is_for_those_who_were_waiting() {
         let verifiers = Verifiers::new("/nowhere".into(), Duration::from_secs(1));
-        let (digest, other) = (Digest::of(b"1"), Digest::of(b"2"));
-        verifiers.note(&image(), &digest);
-        assert!(verifiers.has_passed(&image(), &digest));
-        assert!(!verifiers.has_passed(&image(), &other));
-        assert!(!verifiers.has_passed(&ImageRef::parse("r.example/cow:2").unwrap(), &digest));
+        let key = |name: &str, bytes: &[u8]| (ImageRef::parse(name).unwrap(), Digest::of(bytes));
+        let (it, moved, renamed) =
+            (key("r.example/cow:1", b"1"), key("r.example/cow:1", b"2"), key("r.example/cow:2", b"1"));
+        verifiers.note(it.clone());
+        assert!(
+            verifiers.has_passed(&it) && !verifiers.has_passed(&moved) && !verifiers.has_passed(&renamed)
+        );
+        let (before, asked) = (Instant::now(), Instant::now());
+        verifiers.note_refused(moved.clone(), asked, Error::new(Reason::ImageUnverified, "no"));
+        assert!(verifiers.refused_since(&moved, before).is_some());
+        assert!(verifiers.refused_since(&moved, asked + Duration::from_millis(1)).is_none());
+        assert!(verifiers.refused_since(&renamed, before).is_none());
     }
 }

@@ -21,9 +21,9 @@ use crate::image::{ACCEPTED, Digest};
 /// What a refusal says is read up to here, in bytes.
 const REFUSAL_MAX_BYTES: usize = 64 << 10;
 /// A document, and the beginning of a blob, may take so many times what a connection and the wait for its first byte
-/// may take: there are up to three requests in it (the thing itself, a token for it, the thing with it). An endpoint that sends a byte now
+/// may take: there are up to five requests in it (greeting, token, the thing itself, another token, the thing with it). An endpoint that sends a byte now
 /// and then is cut off here.
-const REQUESTS: u32 = 3;
+const REQUESTS: u32 = 5;
 /// Registries send us to their storage, which may send us on.
 const REDIRECTS_MAX: usize = 5;
 
@@ -140,10 +140,11 @@ impl Connection {
         self.http.request(method, format!("{}/v2/{}/{what}{namespace}", self.base(at), at.repository()))
     }
 
-    /// Says who we are only to a registry that asks for it, as containerd does: most of what is pulled is for anybody.
+    /// What is for anybody is asked for without further ado, and with a token if the registry then wants one. Who is somebody
+    /// asks first what it wants: some registries tell nobody that there is what is not for everybody.
     async fn answer(&self, at: &Reference, request: RequestBuilder) -> Result<Response, Failure> {
         let again = request.try_clone();
-        let known = self.tokens.known(at.repository());
+        let known = self.tokens.before(&self.http, &self.base(at), at.repository()).await;
         let mut response = with(request, known.clone()).send().await?;
         if response.status() == StatusCode::UNAUTHORIZED
             && let Some(again) = again

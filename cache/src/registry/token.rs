@@ -49,13 +49,25 @@ impl Tokens {
         Self { credential, known: Mutex::default() }
     }
 
+    /// What to say to the registry at `base` (scheme://host[:port]) in the first place.
+    pub(super) async fn before(&self, http: &Client, base: &str, repository: &str) -> Option<HeaderValue> {
+        let known = self.known(repository);
+        if known.is_some() || self.credential.is_none() {
+            return known;
+        }
+        match http.get(format!("{base}/v2/")).send().await {
+            Ok(greeting) => self.wanted(http, base, repository, greeting.headers(), None).await,
+            // It will be told of what is asked for.
+            Err(_) => None,
+        }
+    }
+
     /// The value of `Authorization` for this repository, if one was wanted before and is still good.
-    pub(super) fn known(&self, repository: &str) -> Option<HeaderValue> {
+    fn known(&self, repository: &str) -> Option<HeaderValue> {
         self.remembered(repository, Instant::now())
     }
 
-    /// What to say instead of `refused` to the registry at `base` (scheme://host[:port]) that has answered 401 with these
-    /// headers. `None` if there is nothing else to be had: then the registry's own refusal says what there is to say.
+    /// What to say instead of `refused` to the registry that has answered 401 with these headers. `None` if there is nothing else to be had: then the registry's own refusal says what there is to say.
     pub(super) async fn wanted(
         &self,
         http: &Client,
