@@ -23,7 +23,7 @@ use crate::{
         command::{Ran, run, sh, text},
         cow::{
             Disk, SOCKET, acquire, collect, cowshed, host, image, lease, leases, pull, refused, release,
-            service_pid, thin_devices, wait_gone, wait_serving,
+            service_pid, thin_devices, wait_for_devices, wait_gone, wait_serving,
         },
         same,
         second::{Plan, Second},
@@ -225,6 +225,7 @@ impl Drop for PutBack<'_> {
 /// The host's ledger is damaged, with a disk in use, and one that nobody holds.
 fn nothing_is_removed_while_the_ledger_is_unknown() -> Outcome {
     let disk = acquire("rescue-held", &image("tiny:1"))?;
+    wait_for_devices(&[disk.dm_name.clone()].into())?;
     host("stop", "cowshed")?;
     let (ledger, keep) = (Path::new(STATE).join("ledger.db"), Path::new(STATE).join("keep.db"));
     fs::copy(&ledger, &keep)?;

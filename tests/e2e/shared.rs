@@ -67,7 +67,8 @@ fn vms_of_an_image_have_one_device() -> Outcome {
     }
     same!(acquire_shared("shared-1", &[])?["lease_id"], first["lease_id"], "the lease, asked for again");
     let own = acquire("shared-own", &image("tiny:1"))?;
-    same!(thin_devices()?.len(), 2, "devices");
+    let names = [text(&device, "/dm_name")?, own.dm_name.clone()];
+    wait_for_devices(&names.into())?;
     let path = text(&device, "/path")?;
     check!(own.path != path, "a VM that wants to write has {path}");
 
