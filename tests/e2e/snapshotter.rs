@@ -276,8 +276,13 @@ fn views_of_what_was_not_unmounted() -> Outcome {
 fn what_is_not_ours_stays() -> Outcome {
     let client = client()?;
     let first = block_on(client.prepare("foreign-a", "", &[]))?;
-    let free = sh(&format!("dmsetup table {} | awk '{{ print $5 + 1 }}'", first.path))?.trim().to_owned();
-    sh(&format!("dmsetup message vg-pool 0 'create_thin {free}'"))?;
+    // The next id, which is the snapshotter's next choice, unless what has gone before still has it.
+    let free = sh(&format!(
+        "n=$(dmsetup table {} | awk '{{ print $5 + 1 }}'); last=$((n + 50))
+         until dmsetup message vg-pool 0 \"create_thin $n\" 2> /dev/null; do n=$((n + 1)); [ $n -lt $last ]; done; echo $n",
+        first.path
+    ))?;
+    let free = free.trim();
     let second = block_on(client.prepare("foreign-b", "", &[]));
     host("restart", "cowshed")?;
     wait_serving()?;
