@@ -267,7 +267,7 @@ impl Store<'_> {
         if missing.is_empty() {
             return Ok(());
         }
-        containerd.label_blob(digest.as_str(), missing).await.map_err(|e| self.explain(e))
+        self.label_anew(digest, missing).await
     }
 
     /// Those who pull from the same registry are kin.

@@ -4,7 +4,7 @@ use std::{future::Future, time::Duration};
 
 use oci_client::Reference;
 use reqwest::{
-    Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode, Url,
+    Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode,
     header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, RANGE},
     redirect::{Action, Attempt, Policy},
 };
@@ -14,15 +14,15 @@ use super::{
     credentials::Credential,
     hosts::{Endpoint, Scheme, Verify},
     refusal::Failure,
-    token::Tokens,
+    token::{Tokens, is_of},
 };
 use crate::image::{ACCEPTED, Digest};
 
 /// What a refusal says is read up to here, in bytes.
 const REFUSAL_MAX_BYTES: usize = 64 << 10;
 /// A document, and the beginning of a blob, may take so many times what a connection and the wait for its first byte
-/// may take: there are up to five requests in it (greeting, token, the thing itself, another token, the thing with it). An endpoint that sends a byte now
-/// and then is cut off here.
+/// may take: there are up to five requests in it (greeting, token, the thing itself, another token, the thing with it). An
+/// endpoint that sends a byte now and then is cut off here.
 const REQUESTS: u32 = 5;
 /// Registries send us to their storage, which may send us on.
 const REDIRECTS_MAX: usize = 5;
@@ -176,10 +176,6 @@ fn with(request: RequestBuilder, authorization: Option<HeaderValue>) -> RequestB
         Some(value) => request.header(AUTHORIZATION, value),
         None => request,
     }
-}
-
-fn is_of(base: &str, url: &Url) -> bool {
-    Url::parse(base).is_ok_and(|base| base.origin() == url.origin())
 }
 
 /// A few, and never from TLS to none. (What we say of ourselves goes to no other host: that is reqwest's own doing.)

@@ -73,11 +73,6 @@ async fn plain_answer(request: Request<Body>) -> Reply {
             to(format!("http://localhost:{}/stored", host.rsplit(':').next().unwrap()))
         }
         ("/stored", None) => reply(200, "stored".into()),
-        // Asks what only the registry may.
-        ("/v2/curious/manifests/1", _) => {
-            to(format!("http://localhost:{}/asks", host.rsplit(':').next().unwrap()))
-        }
-        ("/asks", Some(told)) => panic!("it was told {told}"),
         _ => http::Response::builder()
             .status(401)
             .header("www-authenticate", "Basic realm=\"r\"")
@@ -161,7 +156,6 @@ async fn who_we_are_is_told_to_the_registry_alone() {
         (&plain, wrong(), "private", None),
         (&plain, None, "private", None),
         (&plain, cow(), "elsewhere", Some("stored")),
-        (&plain, cow(), "curious", None),
     ];
     for (registry, credential, repository, expected) in table {
         let (connection, authority) = connection_as(credential, registry.clone(), patience).await;
@@ -179,4 +173,63 @@ async fn who_we_are_is_told_to_the_registry_alone() {
     let failure =
         connection.document(&format!("{authority}/round:1").parse().unwrap(), &[], 1000).await.unwrap_err();
     assert!(refusal::words(&failure).contains("without end"), "{failure:?}");
+}
+
+/// Sends on, with whatever it is asked for, to another host that wants to know who asks.
+#[tokio::test]
+async fn what_a_registry_leads_to_may_not_ask_who_we_are() {
+    let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let answer = {
+        let told = told.clone();
+        move |request: Request<Body>| async move {
+            let host = request.headers()["host"].to_str().unwrap().to_owned();
+            let elsewhere = format!("localhost:{}", host.rsplit(':').next().unwrap());
+            let path = request.uri().path().to_owned();
+            if path == "/spy" {
+                told.lock().unwrap().push(format!("{:?}", request.headers().get("authorization")));
+                return reply(200, r#"{"token":"of-spy"}"#.into());
+            }
+            let answer = http::Response::builder();
+            let answer = match path.as_str() {
+                "/asks" => answer
+                    .status(401)
+                    .header("www-authenticate", format!("Bearer realm=\"http://{elsewhere}/spy\"")),
+                _ => answer.status(307).header("location", format!("http://{elsewhere}/asks")),
+            };
+            answer.body(Body::empty()).unwrap()
+        }
+    };
+    let cow = Credential::Password { user: "cow".to_owned(), password: "moo".to_owned() };
+    for credential in [None, Some(cow)] {
+        let registry = Router::new().fallback(answer.clone());
+        let (connection, authority) = connection_as(credential, registry, Duration::from_secs(20)).await;
+        let at = format!("{authority}/curious:1").parse().unwrap();
+        let failure = connection.document(&at, &[], 1000).await.unwrap_err();
+        assert_eq!(refusal::reason(&failure), Reason::RegistryDenied, "{failure:?}");
+    }
+    assert_eq!(*told.lock().unwrap(), Vec::<String>::new());
+}
+
+/// Some registries tell nobody that there is what is not for everybody.
+#[tokio::test]
+async fn what_nobody_is_told_of_is_there_for_somebody() {
+    let answer = |request: Request<Body>| async move {
+        let authorization = request.headers().get("authorization").map(|value| value.to_str().unwrap());
+        match (request.uri().path(), authorization) {
+            ("/v2/hidden/manifests/1", Some("Basic Y293Om1vbw==")) => reply(200, "hidden".into()),
+            ("/v2/", None) => http::Response::builder()
+                .status(401)
+                .header("www-authenticate", "Basic realm=\"r\"")
+                .body(Body::empty())
+                .unwrap(),
+            _ => reply(404, Body::empty()),
+        }
+    };
+    let cow = Credential::Password { user: "cow".to_owned(), password: "moo".to_owned() };
+    for (credential, is_there) in [(Some(cow), true), (None, false)] {
+        let registry = Router::new().fallback(answer);
+        let (connection, authority) = connection_as(credential, registry, Duration::from_secs(20)).await;
+        let at = format!("{authority}/hidden:1").parse().unwrap();
+        assert_eq!(connection.document(&at, &[], 1000).await.is_ok(), is_there);
+    }
 }

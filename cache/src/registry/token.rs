@@ -56,9 +56,11 @@ impl Tokens {
             return known;
         }
         match http.get(format!("{base}/v2/")).send().await {
-            Ok(greeting) => self.wanted(http, base, repository, greeting.headers(), None).await,
-            // It will be told of what is asked for.
-            Err(_) => None,
+            Ok(greeting) if is_of(base, greeting.url()) => {
+                self.wanted(http, base, repository, greeting.headers(), None).await
+            }
+            // What it leads to has no right to ask; and if it does not answer, it will be seen with what is asked for.
+            _ => None,
         }
     }
 
@@ -67,7 +69,8 @@ impl Tokens {
         self.remembered(repository, Instant::now())
     }
 
-    /// What to say instead of `refused` to the registry that has answered 401 with these headers. `None` if there is nothing else to be had: then the registry's own refusal says what there is to say.
+    /// What to say instead of `refused` to the registry that has answered 401 with these headers. `None` if there is nothing
+    /// else to be had: then the registry's own refusal says what there is to say.
     pub(super) async fn wanted(
         &self,
         http: &Client,
@@ -109,6 +112,11 @@ impl Tokens {
         tokens.retain(|_, token| token.until > now);
         tokens.insert(repository.to_owned(), Token { header, until: now + life });
     }
+}
+
+/// Whether it is the registry at `base` itself that has answered, not what it has led to.
+pub(super) fn is_of(base: &str, url: &Url) -> bool {
+    Url::parse(base).is_ok_and(|base| base.origin() == url.origin())
 }
 
 impl Tokens {
