@@ -44,9 +44,7 @@ impl Snapshots {
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(self.namespace));
-        request
+        request_in(self.namespace, message)
     }
 
     pub(crate) async fn prepare(
@@ -118,6 +116,13 @@ impl Snapshots {
         }
         Ok(all)
     }
+}
+
+/// A call of containerd's in one of its namespaces.
+pub(crate) fn request_in<T>(namespace: &'static str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static(namespace));
+    request
 }
 
 fn held(labels: &[(&str, &str)]) -> HashMap<String, String> {

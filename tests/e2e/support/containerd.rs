@@ -4,18 +4,23 @@
 use std::{collections::BTreeSet, path::Path};
 
 use containerd_client::services::v1::{
-    CreateRequest, DeleteImageRequest, DeleteRequest, ListContentRequest, ListImagesRequest, ListRequest,
-    ListStatusesRequest,
-    content_client::ContentClient,
-    images_client::ImagesClient,
-    leases_client::LeasesClient,
-    snapshots::{Kind, ListSnapshotsRequest, snapshots_client::SnapshotsClient},
+    DeleteImageRequest, ListContentRequest, ListImagesRequest, ListRequest, ListStatusesRequest,
+    content_client::ContentClient, images_client::ImagesClient, leases_client::LeasesClient, snapshots::Kind,
     version_client::VersionClient,
 };
 use futures_util::TryStreamExt as _;
-use tonic::{Code, Request, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Request, transport::Channel};
 
-use super::{Outcome, api::block_on, cowshed, snapshots::CONTAINERD};
+use super::{
+    Outcome,
+    api::block_on,
+    cow::snapshotter,
+    cowshed,
+    snapshots::{CONTAINERD, Snapshots, request_in},
+};
+
+/// The namespace that Cowshed uses unless it is told otherwise.
+const NAMESPACE: &str = "default";
 
 /// A snapshot: its key or name, and "Active", "View" or "Committed" as `ctr` has it.
 pub(crate) type Snapshot = (String, &'static str);
@@ -24,11 +29,8 @@ async fn channel() -> Outcome<Channel> {
     Ok(cowshed::channel(Path::new(CONTAINERD)).await?)
 }
 
-/// In the namespace that Cowshed uses unless it is told otherwise.
 fn request<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static("default"));
-    request
+    request_in(NAMESPACE, message)
 }
 
 /// Whether it answers; its version.
@@ -88,16 +90,12 @@ pub(crate) fn writes() -> Outcome<Vec<String>> {
 /// The snapshots of a snapshotter.
 pub(crate) fn snapshots(snapshotter: &str) -> Outcome<Vec<Snapshot>> {
     block_on(async {
-        let message = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters: Vec::new() };
-        let pages = SnapshotsClient::new(channel().await?).list(request(message)).await?.into_inner();
-        let pages: Vec<_> = pages.try_collect().await?;
-        let all = pages.into_iter().flat_map(|page| page.info);
-        Ok(all
-            .map(|info| {
-                let kind = kind(info.kind());
-                (info.name, kind)
-            })
-            .collect())
+        let listed = Snapshots::new(channel().await?, snapshotter, NAMESPACE).list().await?;
+        let described = listed.into_iter().map(|info| {
+            let kind = kind(info.kind());
+            (info.name, kind)
+        });
+        Ok(described.collect())
     })
 }
 
@@ -112,11 +110,5 @@ fn kind(kind: Kind) -> &'static str {
 
 /// Has it collect what nothing holds.
 pub(crate) fn collect() -> Outcome {
-    block_on(async {
-        let mut client = LeasesClient::new(channel().await?);
-        let id = "e2e-nudge".to_owned();
-        client.create(request(CreateRequest { id: id.clone(), ..Default::default() })).await?;
-        client.delete(request(DeleteRequest { id, sync: true })).await?;
-        Ok(())
-    })
+    block_on(async { Ok(Snapshots::new(channel().await?, snapshotter(), NAMESPACE).collect().await?) })
 }
