@@ -232,7 +232,12 @@ impl Scene {
     fn after(&mut self, what: &str, state: &str) -> Outcome {
         self.guest.writes_on(&format!("after: {what}"))?;
         same!(identity(&self.disk)?, self.identity, "the device, after: {what}");
-        let lease = lease(VM)?;
+        // A look at who holds it is bounded, and a host that is slow may need another.
+        let lease = wait_for("a word of who has it open", || {
+            let lease = lease(VM)?;
+            check!(!lease["holders"].as_array().is_none_or(Vec::is_empty), "nobody, after: {what}: {lease}");
+            Ok(lease)
+        })?;
         same!(text(&lease, "/lease_id")?, self.disk.lease, "the lease, after: {what}");
         same!(text(&lease, "/state")?, state, "the state, after: {what}");
         let pid: u64 = sh("pgrep -x qemu-system-x86")?.trim().parse()?;
