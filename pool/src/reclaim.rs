@@ -37,11 +37,11 @@ const RECOUNT: Duration = Duration::from_secs(600);
 /// Snapshots that could not be deleted yet, since somebody has them open or it failed, and when to look again.
 type Held = HashMap<SnapshotId, (Instant, Duration)>;
 
-/// Runs for ever.
+/// Runs until another one takes over.
 pub(crate) async fn run(inner: Arc<Inner>) {
     let mut held = Held::new();
     let mut counted = Instant::now();
-    loop {
+    while !inner.is_retired() {
         let all_written = write_abandoned(&inner).await;
         let lively = inner.traffic.is_lively();
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;

@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::AtomicU32},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Instant, SystemTime},
 };
 
@@ -97,6 +100,8 @@ pub(crate) struct Inner {
     /// One mkfs or resize2fs per base.
     pub(crate) bases: Mutex<HashMap<Base, Arc<tokio::sync::Mutex<()>>>>,
     pub(crate) wake: Notify,
+    /// Another one has taken its place, or will.
+    retired: AtomicBool,
 }
 
 impl Inner {
@@ -120,7 +125,13 @@ impl Inner {
             creations: AtomicU32::new(0),
             bases: Mutex::default(),
             wake: Notify::new(),
+            retired: AtomicBool::new(false),
         }
+    }
+
+    /// Whether it does nothing more: what runs by itself ends.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
     }
 
     pub(crate) fn name(&self, id: SnapshotId) -> DeviceName {
@@ -235,6 +246,20 @@ impl Snapshotter {
     /// Finishes what has begun, and closes the store.
     pub(crate) async fn close(&self) {
         self.0.store.close().await;
+    }
+
+    /// Refuses everything from now on, lets the kernel finish what it was asked for, and closes the store. Nothing of it
+    /// touches the pool afterwards, so that another one can begin.
+    pub(crate) async fn retire(&self, why: String) {
+        let inner = &self.0;
+        inner.metrics.healthy(false);
+        *inner.health.write().unwrap_or_else(PoisonError::into_inner) = Health::Refusing(why);
+        inner.retired.store(true, Ordering::Relaxed);
+        inner.wake.notify_one();
+        let all = u32::try_from(PARALLEL).unwrap_or(u32::MAX);
+        let _all = inner.turns.acquire_many(all).await;
+        inner.turns.close();
+        inner.store.close().await;
     }
 
     pub(crate) async fn make(

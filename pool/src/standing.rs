@@ -6,12 +6,18 @@
 //! | damaged, and can be read | answered | refused | opened when it was repaired |
 //! | anything else | refused | refused | opened when it can be |
 //!
+//! A pool that is lost while it is in use (it was deactivated, or has failed) is found again as at a start: the store is
+//! closed and opened anew, and what is in it is compared with the pool that comes back, which may have been repaired.
+//!
 //! One process has a store: whoever opens it holds its lock, a file beside it.
 
 use std::{
     fs::{File, OpenOptions},
     path::Path,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,6 +27,7 @@ use crate::{
     error::{Code, Error, Result},
     metrics::Metrics,
     snapshotter::{Health, Settings, Snapshotter},
+    start,
     store::{
         again::Tries,
         file::{OpenError, beside},
@@ -37,6 +44,8 @@ pub struct Standing(Arc<Shared>);
 struct Shared {
     metrics: Metrics,
     now: RwLock<Now>,
+    /// The service stops: nothing is opened any more.
+    closed: AtomicBool,
 }
 
 enum Now {
@@ -56,10 +65,8 @@ impl Standing {
             tracing::error!(%error, "the snapshotter changes nothing; its store is tried again");
             meanwhile(&settings, &metrics, &error)
         });
-        let standing = Self(Arc::new(Shared { metrics, now: RwLock::new(now) }));
-        if failed {
-            tokio::spawn(standing.clone().open_later(settings, tries));
-        }
+        let standing = Self(Arc::new(Shared { metrics, now: RwLock::new(now), closed: AtomicBool::new(false) }));
+        tokio::spawn(standing.clone().stand(settings, tries, !failed));
         standing
     }
 
@@ -92,6 +99,7 @@ impl Standing {
 
     /// Finishes what has begun, and closes the store.
     pub async fn close(&self) {
+        self.0.closed.store(true, Ordering::Relaxed);
         if let Ok(snapshotter) = self.answering() {
             snapshotter.close().await;
         }
@@ -113,9 +121,47 @@ impl Standing {
         self.0.now.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn open_later(self, settings: Settings, mut tries: Tries) {
+    /// Sees to it that it is open, for as long as there is the service.
+    async fn stand(self, settings: Settings, mut tries: Tries, mut is_open: bool) {
+        loop {
+            if !is_open {
+                let Some(left) = self.open_later(settings.clone(), tries).await else { return };
+                tries = left;
+            }
+            self.until_lost().await;
+            tries.was_open();
+            is_open = false;
+        }
+    }
+
+    /// Waits until the pool is lost, and closes the store then.
+    async fn until_lost(&self) {
+        let mut told = false;
         loop {
             tokio::time::sleep(RETRY).await;
+            let Ok(snapshotter) = self.answering() else { continue };
+            let Some(why) = start::lost(&snapshotter).await else {
+                told = false;
+                continue;
+            };
+            // One look may have met with somebody's reload.
+            if !std::mem::replace(&mut told, true) {
+                continue;
+            }
+            tracing::error!(why, "the pool is lost; it is looked for as at a start");
+            snapshotter.retire(why.clone()).await;
+            *self.0.now.write().unwrap_or_else(PoisonError::into_inner) = Now::Closed(why);
+            return;
+        }
+    }
+
+    /// Gives up if the service stops.
+    async fn open_later(&self, settings: Settings, mut tries: Tries) -> Option<Tries> {
+        loop {
+            tokio::time::sleep(RETRY).await;
+            if self.0.closed.load(Ordering::Relaxed) {
+                return None;
+            }
             let (settings_, metrics) = (settings.clone(), self.0.metrics.clone());
             let tried = tokio::task::spawn_blocking(move || {
                 let opened = tries.is_due().then(|| open(&settings_, &metrics, &mut tries));
@@ -125,7 +171,7 @@ impl Standing {
             });
             let Ok((opened, left)) = tried.await else {
                 tracing::error!("opening the snapshot store panicked; it is not tried again");
-                return;
+                return None;
             };
             tries = left;
             let (now, done) = match opened {
@@ -145,7 +191,7 @@ impl Standing {
                 reader.close().await;
             }
             if done {
-                return;
+                return Some(tries);
             }
         }
     }

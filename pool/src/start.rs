@@ -182,11 +182,7 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
             )));
         }
         mode @ (PoolMode::NeedsCheck | PoolMode::Failed) => {
-            return Err(Hindrance::Lasting(format!(
-                "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses \
-                 the pool, deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and \
-                 activate it"
-            )));
+            return Err(Hindrance::Lasting(stopped(name, mode)));
         }
     }
     if !facts.usage.zeroing && !settings.allow_unzeroed {
@@ -226,6 +222,33 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
     let creations = pool.creations().map_err(passing)?;
     let new_uuid = Some(facts.uuid).filter(|_| known.is_empty());
     Ok(Found { new_uuid, thin_ids, creations })
+}
+
+fn stopped(name: &str, mode: PoolMode) -> String {
+    format!(
+        "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses the pool, \
+         deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and activate it"
+    )
+}
+
+/// Looks at a pool that is in use; says what has become of it if it is not the one any more that was found good at the
+/// start: it was taken away, or has to be. Everything that was active in it is gone then, or of no use.
+pub(crate) async fn lost(snapshotter: &Snapshotter) -> Option<String> {
+    let inner = &snapshotter.0;
+    if inner.pool().is_err() {
+        return None;
+    }
+    let pool = inner.pool.read().unwrap_or_else(PoisonError::into_inner).clone()?;
+    match tokio::task::spawn_blocking(move || pool.facts()).await {
+        Ok(Ok(facts)) => match facts.usage.mode {
+            mode @ (PoolMode::NeedsCheck | PoolMode::Failed) => Some(stopped(&facts.usage.name, mode)),
+            // The kernel lets a read-only one write again by itself.
+            PoolMode::ReadWrite | PoolMode::OutOfDataSpace | PoolMode::ReadOnly => None,
+        },
+        Ok(Err(error @ DeviceError::NoPool(_))) => Some(error.to_string()),
+        // Nothing is known of it.
+        Ok(Err(_)) | Err(_) => None,
+    }
 }
 
 fn passing(error: DeviceError) -> Hindrance {
@@ -412,7 +435,7 @@ async fn activate_all(inner: &Arc<Inner>, tree: &Tree) {
 /// Their VMs may look for their devices and never ask for them.
 async fn activate_later(inner: Arc<Inner>, mut left: Vec<SnapshotId>) {
     let mut pause = RETRY;
-    while !left.is_empty() {
+    while !left.is_empty() && !inner.is_retired() {
         tokio::time::sleep(pause).await;
         // One after the other: who asks for one now comes first.
         let mut again = Vec::new();

@@ -347,27 +347,34 @@ fn pool_with_io_errors() -> Outcome {
     block_on(client.prepare("io-b", "", &[(SIZE_LABEL, "11GiB")]))?;
 
     let there = listed()?;
-    let metadata = Broken::new("vg-pool_tmeta")?;
-    let made = block_on(client.prepare("io-d", "io-c", &[]));
-    let left = listed();
-    let restarted = host("restart", "cowshed").and_then(|()| {
-        wait_for("a refusal that says what to do", || {
-            let made = block_on(client.prepare("io-d", "io-c", &[]));
-            refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])
+    // The first time the service learns of it by the way, the second time at its start. It is not restarted for the repair.
+    for restart in [false, true] {
+        let metadata = Broken::new("vg-pool_tmeta")?;
+        let made = block_on(client.prepare("io-d", "io-c", &[]));
+        let left = listed();
+        let refusing = if restart { host("restart", "cowshed").map(drop) } else { Ok(()) }.and_then(|()| {
+            wait_for("a refusal that says what to do", || {
+                let made = block_on(client.prepare("io-d", "io-c", &[]));
+                refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])
+            })?;
+            wait_for("a status that says so", || run("cowshed", &["status"])?.fails(8, &["vg-pool", "repair"]))?;
+            listed()
+        });
+        metadata.mend()?;
+        // vg/pool_meta0 is what LVM2 keeps of the old metadata.
+        sh("dmsetup ls --target thin | awk '/^cowshed-/ { print $1 }' | xargs -r -n 1 dmsetup remove
+            lvchange -an vg/pool; lvconvert -y --repair vg/pool 2>&1; lvremove -y vg/pool_meta0 2>&1; lvchange -ay vg/pool")?;
+        wait_serving()?;
+        refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])?;
+        same!(left?, there, "what is listed after errors of the metadata");
+        same!(refusing?, there, "what is listed by a service that changes nothing");
+        wait_for("a snapshot", || Ok(block_on(client.prepare("io-d", "io-c", &[])).map(drop)?))?;
+        // What was active is active again.
+        wait_for("the layer's device", || {
+            sh(&format!("dd if={} of=/dev/null bs=64k count=1 status=none", layer.path)).map(drop)
         })?;
-        listed()
-    });
-    host("stop", "cowshed")?;
-    metadata.mend()?;
-    // vg/pool_meta0 is what LVM2 keeps of the old metadata.
-    sh("dmsetup ls --target thin | awk '/^cowshed-/ { print $1 }' | xargs -r -n 1 dmsetup remove
-        lvchange -an vg/pool; lvconvert -y --repair vg/pool 2>&1; lvremove -y vg/pool_meta0 2>&1; lvchange -ay vg/pool")?;
-    host("start", "cowshed")?;
-    wait_serving()?;
-    refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])?;
-    same!(left?, there, "what is listed after errors of the metadata");
-    same!(restarted?, there, "what is listed by a service that changes nothing");
-    wait_for("a snapshot", || Ok(block_on(client.prepare("io-d", "io-c", &[])).map(drop)?))?;
+        block_on(client.remove("io-d"))?;
+    }
     remove_all(&client)
 }
 

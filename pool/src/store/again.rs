@@ -39,6 +39,11 @@ impl Tries {
         Self { path, if_missing: IfMissing::Make, wrong: None }
     }
 
+    /// It was open: if it has gone since, it is not made anew.
+    pub(crate) fn was_open(&mut self) {
+        self.if_missing = IfMissing::Refuse;
+    }
+
     /// Whether another try can come to something else.
     pub fn is_due(&self) -> bool {
         self.wrong.is_none() || self.wrong != looks(&self.path).ok()
