@@ -75,6 +75,8 @@ pub struct Config {
     pub images: Images,
     /// Who has to agree before one is used.
     pub verification: Verification,
+    /// What to pull ahead of need.
+    pub prefetch: Prefetch,
     /// How long leases are kept that nobody may want any more.
     pub leases: Leases,
     /// When to look after released disks.
@@ -211,6 +213,14 @@ pub struct Verification {
     pub timeout_seconds: u64,
 }
 
+/// `[prefetch]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prefetch {
+    /// Directory of `*.toml` files that say which images to have; it need not be there. "": none.
+    pub warm_set: PathBuf,
+}
+
 /// `[leases]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -336,6 +346,12 @@ impl Default for Verification {
     }
 }
 
+impl Default for Prefetch {
+    fn default() -> Self {
+        Self { warm_set: "/etc/cowshed/warm.d".into() }
+    }
+}
+
 impl Default for Leases {
     fn default() -> Self {
         Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
@@ -400,8 +416,9 @@ impl Config {
             ("registry", "docker_config", &self.registry.docker_config),
             ("snapshotter", "socket", &self.snapshotter.socket),
             ("verification", "directory", &self.verification.directory),
+            ("prefetch", "warm_set", &self.prefetch.warm_set),
         ] {
-            let is_off = section == "verification" && path.as_os_str().is_empty();
+            let is_off = ["verification", "prefetch"].contains(&section) && path.as_os_str().is_empty();
             if !path.is_absolute() && !is_off {
                 return Err(value(section, field, format!("{:?} is not an absolute path", path.display())));
             }
@@ -555,6 +572,7 @@ mod tests {
         "connect_timeout_seconds",
         "read_timeout_seconds",
         "timeout_seconds",
+        "warm_set",
         "expired_grace_seconds",
         "boot_grace_seconds",
         "retry_seconds",
@@ -580,6 +598,7 @@ mod tests {
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
             ("[leases]\nboot_grace_seconds = 0", "[leases] boot_grace_seconds"),
             ("[verification]\ndirectory = \"v\"", "[verification] directory"),
+            ("[prefetch]\nwarm_set = \"warm.d\"", "[prefetch] warm_set"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

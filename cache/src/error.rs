@@ -38,9 +38,11 @@ pub enum Reason {
     TenantInvalid,
     CredentialsInvalid,
     PullPolicyInvalid,
+    PrefetchInvalid,
     LeaseNotFound,
     ImageNotFound,
     PlatformNotFound,
+    PrefetchNotFound,
     SpecConflict,
     RegistryDenied,
     ImageUnverified,
@@ -58,6 +60,7 @@ pub enum Reason {
     LeaseReleased,
     Released,
     RequestOver,
+    PrefetchCancelled,
     RevisionCompacted,
     PoolFull,
     StateDirectoryFull,
@@ -93,8 +96,11 @@ impl Reason {
             | Self::ScratchInvalid
             | Self::TenantInvalid
             | Self::CredentialsInvalid
-            | Self::PullPolicyInvalid => Code::InvalidArgument,
-            Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound => Code::NotFound,
+            | Self::PullPolicyInvalid
+            | Self::PrefetchInvalid => Code::InvalidArgument,
+            Self::LeaseNotFound | Self::ImageNotFound | Self::PlatformNotFound | Self::PrefetchNotFound => {
+                Code::NotFound
+            }
             Self::SpecConflict => Code::AlreadyExists,
             Self::RegistryDenied | Self::ImageUnverified => Code::PermissionDenied,
             Self::SnapshotterUnfit
@@ -106,7 +112,7 @@ impl Reason {
             | Self::RegistryConfiguration
             | Self::LeaseReleased
             | Self::DeviceMismatch => Code::FailedPrecondition,
-            Self::Released | Self::RequestOver => Code::Aborted,
+            Self::Released | Self::RequestOver | Self::PrefetchCancelled => Code::Aborted,
             Self::RevisionCompacted => Code::OutOfRange,
             Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
             Self::ContainerdUnavailable
@@ -142,9 +148,11 @@ impl Reason {
             Self::TenantInvalid => "TENANT_INVALID",
             Self::CredentialsInvalid => "CREDENTIALS_INVALID",
             Self::PullPolicyInvalid => "PULL_POLICY_INVALID",
+            Self::PrefetchInvalid => "PREFETCH_INVALID",
             Self::LeaseNotFound => "LEASE_NOT_FOUND",
             Self::ImageNotFound => "IMAGE_NOT_FOUND",
             Self::PlatformNotFound => "PLATFORM_NOT_FOUND",
+            Self::PrefetchNotFound => "PREFETCH_NOT_FOUND",
             Self::SpecConflict => "SPEC_CONFLICT",
             Self::RegistryDenied => "REGISTRY_DENIED",
             Self::ImageUnverified => "IMAGE_UNVERIFIED",
@@ -162,6 +170,7 @@ impl Reason {
             Self::LeaseReleased => "LEASE_RELEASED",
             Self::Released => "RELEASED",
             Self::RequestOver => "REQUEST_OVER",
+            Self::PrefetchCancelled => "PREFETCH_CANCELLED",
             Self::RevisionCompacted => "REVISION_COMPACTED",
             Self::PoolFull => "POOL_FULL",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",

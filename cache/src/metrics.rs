@@ -44,6 +44,9 @@ struct Inner {
     layer_unpack_seconds: HistogramVec,
     reclaimed: IntCounter,
     reclaim_failures: IntCounter,
+    prefetch_jobs: IntGauge,
+    prefetched: IntCounterVec,
+    warm_set_errors: IntGauge,
     rescue: IntGaugeVec,
     pool_up: IntGauge,
     pool_bytes: GaugeVec,
@@ -119,6 +122,20 @@ impl Metrics {
                     "Removals of released disks that have to be tried again",
                 )?,
             )?,
+            prefetch_jobs: register(
+                &r,
+                IntGauge::new("cowshed_prefetch_jobs", "Prefetch jobs that have not ended")?,
+            )?,
+            prefetched: counters(
+                &r,
+                "cowshed_prefetched_images_total",
+                "Images that prefetch jobs are done with, by result (hit, miss or the error's reason)",
+                &["result"],
+            )?,
+            warm_set_errors: register(
+                &r,
+                IntGauge::new("cowshed_warm_set_errors", "Files of the warm set that cannot be used")?,
+            )?,
             rescue: int_gauges(
                 &r,
                 "cowshed_rescue",
@@ -168,6 +185,7 @@ impl Metrics {
             inner.acquire_seconds.with_label_values(&[cache]);
             inner.pulls.with_label_values(&[cache]);
             inner.pull_seconds.with_label_values(&[cache]);
+            inner.prefetched.with_label_values(&[cache]);
         }
         for cause in Cause::ALL {
             inner.rescue.with_label_values(&[cause.as_str()]);
@@ -200,6 +218,21 @@ impl Metrics {
     /// A Release call has been answered.
     pub fn released(&self, error: Option<&Error>) {
         self.0.releases.with_label_values(&[error.map_or("ok", result)]).inc();
+    }
+
+    /// So many prefetch jobs run.
+    pub fn prefetch_jobs(&self, count: usize) {
+        self.0.prefetch_jobs.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// So many files of the warm set cannot be used.
+    pub fn warm_set_errors(&self, count: usize) {
+        self.0.warm_set_errors.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// A prefetch job is done with an image.
+    pub fn prefetched(&self, outcome: Result<Cache, &Error>) {
+        self.0.prefetched.with_label_values(&[outcome.map_or_else(result, Cache::as_str)]).inc();
     }
 
     /// Disks are gone.

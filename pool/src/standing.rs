@@ -65,7 +65,8 @@ impl Standing {
             tracing::error!(%error, "the snapshotter changes nothing; its store is tried again");
             meanwhile(&settings, &metrics, &error)
         });
-        let standing = Self(Arc::new(Shared { metrics, now: RwLock::new(now), closed: AtomicBool::new(false) }));
+        let standing =
+            Self(Arc::new(Shared { metrics, now: RwLock::new(now), closed: AtomicBool::new(false) }));
         tokio::spawn(standing.clone().stand(settings, tries, !failed));
         standing
     }

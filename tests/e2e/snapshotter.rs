@@ -357,7 +357,9 @@ fn pool_with_io_errors() -> Outcome {
                 let made = block_on(client.prepare("io-d", "io-c", &[]));
                 refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])
             })?;
-            wait_for("a status that says so", || run("cowshed", &["status"])?.fails(8, &["vg-pool", "repair"]))?;
+            wait_for("a status that says so", || {
+                run("cowshed", &["status"])?.fails(8, &["vg-pool", "repair"])
+            })?;
             listed()
         });
         metadata.mend()?;

@@ -14,7 +14,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, images, print, pull, show};
+use super::{
+    Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, images, prefetch, print, pull, show,
+};
 use crate::exit;
 
 /// The API's largest page is far below this, in bytes.
@@ -29,6 +31,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         command,
         Command::Acquire { .. }
             | Command::Pull { .. }
+            | Command::Prefetch { .. }
             | Command::RemoveImage { .. }
             | Command::Watch { .. }
             | Command::Drain { .. }
@@ -118,6 +121,32 @@ async fn ask(command: Command) -> Result<(), Failure> {
             let stream = connect(&reach.socket).await?.pull_image(request).await.map_err(|s| refused(&s))?;
             pull::follow(&image, stream.into_inner(), reach.output).await
         }
+        Command::Prefetch { wish, reach } => {
+            let wait = wish.wait;
+            let mut client = connect(&reach.socket).await?;
+            let created = client.create_prefetch(wish.request()?).await.map_err(|s| refused(&s))?;
+            let job = created.into_inner().job.unwrap_or_default();
+            if !wait {
+                return print(&prefetch::brief(&job, reach.output));
+            }
+            let request = v1::WatchPrefetchRequest { job_id: job.job_id };
+            let stream = client.watch_prefetch(request).await.map_err(|s| refused(&s))?;
+            prefetch::follow(stream.into_inner(), reach.output).await
+        }
+        Command::Prefetches { job: Some(job_id), reach } => {
+            let request = v1::GetPrefetchRequest { job_id };
+            let reply = connect(&reach.socket).await?.get_prefetch(request).await.map_err(|s| refused(&s))?;
+            print(&prefetch::one(&reply.into_inner().job.unwrap_or_default(), reach.output))
+        }
+        Command::Prefetches { job: None, reach } => {
+            print(&prefetch::all(&all_prefetches(&reach).await?, reach.output))
+        }
+        Command::CancelPrefetch { job: job_id, reach } => {
+            let request = v1::CancelPrefetchRequest { job_id };
+            let reply =
+                connect(&reach.socket).await?.cancel_prefetch(request).await.map_err(|s| refused(&s))?;
+            print(&prefetch::brief(&reply.into_inner().job.unwrap_or_default(), reach.output))
+        }
         Command::Images { reach } => {
             let request = v1::ListImagesRequest::default();
             let reply = connect(&reach.socket).await?.list_images(request).await.map_err(|s| refused(&s))?;
@@ -144,7 +173,7 @@ async fn ask(command: Command) -> Result<(), Failure> {
 }
 
 impl Who {
-    fn credentials(&self) -> Result<Option<v1::RegistryCredentials>, Failure> {
+    pub(super) fn credentials(&self) -> Result<Option<v1::RegistryCredentials>, Failure> {
         use v1::registry_credentials::Secret;
         let Some(path) = &self.credentials else { return Ok(None) };
         // Not the parser's words: they may be those of a password.
@@ -192,7 +221,7 @@ fn disk_mode(mode: DiskMode) -> v1::DiskMode {
     }
 }
 
-fn seconds(seconds: u64) -> prost_types::Duration {
+pub(super) fn seconds(seconds: u64) -> prost_types::Duration {
     prost_types::Duration { seconds: i64::try_from(seconds).unwrap_or(i64::MAX), nanos: 0 }
 }
 
@@ -327,6 +356,19 @@ async fn all_leases(shared: bool, reach: &Reach) -> Result<Vec<v1::Lease>, Failu
         leases.extend(page.leases);
         if page.next_page_token.is_empty() {
             return Ok(leases);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+async fn all_prefetches(reach: &Reach) -> Result<Vec<v1::Prefetch>, Failure> {
+    let (mut client, mut jobs) = (connect(&reach.socket).await?, Vec::new());
+    let mut request = v1::ListPrefetchesRequest::default();
+    loop {
+        let page = client.list_prefetches(request.clone()).await.map_err(|s| refused(&s))?.into_inner();
+        jobs.extend(page.jobs);
+        if page.next_page_token.is_empty() {
+            return Ok(jobs);
         }
         request.page_token = page.next_page_token;
     }

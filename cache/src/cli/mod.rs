@@ -3,6 +3,7 @@
 mod client;
 mod images;
 mod ledger;
+mod prefetch;
 mod pull;
 mod show;
 
@@ -20,6 +21,7 @@ use crate::{
     config::{Config, DEFAULT_PATH, DEFAULT_SOCKET, LogFormat},
     exit,
     serve::{self, ServeError},
+    time,
 };
 
 const EXIT_HELP: &str = "\
@@ -106,6 +108,17 @@ enum PullPolicy {
     Never,
 }
 
+/// To whom the pulls of a prefetch job give way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PrefetchClass {
+    /// To all others.
+    Background,
+    /// To launchers.
+    Normal,
+    /// To nobody.
+    Urgent,
+}
+
 /// Who asks for an image.
 #[derive(Args, Debug)]
 struct Who {
@@ -122,21 +135,6 @@ fn number(text: &str) -> Result<(u32, u32), String> {
     let parts =
         text.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
     parts.ok_or_else(|| format!("{text:?} is no MAJOR:MINOR"))
-}
-
-/// In seconds.
-fn duration(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match &text[digits.len()..] {
-        "" | "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        "d" => 24 * 3600,
-        "w" => 7 * 24 * 3600,
-        other => return Err(format!("{other:?} is no unit: s, m, h, d and w are")),
-    };
-    let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(unit));
-    count.ok_or_else(|| format!("{text:?} is no time such as 90s, 15m, 12h, 7d or 4w"))
 }
 
 #[derive(Debug, Subcommand)]
@@ -290,6 +288,27 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
+    /// Have images pulled ahead of need by a job that survives restarts, and gives way to launchers.
+    Prefetch {
+        #[command(flatten)]
+        wish: prefetch::Wish,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// List prefetch jobs, or show what the images of one are at.
+    Prefetches {
+        /// The job's id.
+        job: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// End a prefetch job. What it has pulled stays.
+    CancelPrefetch {
+        /// The job's id.
+        job: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
     /// List images, with their pins and what uses them.
     Images {
         #[command(flatten)]
@@ -300,7 +319,7 @@ enum Command {
         /// Image reference.
         image: String,
         /// How long, such as 90s, 15m, 12h, 7d or 4w; until it is unpinned if absent.
-        #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+        #[arg(long = "for", value_name = "DURATION", value_parser = time::duration)]
         hold_for: Option<u64>,
         #[command(flatten)]
         reach: Reach,
@@ -427,34 +446,4 @@ fn print(text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|e| Failure { message: format!("cannot write to stdout: {e}"), status: exit::FAILURE })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_read_as_people_write_them() {
-        let table = [
-            ("90", Some(90)),
-            ("90s", Some(90)),
-            ("15m", Some(900)),
-            ("12h", Some(43_200)),
-            ("7d", Some(604_800)),
-            ("4w", Some(2_419_200)),
-            ("", None),
-            ("d", None),
-            ("-1d", None),
-            ("1.5h", None),
-            ("3 d", None),
-            ("3y", None),
-            ("1dd", None),
-            ("ü", None),
-            ("99999999999999999999s", None),
-            ("9999999999999999999w", None),
-        ];
-        for (text, expected) in table {
-            assert_eq!(duration(text).ok(), expected, "{text:?}");
-        }
-    }
 }

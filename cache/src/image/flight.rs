@@ -1,7 +1,7 @@
-//! Single flight: one pull per image and platform, however many callers ask.
+//! Single flight: one pull per image and platform, however many callers ask; of the highest class of them.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -12,7 +12,10 @@ use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
 use super::{
-    Access, Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about, progress::Board, pull,
+    Access, Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about,
+    gate::{Gate, Terms},
+    progress::Board,
+    pull,
 };
 use crate::error::{Error, Reason, Result};
 
@@ -24,12 +27,33 @@ type Key = (ImageRef, Platform, Access);
 pub struct Pull {
     progress: watch::Receiver<Progress>,
     outcome: future::Shared<oneshot::Receiver<Outcome>>,
+    gate: Arc<Gate>,
+}
+
+/// Keeps a pull going that goes on only as long as somebody waits for it.
+#[derive(Debug)]
+pub struct Interest(Arc<Gate>);
+
+impl Drop for Interest {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
 }
 
 impl Pull {
     /// How far it is; closed when it has ended.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
+    }
+
+    /// Whether it gives way to a pull of a higher class at the moment.
+    pub fn gives_way(&self) -> bool {
+        !self.gate.is_open()
+    }
+
+    /// Of one who has begun or joined it on terms on which it does not stay.
+    pub(super) fn interest(&self) -> Interest {
+        Interest(self.gate.clone())
     }
 
     /// Waits for its end.
@@ -59,20 +83,30 @@ impl Flights {
     }
 }
 
-pub(super) fn join(shared: &Arc<Shared>, image: &ImageRef, platform: &Platform, access: &Access) -> Pull {
+pub(super) fn join(
+    shared: &Arc<Shared>,
+    image: &ImageRef,
+    platform: &Platform,
+    access: &Access,
+    terms: &Terms,
+) -> Pull {
     let key = (image.clone(), platform.clone(), access.clone());
-    let (board, progress) = Board::new();
-    let (sender, outcome) = oneshot::channel();
-    let pull = Pull { progress, outcome: outcome.shared() };
     // Let go of before the task is made: a runtime that shuts down drops the task there and then, and its landing takes
     // the lock again.
-    match shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key.clone()) {
-        Entry::Occupied(under_way) => return under_way.get().clone(),
-        Entry::Vacant(vacant) => drop(vacant.insert(pull.clone())),
+    let mut flights = shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(under_way) = flights.get(&key).filter(|pull| pull.gate.join(terms)) {
+        return under_way.clone();
     }
+    let (board, progress) = Board::new();
+    let (sender, outcome) = oneshot::channel();
+    let gate = Gate::new(&shared.traffic, terms);
+    let pull = Pull { progress, outcome: outcome.shared(), gate: gate.clone() };
+    // One that was given up clears up behind itself, beside this one.
+    flights.insert(key.clone(), pull.clone());
+    drop(flights);
     shared.observer.started();
     let span = tracing::info_span!("pull", %image, %platform, tenant = %access.tenant);
-    let landing = Landing { shared: shared.clone(), key };
+    let landing = Landing { shared: shared.clone(), key, gate };
     tokio::spawn(fly(landing, board, sender).instrument(span));
     pull
 }
@@ -81,7 +115,8 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let begun = Instant::now();
     let shared = landing.shared.clone();
     let (image, platform, access) = landing.key.clone();
-    let outcome = caught(Box::pin(pull::run(&shared, &image, &platform, &access, &board))).await;
+    let errand = pull::Errand { image: &image, platform: &platform, access: &access, gate: &landing.gate };
+    let outcome = caught(Box::pin(pull::run(&shared, &errand, &board))).await;
     let outcome = outcome.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);
@@ -111,11 +146,17 @@ pub(super) async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T
 struct Landing {
     shared: Arc<Shared>,
     key: Key,
+    gate: Arc<Gate>,
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        let mut flights = self.shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if flights.get(&self.key).is_some_and(|pull| Arc::ptr_eq(&pull.gate, &self.gate)) {
+            flights.remove(&self.key);
+        }
+        drop(flights);
+        self.gate.end();
         self.shared.observer.ended();
     }
 }

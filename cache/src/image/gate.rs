@@ -108,6 +108,8 @@ struct State {
     waiting: usize,
     /// Nobody wants it any more.
     given_up: bool,
+    /// It is not under way any more.
+    ended: bool,
 }
 
 /// A pull's.
@@ -121,7 +123,8 @@ impl Gate {
     pub(super) fn new(traffic: &Traffic, terms: &Terms) -> Arc<Self> {
         let Terms { class, budget, stays } = terms.clone();
         traffic.count(class, 1);
-        let state = State { class, budget, stays, waiting: usize::from(!stays), given_up: false };
+        let state =
+            State { class, budget, stays, waiting: usize::from(!stays), given_up: false, ended: false };
         Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state) })
     }
 
@@ -150,9 +153,17 @@ impl Gate {
         });
     }
 
-    /// Somebody of this class waits for what this pull is at.
-    pub(super) fn hasten(&self, class: Class) {
-        if self.class() >= class {
+    /// The pull of another gate waits for what this one is at.
+    pub(super) fn hasten(&self, waiting: &Self) {
+        let (class, is_bounded) = {
+            let waiting = waiting.state.borrow();
+            (waiting.class, waiting.budget.is_some())
+        };
+        let is_slower = |state: &State| {
+            state.class < class || state.class == class && state.budget.is_some() && !is_bounded
+        };
+        // Looked at first: each change wakes who waits at the gate.
+        if !is_slower(&self.state.borrow()) {
             return;
         }
         self.change(|state| {
@@ -165,7 +176,7 @@ impl Gate {
         self.state.send_modify(|state| {
             let before = state.class;
             change(state);
-            if state.class != before {
+            if state.class != before && !state.ended {
                 self.traffic.count(state.class, 1);
                 self.traffic.count(before, -1);
             }
@@ -174,6 +185,14 @@ impl Gate {
 
     pub(super) fn class(&self) -> Class {
         self.state.borrow().class
+    }
+
+    /// The pull is not under way any more. To be called once.
+    pub(super) fn end(&self) {
+        self.state.send_modify(|state| {
+            state.ended = true;
+            self.traffic.count(state.class, -1);
+        });
     }
 
     /// Told of each change of the class, and of more.
@@ -237,12 +256,6 @@ impl Gate {
     }
 }
 
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.traffic.count(self.class(), -1);
-    }
-}
-
 fn given_up_on() -> Error {
     Error::new(Reason::PrefetchCancelled, "the pull was given up: the job that it was for was cancelled")
 }
@@ -269,7 +282,7 @@ mod tests {
                 let (gate, beside) = (Gate::new(&traffic, &terms(one)), Gate::new(&traffic, &terms(other)));
                 assert_eq!(passes(&gate).await, one >= other, "{one:?} beside {other:?}");
                 assert_eq!(gate.is_open(), one >= other);
-                drop(beside);
+                beside.end();
                 assert!(passes(&gate).await);
             }
         }
@@ -284,8 +297,8 @@ mod tests {
         let launcher = Gate::new(&traffic, &Terms::LAUNCHER);
         assert!(!passes(&joined).await && !passes(&hastened).await);
         assert!(joined.join(&Terms::LAUNCHER));
-        hastened.hasten(Class::Urgent);
-        drop(launcher);
+        hastened.hasten(&launcher);
+        launcher.end();
         for gate in [&joined, &hastened] {
             assert!(passes(gate).await);
             let begun = Instant::now();
@@ -298,7 +311,9 @@ mod tests {
         assert!(passes(&joined).await && joined.pass().await.is_ok());
         assert!(hastened.pass().await.is_err());
         assert!(!hastened.join(&Terms::LAUNCHER), "it has been given up");
-        drop((joined, hastened));
+        joined.end();
+        hastened.end();
+        hastened.hasten(&launcher);
         assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
     }
 

@@ -14,14 +14,16 @@ use std::{
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
+use super::gate::Gate;
+
 /// How long one waits for others that are not its kin.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A turn at a thing; it ends when it is dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
-    among_all: Option<OwnedMutexGuard<()>>,
-    _among_kin: OwnedMutexGuard<()>,
+    among_all: Option<Held>,
+    _among_kin: Held,
 }
 
 impl Turn {
@@ -31,36 +33,107 @@ impl Turn {
     }
 }
 
-/// Locks by name. A name that nobody holds or waits for takes no room for long.
+/// A name's lock, and the gates of who has it or waits for it, in the order in which they get it.
 #[derive(Debug, Default)]
-pub(super) struct Locks(Mutex<HashMap<String, Weak<AsyncMutex<()>>>>);
+struct Named {
+    lock: Arc<AsyncMutex<()>>,
+    queue: Mutex<Vec<Arc<Gate>>>,
+}
 
-impl Locks {
-    /// Waits for the turn of `kin` at `thing`.
-    pub(super) async fn turn(&self, thing: &str, kin: &str) -> Turn {
-        self.turn_within(PATIENCE, thing, kin).await
+impl Named {
+    /// Those before `last` are not to let it wait for whom it need not wait itself.
+    fn hasten(&self, last: &Arc<Gate>) {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.iter().take_while(|gate| !Arc::ptr_eq(gate, last)).for_each(|gate| gate.hasten(last));
+    }
+}
+
+/// A place in the queue; it is left when this is dropped.
+#[derive(Debug)]
+struct Place {
+    named: Arc<Named>,
+    gate: Option<Arc<Gate>>,
+}
+
+impl Place {
+    fn take(named: Arc<Named>, gate: Option<&Arc<Gate>>) -> Self {
+        if let Some(gate) = gate {
+            named.queue.lock().unwrap_or_else(PoisonError::into_inner).push(gate.clone());
+        }
+        Self { named, gate: gate.cloned() }
     }
 
-    async fn turn_within(&self, patience: Duration, thing: &str, kin: &str) -> Turn {
-        let among_kin = self.lock(format!("{thing} by {kin}")).await;
-        let among_all = tokio::time::timeout(patience, self.lock(thing.to_owned())).await.ok();
+    /// Waits until those before have gone. While it waits, they are as urgent as it is.
+    async fn wait(&self) -> OwnedMutexGuard<()> {
+        let locking = self.named.lock.clone().lock_owned();
+        let Some(gate) = &self.gate else { return locking.await };
+        tokio::pin!(locking);
+        loop {
+            let changed = gate.changed();
+            self.named.hasten(gate);
+            tokio::select! {
+                guard = &mut locking => return guard,
+                () = changed => {}
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(gate) = &self.gate else { return };
+        let mut queue = self.named.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = queue.iter().position(|other| Arc::ptr_eq(other, gate)) {
+            queue.remove(at);
+        }
+    }
+}
+
+/// A lock that is held.
+#[derive(Debug)]
+struct Held {
+    _guard: OwnedMutexGuard<()>,
+    _place: Place,
+}
+
+/// Locks by name. A name that nobody holds or waits for takes no room for long.
+#[derive(Debug, Default)]
+pub(super) struct Locks(Mutex<HashMap<String, Weak<Named>>>);
+
+impl Locks {
+    /// Waits for the turn of `kin` at `thing`. Whoever has it, or comes before, does not give way meanwhile to those to whom
+    /// the pull of `gate` does not.
+    pub(super) async fn turn(&self, thing: &str, kin: &str, gate: Option<&Arc<Gate>>) -> Turn {
+        self.turn_within(PATIENCE, thing, kin, gate).await
+    }
+
+    async fn turn_within(
+        &self,
+        patience: Duration,
+        thing: &str,
+        kin: &str,
+        gate: Option<&Arc<Gate>>,
+    ) -> Turn {
+        let among_kin = self.lock(format!("{thing} by {kin}"), gate).await;
+        let among_all = tokio::time::timeout(patience, self.lock(thing.to_owned(), gate)).await.ok();
         Turn { among_all, _among_kin: among_kin }
     }
 
-    async fn lock(&self, name: String) -> OwnedMutexGuard<()> {
-        let lock = {
+    async fn lock(&self, name: String, gate: Option<&Arc<Gate>>) -> Held {
+        let named = {
             let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             match locks.get(&name).and_then(Weak::upgrade) {
-                Some(lock) => lock,
+                Some(named) => named,
                 None => {
-                    locks.retain(|_, lock| lock.strong_count() > 0);
-                    let lock = Arc::new(AsyncMutex::new(()));
-                    locks.insert(name, Arc::downgrade(&lock));
-                    lock
+                    locks.retain(|_, named| named.strong_count() > 0);
+                    let named = Arc::new(Named::default());
+                    locks.insert(name, Arc::downgrade(&named));
+                    named
                 }
             }
         };
-        lock.lock_owned().await
+        let place = Place::take(named, gate);
+        Held { _guard: place.wait().await, _place: place }
     }
 }
 
@@ -71,11 +144,11 @@ mod tests {
     #[tokio::test]
     async fn names_exclude_themselves_only() {
         let locks = Arc::new(Locks::default());
-        let held = locks.lock("a".into()).await;
-        let _other = locks.lock("b".into()).await;
+        let held = locks.lock("a".into(), None).await;
+        let _other = locks.lock("b".into(), None).await;
         let waiting = tokio::spawn({
             let locks = locks.clone();
-            async move { drop(locks.lock("a".into()).await) }
+            async move { drop(locks.lock("a".into(), None).await) }
         });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
@@ -87,13 +160,15 @@ mod tests {
     async fn strangers_are_waited_for_with_patience_and_kin_without_end() {
         const LONG: Duration = Duration::from_secs(600);
         let locks = Arc::new(Locks::default());
-        let first = locks.turn_within(LONG, "a", "r1").await;
+        let first = locks.turn_within(LONG, "a", "r1", None).await;
         assert!(!first.is_beside_another());
-        let stranger = locks.turn_within(Duration::ZERO, "a", "r2").await;
+        let stranger = locks.turn_within(Duration::ZERO, "a", "r2", None).await;
         assert!(stranger.is_beside_another());
         let waiting = |kin: &'static str| {
             let locks = locks.clone();
-            tokio::spawn(async move { locks.turn_within(Duration::ZERO, "a", kin).await.is_beside_another() })
+            tokio::spawn(async move {
+                locks.turn_within(Duration::ZERO, "a", kin, None).await.is_beside_another()
+            })
         };
         let (one, two) = (waiting("r1"), waiting("r2"));
         tokio::task::yield_now().await;

@@ -6,6 +6,7 @@ mod catalogue;
 mod digest;
 mod facts;
 mod flight;
+mod gate;
 mod labels;
 mod locks;
 mod manifest;
@@ -29,7 +30,8 @@ use tokio::sync::Semaphore;
 
 pub use access::{Access, PullPolicy};
 pub use digest::Digest;
-pub use flight::Pull;
+pub use flight::{Interest, Pull};
+pub use gate::{Budget, Class, Terms};
 pub use manifest::ProcessConfig;
 pub(crate) use manifest::{ACCEPTED, DOCUMENT_MAX_BYTES};
 pub use platform::Platform;
@@ -216,6 +218,10 @@ pub trait RunningPulls: Send + Sync {
 /// Layers that are inflated ahead of their turn, of all pulls. Each has some memory of its own.
 const SPARE_THREADS: usize = 8;
 
+/// Bytes that wait in the taps of all pulls, and of those that may have to wait for others.
+const ROOM: u64 = 24 << 20;
+const SIDE_ROOM: u64 = 12 << 20;
+
 /// A registry that is asked what a tag means by now answers within this time, or what is there is taken.
 const REVALIDATION: Duration = Duration::from_secs(10);
 
@@ -236,6 +242,8 @@ struct Shared {
     /// containerd leases of pulls that are alive.
     running: Mutex<BTreeSet<String>>,
     flights: flight::Flights,
+    /// How many are under way, by how urgent they are.
+    traffic: gate::Traffic,
     /// Whose is what, and what registries said of who may have it.
     owners: access::Owners,
     answers: access::Answers,
@@ -243,8 +251,9 @@ struct Shared {
     asked: Mutex<HashMap<(ImageRef, Access), Instant>>,
     /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
     locks: Locks,
-    /// For bytes that are fetched and not unpacked yet.
+    /// For bytes that are fetched and not unpacked yet; and for those of pulls that may have to wait.
     room: Arc<tap::Room>,
+    side_room: Arc<tap::Room>,
     /// For layers that are inflated ahead of their turn.
     spare_threads: Arc<Semaphore>,
 }
@@ -269,18 +278,34 @@ impl Images {
             facts: Mutex::default(),
             running: Mutex::default(),
             flights: flight::Flights::default(),
+            traffic: gate::Traffic::default(),
             owners: access::Owners::default(),
             answers: access::Answers::default(),
             asked: Mutex::default(),
             locks: Locks::default(),
-            room: Arc::default(),
+            room: Arc::new(tap::Room::of(ROOM)),
+            side_room: Arc::new(tap::Room::of(SIDE_ROOM)),
             spare_threads: Arc::new(Semaphore::new(SPARE_THREADS)),
         }))
     }
 
-    /// Joins the pull of this image, or begins it.
+    /// Joins the pull of this image, or begins it, for somebody who waits for it.
     pub fn pull(&self, image: &ImageRef, platform: &Platform, access: &Access) -> Pull {
-        flight::join(&self.0, image, platform, access)
+        flight::join(&self.0, image, platform, access, &Terms::LAUNCHER)
+    }
+
+    /// The same ahead of need: it gives way to those of higher classes, and ends if all who are interested in it go.
+    pub fn prefetch(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+        terms: &Terms,
+    ) -> (Pull, Interest) {
+        let terms = Terms { stays: false, ..terms.clone() };
+        let pull = flight::join(&self.0, image, platform, access, &terms);
+        let interest = pull.interest();
+        (pull, interest)
     }
 
     /// How many pulls are under way.

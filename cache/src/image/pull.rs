@@ -3,7 +3,10 @@
 //! Everything is made under one containerd lease, which the ledger knows before it exists; when the pull ends, the
 //! image record holds what the lease held, or, if it failed, nothing does and containerd collects it.
 
-use std::{collections::HashMap, sync::PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError},
+};
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
 use futures_util::{StreamExt as _, stream, stream::FuturesUnordered};
@@ -15,6 +18,7 @@ use super::{
     digest::chain_ids,
     facts::Facts,
     flight::caught,
+    gate::{Class, Gate},
     labels::{self, Labels},
     manifest::{self, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageConfig, Manifest},
     progress::Board,
@@ -29,14 +33,23 @@ use crate::{
     registry::{Kind, Source},
 };
 
+/// What is to be pulled, for whom.
+pub(super) struct Errand<'a> {
+    pub(super) image: &'a ImageRef,
+    pub(super) platform: &'a Platform,
+    pub(super) access: &'a Access,
+    /// Where it gives way to others.
+    pub(super) gate: &'a Arc<Gate>,
+}
+
 /// Pulls under the journal and a containerd lease of its own, unless everything is there.
 pub(super) async fn run(
     shared: &Shared,
-    image: &ImageRef,
-    platform: &Platform,
-    access: &Access,
+    errand: &Errand<'_>,
     board: &Board,
 ) -> Result<(ResolvedImage, Cache)> {
+    let Errand { image, platform, access, gate } = *errand;
+    gate.pass().await?;
     let source = shared.registries.source(image, access.credential.as_ref()).await?;
     let asker = Asker { shared, image, source: &source, access };
     let (bytes, digest) = asker.top().await?;
@@ -57,7 +70,8 @@ pub(super) async fn run(
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
             let (unpacked, brake) = (Owners::default(), Brake::default());
-            let store = Store { shared, lease: &lease, image, source: &source, access, unpacked, brake };
+            let store =
+                Store { shared, lease: &lease, image, source: &source, access, unpacked, brake, gate };
             // What it has made is cleared away below, also if it panics.
             caught(Box::pin(pull(&store, bytes, digest, platform, board))).await
         }
@@ -258,7 +272,7 @@ async fn layers(
 ) -> Result<Cache> {
     let chain = chain_ids(&config.diff_ids);
     let there = unpacked_already(store, &chain, &manifest.layers).await?;
-    let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(&store.shared.room)).unzip();
+    let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(store.room())).unzip();
     let keeps = store.shared.limits.keep_layers;
     let wanted = taps.into_iter().enumerate().filter(|(at, _)| keeps || *at >= there);
     if !keeps {
@@ -307,7 +321,13 @@ async fn unpack_layers(
     there: usize,
     outlets: Vec<Outlet>,
 ) -> Cache {
-    let begin = |at: usize| Inflating::begin_ahead(store.shared, &manifest.layers[at], &outlets[at]);
+    let begin = |at: usize| match store.gate.class() {
+        // What gives way to everybody takes no threads from them.
+        Class::Background => None,
+        Class::Normal | Class::Urgent => {
+            Inflating::begin_ahead(store.shared, &manifest.layers[at], &outlets[at])
+        }
+    };
     let mut cache = Cache::Hit;
     let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
     let mut labelling = FuturesUnordered::new();

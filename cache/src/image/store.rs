@@ -1,6 +1,9 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt as _;
 
@@ -8,12 +11,13 @@ use super::{
     Access, Cache, Digest, ImageRef, Shared,
     access::Owners,
     brake::Brake,
+    gate::{Class, Gate},
     labels::{self, Labels},
     locks::Turn,
     manifest::Descriptor,
     pace::Pace,
     pull::Asker,
-    tap::Tap,
+    tap::{Room, Tap},
 };
 use crate::{
     containerd::{CallError, ContentWriter},
@@ -25,6 +29,8 @@ use crate::{
 const PIECE: usize = 1 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// So long a registry is kept waiting while others come first; then the connection is given up, and made anew later.
+const STANDSTILL: Duration = Duration::from_secs(5);
 
 /// A pull's access to the content store.
 pub(super) struct Store<'a> {
@@ -38,6 +44,8 @@ pub(super) struct Store<'a> {
     pub(super) unpacked: Owners,
     /// Pulled when the pull has failed elsewhere.
     pub(super) brake: Brake,
+    /// Where it gives way to others.
+    pub(super) gate: &'a Arc<Gate>,
 }
 
 /// A blob to fetch.
@@ -91,6 +99,7 @@ impl Store<'_> {
         tap: Option<&Tap>,
         progress: impl Fn(u64) + Send + Sync,
     ) -> Result<Cache> {
+        self.pass().await?;
         let turn = self.brake.or(self.turn(&blob.digest)).await?;
         if self.is_held(&blob.digest).await? {
             self.brake.or(self.asker().expect_access(Kind::Blob(blob.size), &blob.digest)).await??;
@@ -108,11 +117,14 @@ impl Store<'_> {
             let tried = self.brake.or(Box::pin(self.try_fetch(&errand, tries.failed, &progress))).await;
             let broken = match tried.unwrap_or_else(|stopped| Err(Broken::ForGood(stopped))) {
                 Ok(()) => return Ok(Cache::Miss),
+                Err(Broken::GaveWay) => match self.pass().await {
+                    Ok(()) => continue,
+                    Err(stopped) => Broken::ForGood(stopped),
+                },
                 Err(broken) => broken,
             };
             let again = tries.count(&broken);
-            let (Broken::Busy(error) | Broken::ForNow(error) | Broken::Wrong(error) | Broken::ForGood(error)) =
-                &broken;
+            let Some(error) = broken.error() else { continue };
             if !again {
                 return Err(self.abort(&errand.reference, error.clone()).await);
             }
@@ -191,6 +203,7 @@ impl Store<'_> {
             if !pace.keeps(part.len(), asked.elapsed()) {
                 return Err(Broken::ForNow(self.interrupted(blob, &source.endpoint, "it is too slow")));
             }
+            self.give_way(part.len() as u64).await?;
             self.shared.observer.fetched(part.len() as u64);
             piece.extend_from_slice(&part);
             if writer.offset() + piece.len() as u64 > blob.size {
@@ -211,6 +224,26 @@ impl Store<'_> {
             )));
         }
         Ok(())
+    }
+
+    /// Waits until it may go on.
+    pub(super) async fn pass(&self) -> Result<()> {
+        self.brake.or(self.gate.pass()).await?
+    }
+
+    /// So many bytes have come: lets others go first.
+    async fn give_way(&self, bytes: u64) -> Result<(), Broken> {
+        self.gate.spend(bytes).await.map_err(Broken::ForGood)?;
+        match tokio::time::timeout(STANDSTILL, self.gate.pass()).await {
+            Ok(passed) => passed.map_err(Broken::ForGood),
+            Err(_) => Err(Broken::GaveWay),
+        }
+    }
+
+    /// Where bytes wait between fetching and unpacking: who may have to wait takes no room from who does not.
+    pub(super) fn room(&self) -> &Arc<Room> {
+        let is_first = self.gate.class() == Class::Urgent;
+        if is_first { &self.shared.room } else { &self.shared.side_room }
     }
 
     async fn flush(
@@ -272,7 +305,7 @@ impl Store<'_> {
 
     /// Those who pull from the same registry are kin.
     async fn turn(&self, digest: &Digest) -> Turn {
-        self.shared.locks.turn(digest.as_str(), self.image.registry()).await
+        self.shared.locks.turn(digest.as_str(), self.image.registry(), Some(self.gate)).await
     }
 
     /// The name under which a blob is written; the same after a restart, so that it goes on. Nobody else writes under
@@ -350,6 +383,8 @@ impl Store<'_> {
 /// Whether it is worth another try.
 #[derive(Debug)]
 enum Broken {
+    /// Others came first, for so long that the connection was given up.
+    GaveWay,
     /// containerd could not take it; no endpoint is to blame.
     Busy(Error),
     /// What has arrived is good.
@@ -358,6 +393,17 @@ enum Broken {
     Wrong(Error),
     /// No.
     ForGood(Error),
+}
+
+impl Broken {
+    fn error(&self) -> Option<&Error> {
+        match self {
+            Self::GaveWay => None,
+            Self::Busy(error) | Self::ForNow(error) | Self::Wrong(error) | Self::ForGood(error) => {
+                Some(error)
+            }
+        }
+    }
 }
 
 /// How often fetching a blob was tried.
@@ -378,6 +424,7 @@ impl Tries {
     /// Counts one. Returns whether there is to be another; every endpoint gets one.
     fn count(&mut self, broken: &Broken) -> bool {
         let counts = match broken {
+            Broken::GaveWay => return true,
             Broken::Busy(_) => [1, 0, 0],
             Broken::ForNow(_) => [0, 1, 0],
             Broken::Wrong(_) => [0, 1, 1],
@@ -390,7 +437,9 @@ impl Tries {
             // It is over soon, or containerd is not well.
             Broken::Busy(_) => self.busy < 2 * self.limit,
             Broken::Wrong(_) => self.wrong < self.endpoints.max(2),
-            Broken::ForNow(_) | Broken::ForGood(_) => self.failed < self.limit.max(self.endpoints),
+            Broken::GaveWay | Broken::ForNow(_) | Broken::ForGood(_) => {
+                self.failed < self.limit.max(self.endpoints)
+            }
         }
     }
 }

@@ -21,25 +21,31 @@ use tokio::{runtime::Handle, sync::watch};
 
 use crate::containerd::{Containerd, ContentReader};
 
-/// Bytes that wait in all taps of all pulls.
-const ROOM: u64 = 24 << 20;
-/// Bytes that wait in one.
+/// Bytes that wait in one tap at the most.
 const SHARE: u64 = 6 << 20;
 
 /// The room for bytes in flight.
-#[derive(Debug, Default)]
-pub(super) struct Room(AtomicU64);
+#[derive(Debug)]
+pub(super) struct Room {
+    bytes: u64,
+    taken: AtomicU64,
+}
 
 impl Room {
+    /// For so many.
+    pub(super) fn of(bytes: u64) -> Self {
+        Self { bytes, taken: AtomicU64::new(0) }
+    }
+
     fn take(&self, bytes: u64) -> bool {
-        let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
-            (taken + bytes <= ROOM).then_some(taken + bytes)
+        let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
+            (taken + bytes <= self.bytes).then_some(taken + bytes)
         });
         taken.is_ok()
     }
 
     fn give(&self, bytes: u64) {
-        self.0.fetch_sub(bytes, Ordering::Relaxed);
+        self.taken.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 
@@ -305,7 +311,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_poured_flows() {
-        let room = Arc::new(Room::default());
+        let room = Arc::new(Room::of(24 << 20));
         let (tap, outlet) = tap(&room);
         let reading = tokio::spawn(read(flow(&outlet)));
         tap.pour(0, b"ab");
@@ -313,12 +319,12 @@ mod tests {
         tap.stored(3);
         assert!(outlet.stored().await);
         assert_eq!(reading.await.unwrap().unwrap(), b"abc");
-        assert_eq!(room.0.load(Ordering::Relaxed), 0, "all room is given back");
+        assert_eq!(room.taken.load(Ordering::Relaxed), 0, "all room is given back");
     }
 
     #[tokio::test]
     async fn what_has_no_room_or_does_not_follow_is_read_from_the_store() {
-        let room = Arc::new(Room::default());
+        let room = Arc::new(Room::of(24 << 20));
         for (offset, length) in [(1, 1), (0, SHARE + 1)] {
             let (tap, outlet) = tap(&room);
             tap.pour(offset, &vec![0; length as usize]);
@@ -327,12 +333,12 @@ mod tests {
             // There is no store here.
             assert!(error.contains("Content.Read"), "{error}");
         }
-        assert_eq!(room.0.load(Ordering::Relaxed), 0);
+        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]
     async fn a_failure_ends_the_flow_and_what_is_left_gives_its_room_back() {
-        let room = Arc::new(Room::default());
+        let room = Arc::new(Room::of(24 << 20));
         let (pouring, outlet) = tap(&room);
         pouring.pour(0, b"ab");
         let reading = tokio::spawn(read(flow(&outlet)));
@@ -343,12 +349,12 @@ mod tests {
         pouring.pour(0, b"ab");
         drop(outlet);
         pouring.pour(2, b"cd");
-        assert_eq!(room.0.load(Ordering::Relaxed), 0);
+        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]
     async fn what_was_wrong_is_read_again() {
-        let room = Arc::new(Room::default());
+        let room = Arc::new(Room::of(24 << 20));
         let (tap, outlet) = tap(&room);
         let reading = tokio::spawn(read(flow(&outlet)));
         tap.pour(0, b"wrong");
@@ -360,6 +366,6 @@ mod tests {
         tap.stored(5);
         let again = flow(&outlet);
         assert!(!again.from_tap);
-        assert_eq!(room.0.load(Ordering::Relaxed), 0);
+        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
     }
 }

@@ -115,7 +115,8 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     // well: their bytes may not come.
     let thing = format!("unpack {}", layer.chain_id);
     let kin = format!("{} from {}", layer.blob.digest, store.image.registry());
-    let _turn = store.brake.or(shared.locks.turn(&thing, &kin)).await?;
+    store.pass().await?;
+    let _turn = store.brake.or(shared.locks.turn(&thing, &kin, Some(store.gate))).await?;
     // Nobody had it when the pull began. If somebody has by now, Prepare says so: to ask for each layer is a call too many.
     let mut has_other = false;
     let begun = Instant::now();

@@ -175,7 +175,7 @@ impl Shared {
         }
         // A hundred VMs that start at once need one answer, whichever it is.
         let came = Instant::now();
-        let _turn = self.locks.turn(&format!("verify {image} {}", target.digest), "").await;
+        let _turn = self.locks.turn(&format!("verify {image} {}", target.digest), "", None).await;
         if verifiers.has_passed(&key) {
             return Ok(());
         }

@@ -13,18 +13,6 @@ use crate::image::ImageRef;
 /// Which version of the format has brought the tables.
 const SINCE: i64 = 3;
 
-/// Their SQL.
-pub(super) const TABLES: &str = "
-CREATE TABLE IF NOT EXISTS pins (
-    image TEXT PRIMARY KEY,        -- full reference
-    until INTEGER                  -- microseconds since 1970; NULL: until it is unpinned
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS uses (
-    manifest TEXT PRIMARY KEY,     -- its digest
-    at       INTEGER NOT NULL      -- when a disk was last made of it, microseconds since 1970
-) STRICT, WITHOUT ROWID;
-";
-
 /// Last uses of so many manifests are remembered, those of the latest: more than a host has images.
 const REMEMBERED: usize = 10_000;
 /// A use so soon after the last one is not written down, in microseconds: many VMs of one image are.
@@ -72,6 +60,19 @@ impl Marks {
     /// When a disk was last made of the manifest, to the minute.
     pub fn last_use(&self, manifest: &str) -> Option<UnixMicros> {
         self.uses.get(manifest).copied()
+    }
+
+    /// The image gets this pin, unless it has one that holds longer.
+    pub(super) fn prolong_pin(&self, image: &str, pin: Pin, now: &Moment) -> Vec<Mark> {
+        let holds_longer = |present: &Pin| match (present.until, pin.until) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(present), Some(until)) => present >= until,
+        };
+        if self.pin(image, now).as_ref().is_some_and(holds_longer) {
+            return Vec::new();
+        }
+        self.set_pin(image, Some(pin), now)
     }
 
     /// The image gets this pin, or none. What has ended is forgotten.
@@ -216,6 +217,28 @@ mod tests {
         set(&mut marks, "r/for-good:1", None, 25);
         assert_eq!(marks.pins(), 1, "one was taken off, one has ended: {marks:?}");
         assert_eq!(marks.set_pin("r/never:1", None, &at(25)), [], "nothing to take off");
+    }
+
+    #[test]
+    fn a_pin_that_holds_longer_stays() {
+        let for_good = Some(Pin { until: None });
+        let table = [
+            (None, until(20), until(20)),
+            (until(10), until(20), until(20)),
+            (until(30), until(20), until(30)),
+            (for_good, until(20), for_good),
+            (until(30), for_good, for_good),
+            // It has ended.
+            (until(4), until(20), until(20)),
+        ];
+        for (present, wanted, expected) in table {
+            let mut marks = Marks::default();
+            let changes = marks.set_pin("r/a:1", present, &at(0));
+            apply(&mut marks, changes);
+            let changes = marks.prolong_pin("r/a:1", wanted.unwrap_or(Pin { until: None }), &at(5));
+            apply(&mut marks, changes);
+            assert_eq!(marks.pin("r/a:1", &at(5)), expected, "{present:?} {wanted:?}");
+        }
     }
 
     #[test]

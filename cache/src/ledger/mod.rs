@@ -8,7 +8,7 @@ mod schema;
 mod slot;
 pub mod tools;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use cowshed_leases::{
     Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
@@ -23,7 +23,10 @@ pub use marks::{Marks, Pin};
 pub(crate) use schema::state_name;
 pub use slot::LedgerSlot;
 
-use crate::error::{Error, Reason, Result};
+use crate::{
+    error::{Error, Reason, Result},
+    prefetch::job::{End, Job, JobId, Jobs, Plan, Stage},
+};
 use marks::Mark;
 use schema::{Change, FORMAT, Records};
 
@@ -261,8 +264,7 @@ impl Ledger {
 
     /// Pins the image of this name, until it is unpinned or for so long from `now` on. An earlier pin's end is replaced.
     pub async fn pin(&self, image: String, hold_for: Option<Ttl>, now: Moment) -> Result<Pin> {
-        let micros = |ttl: Ttl| i64::try_from(ttl.micros()).unwrap_or(i64::MAX);
-        let pin = Pin { until: hold_for.map(|ttl| UnixMicros(now.wall.0.saturating_add(micros(ttl)))) };
+        let pin = hold_for.map_or(Pin { until: None }, |ttl| pin_for_now(ttl, &now));
         self.set_pin(image, Some(pin), now).await?;
         Ok(pin)
     }
@@ -279,6 +281,55 @@ impl Ledger {
             let marks = batch.state().marks.set_pin(&image, pin, &now);
             mark(batch, marks);
             Ok(before)
+        })
+        .await
+    }
+
+    /// Looks at the prefetch jobs.
+    pub fn read_jobs<T>(&self, look: impl FnOnce(&Jobs) -> T) -> T {
+        self.0.read(|records| look(&records.jobs))
+    }
+
+    /// Writes a new prefetch job, or finds the one of this name; see [`Jobs::create`].
+    pub async fn create_job(&self, id: JobId, plan: Plan, now: UnixMicros) -> Result<Arc<Job>> {
+        self.write(move |batch| {
+            let (job, changes) = batch.state().jobs.create(id, plan, now)?;
+            changes.into_iter().for_each(|change| batch.change(Change::Job(change)));
+            Ok(job)
+        })
+        .await
+    }
+
+    /// Writes what has become of one of a prefetch job's images, and pins it if the job says so. `None`: the job has ended.
+    pub async fn settle_job(
+        &self,
+        id: JobId,
+        at: usize,
+        stage: Stage,
+        now: Moment,
+    ) -> Result<Option<Arc<Job>>> {
+        self.write(move |batch| {
+            let is_here = matches!(stage, Stage::Here { .. });
+            let Some(job) = batch.state().jobs.settle(&id, at, stage, now.wall) else { return Ok(None) };
+            if let Some(pin_for) = job.plan.pin_for.filter(|_| is_here) {
+                let pin = pin_for_now(pin_for, &now);
+                let marks = batch.state().marks.prolong_pin(&job.plan.images[at].image, pin, &now);
+                mark(batch, marks);
+            }
+            batch.change(Change::Job((id, Some(job.clone()))));
+            Ok(Some(job))
+        })
+        .await
+    }
+
+    /// Ends a prefetch job. `None`: there is none that runs.
+    pub async fn end_job(&self, id: JobId, how: End, now: UnixMicros) -> Result<Option<Arc<Job>>> {
+        self.write(move |batch| {
+            let ended = batch.state().jobs.end(&id, how, now);
+            if ended.is_some() {
+                batch.change(Change::Job((id, ended.clone())));
+            }
+            Ok(ended)
         })
         .await
     }
@@ -303,6 +354,12 @@ fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
 
 fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
     changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
+}
+
+/// A pin that holds for so long from now on.
+fn pin_for_now(ttl: Ttl, now: &Moment) -> Pin {
+    let micros = i64::try_from(ttl.micros()).unwrap_or(i64::MAX);
+    Pin { until: Some(UnixMicros(now.wall.0.saturating_add(micros))) }
 }
 
 fn mark(batch: &mut Batch<'_, Records>, marks: Vec<Mark>) {

@@ -12,11 +12,28 @@ use cowshed_pool::store::{
 use rusqlite::{Connection, params};
 
 use super::marks::{self, Mark, Marks};
+use crate::prefetch::job::{self, Job, JobId, Jobs};
+
+/// What ledgers of earlier versions lack: of version 3, and of version 4.
+const LATER_TABLES: &str = "
+CREATE TABLE IF NOT EXISTS pins (
+    image TEXT PRIMARY KEY,        -- full reference
+    until INTEGER                  -- microseconds since 1970; NULL: until it is unpinned
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS uses (
+    manifest TEXT PRIMARY KEY,     -- its digest
+    at       INTEGER NOT NULL      -- when a disk was last made of it, microseconds since 1970
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS jobs (
+    id   TEXT PRIMARY KEY,
+    body TEXT NOT NULL             -- the prefetch job, JSON
+) STRICT, WITHOUT ROWID;
+";
 
 pub(super) const FORMAT: Format = Format {
     noun: "ledger",
     application_id: 0x434f_5753, // "COWS"
-    version: 3,                  // 1: without what VMs share; 2: without pins and uses
+    version: 4, // 1: without what VMs share; 2: without pins and uses; 3: without prefetch jobs
     tables: "
 CREATE TABLE leases (
     id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits
@@ -45,10 +62,13 @@ CREATE TABLE counters (
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
 ",
-    later_tables: marks::TABLES,
+    later_tables: LATER_TABLES,
     advice: "it is all that says which VM holds which disk: put back a backup (`cowshed ledger restore`), or, only if no VM runs on this host, move \
              it away and start with none",
 };
+
+/// Which version of the format has brought the jobs.
+const JOBS_SINCE: i64 = 4;
 
 /// What is in it.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +78,8 @@ pub(super) struct Records {
     pub(super) pulls: BTreeMap<String, String>,
     /// Of images.
     pub(super) marks: Marks,
+    /// Prefetch jobs.
+    pub(super) jobs: Jobs,
 }
 
 /// A change of it.
@@ -67,6 +89,7 @@ pub(super) enum Change {
     /// The pull that has this containerd lease is of this image; `None`: it is over.
     Pull(String, Option<String>),
     Image(Mark),
+    Job(job::Change),
 }
 
 impl Stored for Records {
@@ -84,6 +107,7 @@ impl Stored for Records {
                 Change::Pull(lease, before)
             }
             Change::Image(mark) => Change::Image(self.marks.apply(mark)),
+            Change::Job(job) => Change::Job(self.jobs.apply(job)),
         }
     }
 
@@ -98,6 +122,10 @@ impl Stored for Records {
             }
             Change::Pull(lease, None) => execute("DELETE FROM pulls WHERE lease = ?", &[lease]),
             Change::Image(mark) => marks::write(connection, mark),
+            Change::Job((id, Some(job))) => {
+                execute("INSERT OR REPLACE INTO jobs VALUES (?, ?)", &[&id.to_string(), &json(&**job)?])
+            }
+            Change::Job((id, None)) => execute("DELETE FROM jobs WHERE id = ?", &[&id.to_string()]),
         }
     }
 }
@@ -211,7 +239,18 @@ pub(super) fn load(connection: &Connection, path: &Path) -> Result<Records, Open
     };
     let book = Book::load(stored).map_err(damaged)?;
     let pulls = rows("SELECT lease, image FROM pulls")?.into_iter().collect();
-    Ok(Records { book, pulls, marks: Marks::load(connection, path)? })
+    let format = connection.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0));
+    let format = format.map_err(|e| FORMAT.sqlite(path, &e))?;
+    let jobs = if format < JOBS_SINCE { Vec::new() } else { rows("SELECT id, body FROM jobs")? };
+    let jobs = jobs.iter().map(|(id, body)| parse_job(id, body)).collect::<Result<_, _>>();
+    let jobs = jobs.and_then(Jobs::load).map_err(damaged)?;
+    Ok(Records { book, pulls, marks: Marks::load(connection, path)?, jobs })
+}
+
+fn parse_job(id: &str, body: &str) -> Result<Job, String> {
+    let job: Job = serde_json::from_str(body).map_err(|error| format!("prefetch job {id}: {error}"))?;
+    let name: JobId = id.parse().map_err(|error| format!("prefetch job {id}: {error}"))?;
+    if job.id == name { Ok(job) } else { Err(format!("prefetch job {id} says that it is {}", job.id)) }
 }
 
 fn tombstones(connection: &Connection, path: &Path) -> Result<Vec<Tombstone>, OpenError> {

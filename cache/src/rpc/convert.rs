@@ -100,7 +100,7 @@ fn remaining(until: Uptime, now: &Moment) -> prost_types::Duration {
     duration(until.0.saturating_sub(now.up.0))
 }
 
-fn duration(micros: u64) -> prost_types::Duration {
+pub(super) fn duration(micros: u64) -> prost_types::Duration {
     let seconds = i64::try_from(micros / 1_000_000).unwrap_or(i64::MAX);
     let nanos = i32::try_from(micros % 1_000_000).unwrap_or_default() * 1000;
     prost_types::Duration { seconds, nanos }

@@ -6,6 +6,7 @@ mod drain;
 mod keep_alive;
 mod page;
 mod parse;
+mod prefetch;
 mod pull;
 mod verify;
 mod watch;
@@ -31,6 +32,7 @@ use crate::{
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
+    prefetch::Prefetcher,
     reclaim::{Reclaimer, Waiting},
     status::StatusSource,
 };
@@ -51,6 +53,8 @@ pub struct Api {
     pub kernel: Devices,
     /// Compares, and mends.
     pub reclaimer: Arc<Reclaimer>,
+    /// Prefetch jobs.
+    pub prefetcher: Prefetcher,
     /// Where images change.
     pub containerd: Containerd,
     /// Whether streams are to end.
@@ -217,6 +221,63 @@ impl Cowshed for Api {
                 Err(error.into())
             }
         }
+    }
+
+    async fn create_prefetch(
+        &self,
+        request: Request<v1::CreatePrefetchRequest>,
+    ) -> Result<Response<v1::CreatePrefetchResponse>, Status> {
+        self.metered("CreatePrefetch", async |_| {
+            let (id, plan, credential) = prefetch::wanted(request.into_inner())?;
+            self.acquirer.drain.admit()?;
+            let job = self.prefetcher.create(id, plan, credential).await?;
+            Ok(v1::CreatePrefetchResponse { job: Some(prefetch::message(job)) })
+        })
+        .await
+    }
+
+    async fn get_prefetch(
+        &self,
+        request: Request<v1::GetPrefetchRequest>,
+    ) -> Result<Response<v1::GetPrefetchResponse>, Status> {
+        self.metered("GetPrefetch", async |_| {
+            let job = self.prefetcher.get(&prefetch::job_id(&request.into_inner().job_id)?)?;
+            Ok(v1::GetPrefetchResponse { job: Some(prefetch::message(job)) })
+        })
+        .await
+    }
+
+    async fn list_prefetches(
+        &self,
+        request: Request<v1::ListPrefetchesRequest>,
+    ) -> Result<Response<v1::ListPrefetchesResponse>, Status> {
+        self.metered("ListPrefetches", async |_| prefetch::page(&self.prefetcher, &request.into_inner()))
+            .await
+    }
+
+    async fn cancel_prefetch(
+        &self,
+        request: Request<v1::CancelPrefetchRequest>,
+    ) -> Result<Response<v1::CancelPrefetchResponse>, Status> {
+        self.metered("CancelPrefetch", async |_| {
+            let job = self.prefetcher.cancel(&prefetch::job_id(&request.into_inner().job_id)?).await?;
+            Ok(v1::CancelPrefetchResponse { job: Some(prefetch::message(job)) })
+        })
+        .await
+    }
+
+    type WatchPrefetchStream = prefetch::Stream;
+
+    async fn watch_prefetch(
+        &self,
+        request: Request<v1::WatchPrefetchRequest>,
+    ) -> Result<Response<Self::WatchPrefetchStream>, Status> {
+        self.metered("WatchPrefetch", async |_| {
+            let id = prefetch::job_id(&request.into_inner().job_id)?;
+            self.prefetcher.get(&id)?;
+            Ok(prefetch::stream(self.prefetcher.clone(), id, self.stopped.clone()))
+        })
+        .await
     }
 
     async fn list_images(

@@ -131,6 +131,14 @@ pub(super) fn hold_for(duration: &prost_types::Duration) -> Result<Ttl> {
     time("hold_for", duration)
 }
 
+pub(super) fn deadline(duration: &prost_types::Duration) -> Result<Ttl> {
+    time("deadline", duration)
+}
+
+pub(super) fn pin_for(duration: &prost_types::Duration) -> Result<Ttl> {
+    time("pin_for", duration)
+}
+
 fn time(field: &'static str, duration: &prost_types::Duration) -> Result<Ttl> {
     let micros = u64::try_from(duration.seconds).ok().zip(u64::try_from(duration.nanos).ok());
     let micros = micros.and_then(|(s, n)| s.checked_mul(1_000_000)?.checked_add(n / 1000));

@@ -32,6 +32,7 @@ use crate::{
     ledger::{Ledger, LedgerSlot},
     making::Making,
     metrics::Metrics,
+    prefetch::{Permits, Prefetcher},
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
     rescue::Hindrances,
@@ -93,7 +94,13 @@ impl Ground {
             // Each pass of the reclaimer tries again; what has to be known meanwhile is.
             tracing::warn!(%error, "what the last run has left cannot be marked yet");
         }
+        let prefetcher = api.prefetcher.clone();
         self.front.open(api);
+        prefetcher.resume();
+        let warm_set = self.config.prefetch.warm_set.clone();
+        if !warm_set.as_os_str().is_empty() {
+            tokio::spawn(async move { prefetcher.follow(warm_set).await });
+        }
         // From now on the snapshotter knows what is held, and the status that all is served.
         self.source.ledger.put(ledger.clone());
         let reclaiming = tokio::spawn({
@@ -145,6 +152,14 @@ impl Ground {
             flights: Flights::default(),
             sharing: Flights::default(),
         };
+        let permits = Permits { drain: drain.clone(), admission: admission.clone(), kernel: kernel.clone() };
+        let prefetcher = Prefetcher::new(
+            ledger.clone(),
+            Arc::new(images.clone()),
+            Arc::new(permits),
+            self.clock.clone(),
+            self.metrics.clone(),
+        );
         let keeper = Keeper {
             catalogue: Arc::new(images.clone()),
             ledger: ledger.clone(),
@@ -159,6 +174,7 @@ impl Ground {
             ledger: ledger.clone(),
             images,
             keeper: Arc::new(keeper),
+            prefetcher,
             admission: admission.clone(),
             kernel: kernel.clone(),
             containerd: Containerd::clone(containerd),

@@ -1,0 +1,444 @@
+//! A job: what it is to do, how far it is, and what may become of it. No effects; the ledger has it, the runner works on it.
+//!
+//! ```text
+//!  image:  Waiting ─► Here | Failed
+//!  job:    Running ─► Ended: Done (all are here) | Incomplete (some have failed) | Cancelled | Withdrawn | Late
+//! ```
+//!
+//! What has ended never changes, and is remembered for a while: what a job has fetched is not the next to go.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    num::{NonZeroU32, NonZeroU64},
+    str::FromStr,
+    sync::Arc,
+};
+
+use cowshed_leases::{Tenant, Ttl, UnixMicros, VmId, VmIdError};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Reason, Result},
+    image::{Class, ImageRef, Platform},
+};
+
+/// So many images a job may have.
+pub const IMAGES_MAX: usize = 1000;
+/// So many jobs may run.
+const RUNNING_MAX: usize = 1000;
+/// So many that have ended are remembered, the latest.
+const REMEMBERED: usize = 1000;
+
+/// A job's name: made of what VM ids are made of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct JobId(String);
+
+impl JobId {
+    /// Of a job whose creator has not named it.
+    pub fn from_random(bits: u128) -> Self {
+        Self(format!("{bits:032x}"))
+    }
+}
+
+impl FromStr for JobId {
+    type Err = VmIdError;
+
+    fn from_str(text: &str) -> Result<Self, VmIdError> {
+        text.parse::<VmId>().map(|id| Self(id.into()))
+    }
+}
+
+impl TryFrom<String> for JobId {
+    type Error = VmIdError;
+
+    fn try_from(text: String) -> Result<Self, VmIdError> {
+        text.parse()
+    }
+}
+
+impl From<JobId> for String {
+    fn from(id: JobId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An image that is wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Its full reference.
+    pub image: String,
+    /// os/architecture[/variant].
+    pub platform: String,
+}
+
+impl Wanted {
+    /// Parsed, as it was when the job was created.
+    pub(crate) fn parse(&self) -> Result<(ImageRef, Platform)> {
+        Ok((ImageRef::parse(&self.image)?, Platform::parse(&self.platform)?))
+    }
+}
+
+/// What a job is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Which images.
+    pub images: Vec<Wanted>,
+    /// To whom they give way.
+    pub class: Class,
+    /// How many bytes a second they may take; `None`: all there are.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// How many are pulled at a time.
+    pub concurrency: NonZeroU32,
+    /// It ends after so long.
+    pub deadline: Option<Ttl>,
+    /// Each is pinned for so long when it is here.
+    pub pin_for: Option<Ttl>,
+    /// Whose they are.
+    pub tenant: Tenant,
+    /// Whether its creator has given credentials, which are not written down.
+    pub has_credentials: bool,
+}
+
+impl Plan {
+    /// What differs from another, by the names of the API's fields; empty if nothing does.
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let differs = [
+            ("images", self.images != other.images),
+            ("class", self.class != other.class),
+            ("bytes_per_second", self.bytes_per_second != other.bytes_per_second),
+            ("concurrency", self.concurrency != other.concurrency),
+            ("deadline", self.deadline != other.deadline),
+            ("pin_for", self.pin_for != other.pin_for),
+            ("tenant", self.tenant != other.tenant),
+            ("credentials", self.has_credentials != other.has_credentials),
+        ];
+        differs.into_iter().filter_map(|(field, differs)| differs.then_some(field)).collect()
+    }
+}
+
+/// What has become of one of its images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// It is not here, as far as the job knows.
+    Waiting,
+    /// Fetched and unpacked, or found so.
+    Here {
+        /// Digest of its manifest.
+        manifest: String,
+        /// Whether nothing had to be fetched or unpacked.
+        was_there: bool,
+        /// When.
+        at: UnixMicros,
+    },
+    /// Not to be had.
+    Failed {
+        /// The error's reason.
+        reason: String,
+        /// Its message.
+        message: String,
+        /// When.
+        at: UnixMicros,
+    },
+}
+
+/// How a job has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// All images are here.
+    Done,
+    /// Some are not to be had.
+    Incomplete,
+    /// By its creator's wish.
+    Cancelled,
+    /// The file that it was of says something else by now, or is gone.
+    Withdrawn,
+    /// Its deadline came first.
+    Late,
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Its name.
+    pub id: JobId,
+    /// What it is to do.
+    pub plan: Plan,
+    /// When it was created.
+    pub created_at: UnixMicros,
+    /// How and when it has ended; `None`: it runs.
+    pub ended: Option<(End, UnixMicros)>,
+    /// Of each of the plan's images.
+    pub stages: Vec<Stage>,
+}
+
+impl Job {
+    /// A new one.
+    pub fn begin(id: JobId, plan: Plan, now: UnixMicros) -> Self {
+        let stages = vec![Stage::Waiting; plan.images.len()];
+        Self { id, plan, created_at: now, ended: None, stages }
+    }
+
+    /// When it is late; by the wall clock, for it has to outlive boots.
+    pub fn late_at(&self) -> Option<UnixMicros> {
+        let micros = i64::try_from(self.plan.deadline?.micros()).unwrap_or(i64::MAX);
+        Some(UnixMicros(self.created_at.0.saturating_add(micros)))
+    }
+
+    /// The images that are still to be had.
+    pub fn waiting(&self) -> impl Iterator<Item = usize> + use<'_> {
+        let is_waiting = |(at, stage): (usize, &Stage)| (*stage == Stage::Waiting).then_some(at);
+        self.stages.iter().enumerate().filter_map(is_waiting)
+    }
+
+    /// What has become of one of its images. The last of them ends the job.
+    fn settle(&self, at: usize, stage: Stage, now: UnixMicros) -> Option<Self> {
+        if self.ended.is_some() || self.stages.get(at) != Some(&Stage::Waiting) {
+            return None;
+        }
+        let mut job = self.clone();
+        job.stages[at] = stage;
+        if job.waiting().next().is_none() {
+            let failed = job.stages.iter().any(|stage| matches!(stage, Stage::Failed { .. }));
+            job.ended = Some((if failed { End::Incomplete } else { End::Done }, now));
+        }
+        Some(job)
+    }
+
+    fn end(&self, how: End, now: UnixMicros) -> Option<Self> {
+        self.ended.is_none().then(|| Self { ended: Some((how, now)), ..self.clone() })
+    }
+
+    /// Whether what was read can have been written.
+    fn check(&self) -> Result<(), String> {
+        if self.stages.len() != self.plan.images.len() || self.stages.is_empty() {
+            return Err(format!("{} images and {} outcomes", self.plan.images.len(), self.stages.len()));
+        }
+        self.plan.images.iter().try_for_each(|wanted| wanted.parse().map(drop).map_err(|e| e.to_string()))
+    }
+}
+
+/// All jobs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Jobs(BTreeMap<JobId, Arc<Job>>);
+
+/// A job is this from now on; `None`: it is forgotten.
+pub(crate) type Change = (JobId, Option<Arc<Job>>);
+
+impl Jobs {
+    /// Those that were read.
+    pub(crate) fn load(jobs: Vec<Job>) -> Result<Self, String> {
+        jobs.iter().try_for_each(|job| job.check().map_err(|error| format!("job {}: {error}", job.id)))?;
+        Ok(Self(jobs.into_iter().map(|job| (job.id.clone(), Arc::new(job))).collect()))
+    }
+
+    /// One.
+    pub fn get(&self, id: &JobId) -> Option<&Arc<Job>> {
+        self.0.get(id)
+    }
+
+    /// All, by name, from after this one on.
+    pub fn after(&self, id: Option<&JobId>) -> impl Iterator<Item = &Arc<Job>> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        self.0.range((id.map_or(Unbounded, Excluded), Unbounded)).map(|(_, job)| job)
+    }
+
+    /// Those that run.
+    pub fn running(&self) -> impl Iterator<Item = &Arc<Job>> {
+        self.0.values().filter(|job| job.ended.is_none())
+    }
+
+    /// A new job, or the one of this name, if it is to do the same.
+    pub(crate) fn create(&self, id: JobId, plan: Plan, now: UnixMicros) -> Result<(Arc<Job>, Vec<Change>)> {
+        if let Some(job) = self.get(&id) {
+            let differences = plan.differences(&job.plan);
+            if differences.is_empty() {
+                return Ok((job.clone(), Vec::new()));
+            }
+            let differences = differences.join(", ");
+            let message = format!(
+                "there is a prefetch job {id} already, with another {differences}: give this one another job_id"
+            );
+            return Err(Error::new(Reason::SpecConflict, message)
+                .with("job_id", &id)
+                .with("differences", differences));
+        }
+        if self.running().count() >= RUNNING_MAX {
+            let message = format!(
+                "{RUNNING_MAX} prefetch jobs are running: wait for some of them, or cancel them, then create this one"
+            );
+            return Err(Error::new(Reason::NotReady, message));
+        }
+        let job = Arc::new(Job::begin(id.clone(), plan, now));
+        let mut changes = vec![(id, Some(job.clone()))];
+        let mut ended: Vec<_> =
+            self.0.values().filter_map(|job| job.ended.map(|(_, at)| (at, &job.id))).collect();
+        ended.sort();
+        let too_many = ended.len().saturating_sub(REMEMBERED - 1);
+        changes.extend(ended.into_iter().take(too_many).map(|(_, id)| (id.clone(), None)));
+        Ok((job, changes))
+    }
+
+    /// What has become of one of a job's images; `None` if it was known already, or the job has ended.
+    pub(crate) fn settle(&self, id: &JobId, at: usize, stage: Stage, now: UnixMicros) -> Option<Arc<Job>> {
+        self.get(id)?.settle(at, stage, now).map(Arc::new)
+    }
+
+    /// Ends a job; `None` if there is none that runs.
+    pub(crate) fn end(&self, id: &JobId, how: End, now: UnixMicros) -> Option<Arc<Job>> {
+        self.get(id)?.end(how, now).map(Arc::new)
+    }
+
+    /// Makes the change; gives back the one that takes it back.
+    pub(crate) fn apply(&mut self, (id, job): Change) -> Change {
+        let before = match job {
+            Some(job) => self.0.insert(id.clone(), job),
+            None => self.0.remove(&id),
+        };
+        (id, before)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn plan(images: &[&str]) -> Plan {
+        let wanted = |image: &&str| Wanted { image: (*image).to_owned(), platform: "linux/amd64".to_owned() };
+        Plan {
+            images: images.iter().map(wanted).collect(),
+            class: Class::Background,
+            bytes_per_second: None,
+            concurrency: NonZeroU32::MIN,
+            deadline: None,
+            pin_for: None,
+            tenant: Tenant::default(),
+            has_credentials: false,
+        }
+    }
+
+    fn id(text: &str) -> JobId {
+        text.parse().unwrap()
+    }
+
+    fn here(at: i64) -> Stage {
+        Stage::Here { manifest: "sha256:0".to_owned(), was_there: false, at: UnixMicros(at) }
+    }
+
+    fn failed(at: i64) -> Stage {
+        Stage::Failed { reason: "X".to_owned(), message: "x".to_owned(), at: UnixMicros(at) }
+    }
+
+    fn create(jobs: &mut Jobs, name: &str, plan: Plan, now: i64) {
+        let (_, changes) = jobs.create(id(name), plan, UnixMicros(now)).unwrap();
+        // They can be taken back.
+        let (before, mut undone) = (jobs.clone(), jobs.clone());
+        let undo: Vec<Change> = changes.iter().map(|change| undone.apply(change.clone())).collect();
+        undo.into_iter().rev().for_each(|change| drop(undone.apply(change)));
+        assert_eq!(undone, before);
+        changes.into_iter().for_each(|change| drop(jobs.apply(change)));
+    }
+
+    #[test]
+    fn the_last_image_ends_the_job_and_what_has_ended_stays_so() {
+        for (stages, end) in [
+            ([here(1), here(2)], End::Done),
+            ([failed(1), here(2)], End::Incomplete),
+            ([here(1), failed(2)], End::Incomplete),
+        ] {
+            let mut jobs = Jobs::default();
+            create(&mut jobs, "j", plan(&["r/a:1", "r/b:1"]), 0);
+            let [first, second] = stages;
+            let job = jobs.settle(&id("j"), 1, second.clone(), UnixMicros(5)).unwrap();
+            assert_eq!(job.ended, None);
+            assert_eq!(job.waiting().collect::<Vec<_>>(), [0]);
+            jobs.apply((id("j"), Some(job)));
+            assert!(jobs.settle(&id("j"), 1, second, UnixMicros(6)).is_none(), "settled twice");
+            assert!(jobs.settle(&id("j"), 2, first.clone(), UnixMicros(6)).is_none(), "no such image");
+            let job = jobs.settle(&id("j"), 0, first.clone(), UnixMicros(7)).unwrap();
+            assert_eq!(job.ended, Some((end, UnixMicros(7))));
+            jobs.apply((id("j"), Some(job)));
+            assert!(jobs.settle(&id("j"), 0, first, UnixMicros(8)).is_none());
+            assert!(jobs.end(&id("j"), End::Cancelled, UnixMicros(8)).is_none());
+            assert_eq!(jobs.running().count(), 0);
+        }
+        let mut jobs = Jobs::default();
+        create(&mut jobs, "j", plan(&["r/a:1"]), 0);
+        let job = jobs.end(&id("j"), End::Late, UnixMicros(3)).unwrap();
+        jobs.apply((id("j"), Some(job)));
+        assert!(jobs.settle(&id("j"), 0, here(4), UnixMicros(4)).is_none(), "it came after the end");
+        assert!(jobs.end(&id("other"), End::Cancelled, UnixMicros(8)).is_none());
+    }
+
+    #[test]
+    fn a_name_means_one_job() {
+        let mut jobs = Jobs::default();
+        create(&mut jobs, "j", plan(&["r/a:1"]), 0);
+        let (job, changes) = jobs.create(id("j"), plan(&["r/a:1"]), UnixMicros(9)).unwrap();
+        assert_eq!((job.created_at, changes.len()), (UnixMicros(0), 0));
+        let other = Plan {
+            class: Class::Urgent,
+            bytes_per_second: NonZeroU64::new(7),
+            has_credentials: true,
+            ..plan(&["r/b:1"])
+        };
+        let error = jobs.create(id("j"), other, UnixMicros(9)).unwrap_err();
+        assert_eq!(error.reason(), Reason::SpecConflict);
+        let said = error.to_string();
+        assert!(said.contains("images, class, bytes_per_second, credentials:"), "{said}");
+    }
+
+    #[test]
+    fn so_many_run_and_so_many_are_remembered() {
+        let mut jobs = Jobs::default();
+        for n in 0..RUNNING_MAX {
+            create(&mut jobs, &format!("j{n}"), plan(&["r/a:1"]), 0);
+        }
+        let refused = jobs.create(id("more"), plan(&["r/a:1"]), UnixMicros(1)).unwrap_err();
+        assert_eq!(refused.reason(), Reason::NotReady);
+        for n in 0..RUNNING_MAX {
+            let name = id(&format!("j{n}"));
+            // The first ones end last.
+            let at = UnixMicros(i64::try_from(RUNNING_MAX - n).unwrap());
+            let ended = jobs.end(&name, End::Cancelled, at);
+            jobs.apply((name, ended));
+        }
+        create(&mut jobs, "more", plan(&["r/a:1"]), 2);
+        assert_eq!(jobs.after(None).count(), REMEMBERED);
+        let last = format!("j{}", RUNNING_MAX - 1);
+        assert!(
+            jobs.get(&id(&last)).is_none() && jobs.get(&id("j0")).is_some(),
+            "the one that ended first goes"
+        );
+        assert_eq!(jobs.after(Some(&id("j998"))).map(|job| job.id.to_string()).collect::<Vec<_>>(), ["more"]);
+    }
+
+    #[test]
+    fn what_is_read_is_checked() {
+        let job = Job::begin(id("j"), plan(&["r/a:1"]), UnixMicros(0));
+        let written = serde_json::to_string(&job).unwrap();
+        let read: Job = serde_json::from_str(&written).unwrap();
+        assert_eq!(
+            Jobs::load(vec![read]).unwrap().get(&id("j")).map(|job| (**job).clone()),
+            Some(job.clone())
+        );
+        for damaged in [
+            Job { stages: Vec::new(), ..job.clone() },
+            Job { plan: plan(&["r/A:1"]), ..job.clone() },
+            Job { plan: plan(&[]), stages: Vec::new(), ..job.clone() },
+        ] {
+            assert!(Jobs::load(vec![damaged]).is_err());
+        }
+        let deadline = Some(Ttl::from_seconds(3).unwrap());
+        let job = Job { plan: Plan { deadline, ..job.plan.clone() }, ..job };
+        assert_eq!(job.late_at(), Some(UnixMicros(3_000_000)));
+    }
+}

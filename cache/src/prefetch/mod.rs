@@ -1,0 +1,462 @@
+//! Prefetch: jobs that pull images ahead of need, and what a job's images are at.
+//!
+//! The ledger has the jobs; each that runs has a task here, which is begun anew with the service. It pulls so many images at
+//! a time as the job says, through the same pulls as launchers, to whom they give way. What fails and may pass is tried again
+//! until the job's deadline.
+
+pub mod job;
+pub mod warm;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    num::NonZeroU64,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use tokio::{sync::watch, task::AbortHandle};
+
+use crate::{
+    admission::Admission,
+    clock::Clock,
+    drain::Drain,
+    error::{Error, Reason, Result},
+    image::{Access, Budget, Cache, ImageRef, Images, Platform, Progress, PullPolicy, ResolvedImage, Terms},
+    kernel::Devices,
+    ledger::Ledger,
+    metrics::Metrics,
+    registry::Credential,
+};
+use job::{End, Job, JobId, Plan, Stage};
+
+/// Pause before an image is tried again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How often it is looked whether a new pull may begin, when none may.
+const ADMISSION_PAUSE: Duration = Duration::from_secs(1);
+/// How often the warm set is looked at.
+const WARM_LOOK: Duration = Duration::from_secs(5);
+/// A clock that is set is noticed so soon.
+const CLOCK_LOOK: Duration = Duration::from_secs(30);
+
+/// How far a pull is.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// It is at this; `None`: it is not being pulled.
+    pub progress: Option<Progress>,
+    /// It gives way to others.
+    pub gives_way: bool,
+    /// How often it was tried, this time included; since the service has started.
+    pub tries: u32,
+    /// Why the last try has failed.
+    pub error: Option<Error>,
+}
+
+/// Who pulls; the seam where tests put a fake.
+#[async_trait::async_trait]
+pub trait Puller: Send + Sync {
+    /// Pulls, and shows how far it is. Whoever drops this has no interest in it any more.
+    async fn pull(
+        &self,
+        wanted: (&ImageRef, &Platform),
+        access: &Access,
+        terms: &Terms,
+        show: &(dyn Fn(Progress, bool) + Send + Sync),
+    ) -> Result<(ResolvedImage, Cache)>;
+}
+
+#[async_trait::async_trait]
+impl Puller for Images {
+    async fn pull(
+        &self,
+        (image, platform): (&ImageRef, &Platform),
+        access: &Access,
+        terms: &Terms,
+        show: &(dyn Fn(Progress, bool) + Send + Sync),
+    ) -> Result<(ResolvedImage, Cache)> {
+        let (pull, interest) = self.prefetch(image, platform, access, terms);
+        let mut progress = pull.progress();
+        loop {
+            let now = progress.borrow_and_update().clone();
+            show(now, pull.gives_way());
+            tokio::select! {
+                changed = progress.changed() => if changed.is_err() { break },
+                // Whether it gives way, nobody tells.
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            }
+        }
+        let outcome = pull.outcome().await;
+        drop(interest);
+        outcome
+    }
+}
+
+/// A job's credentials and pictures: what is not written down.
+struct Live {
+    credential: watch::Sender<Option<Credential>>,
+    seen: Mutex<Vec<Seen>>,
+    task: Mutex<Option<AbortHandle>>,
+}
+
+impl Live {
+    fn see(&self, at: usize, change: impl FnOnce(&mut Seen)) {
+        if let Some(seen) = self.seen.lock().unwrap_or_else(PoisonError::into_inner).get_mut(at) {
+            change(seen);
+        }
+    }
+}
+
+/// A job, and what its images are at.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// As the ledger has it.
+    pub job: Arc<Job>,
+    /// Of each of its images.
+    pub seen: Vec<Seen>,
+    /// Whether it waits for credentials that were not written down.
+    pub wants_credentials: bool,
+}
+
+/// Whether a pull may begin.
+#[async_trait::async_trait]
+pub trait Permit: Send + Sync {
+    /// Refuses if none may.
+    async fn admit(&self) -> Result<()>;
+}
+
+/// What admits Acquires.
+pub struct Permits {
+    /// Whether anything new is taken on.
+    pub drain: Drain,
+    /// Whether there is room.
+    pub admission: Admission,
+    /// Who knows.
+    pub kernel: Devices,
+}
+
+#[async_trait::async_trait]
+impl Permit for Permits {
+    async fn admit(&self) -> Result<()> {
+        self.drain.admit()?;
+        self.admission.admit(&self.kernel).await
+    }
+}
+
+/// Runs jobs. Clones share everything.
+#[derive(Clone)]
+pub struct Prefetcher(Arc<Inner>);
+
+struct Inner {
+    ledger: Ledger,
+    puller: Arc<dyn Puller>,
+    permit: Arc<dyn Permit>,
+    clock: Clock,
+    metrics: Metrics,
+    live: Mutex<HashMap<JobId, Arc<Live>>>,
+}
+
+impl Prefetcher {
+    /// Of this ledger's jobs. Runs none yet.
+    pub fn new(
+        ledger: Ledger,
+        puller: Arc<dyn Puller>,
+        permit: Arc<dyn Permit>,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
+        let live = Mutex::default();
+        Self(Arc::new(Inner { ledger, puller, permit, clock, metrics, live }))
+    }
+
+    /// Goes on with all jobs that have not ended.
+    pub fn resume(&self) {
+        let running: Vec<_> = self.0.ledger.read_jobs(|jobs| jobs.running().cloned().collect());
+        for job in running {
+            tracing::info!(job = %job.id, waiting = job.waiting().count(), "a prefetch job goes on");
+            self.run(&job, None);
+        }
+    }
+
+    /// Has the jobs follow the files of a directory, for ever; see [`warm`].
+    pub async fn follow(&self, directory: PathBuf) {
+        let mut said = BTreeMap::new();
+        loop {
+            let at = directory.clone();
+            let read = tokio::task::spawn_blocking(move || warm::read(&at)).await;
+            match read.map_err(std::io::Error::other).flatten() {
+                Ok(files) => {
+                    said = self.tell_of_errors(&files, &said);
+                    self.reconcile(&files).await;
+                }
+                Err(error) => {
+                    self.0.metrics.warm_set_errors(1);
+                    tracing::error!(directory = %directory.display(), %error, "the warm set cannot be read");
+                }
+            }
+            tokio::time::sleep(WARM_LOOK).await;
+        }
+    }
+
+    /// Each once.
+    fn tell_of_errors(
+        &self,
+        files: &warm::Files,
+        said: &BTreeMap<String, String>,
+    ) -> BTreeMap<String, String> {
+        let wrong =
+            files.iter().filter_map(|(name, file)| Some((name.clone(), file.as_ref().err()?.clone())));
+        let wrong: BTreeMap<String, String> = wrong.collect();
+        for (name, error) in wrong.iter().filter(|(name, error)| said.get(*name) != Some(error)) {
+            tracing::error!(
+                file = name,
+                error,
+                "a file of the warm set is wrong: what it said before goes on"
+            );
+        }
+        self.0.metrics.warm_set_errors(wrong.len());
+        wrong
+    }
+
+    async fn reconcile(&self, files: &warm::Files) {
+        let now = self.0.clock.now().wall;
+        for step in self.0.ledger.read_jobs(|jobs| warm::steps(files, jobs, now)) {
+            let done = match step {
+                warm::Step::Withdraw(id) => self.end(&id, End::Withdrawn).await,
+                warm::Step::Create(id, plan) => self.create(id, plan, None).await.map(drop),
+            };
+            if let Err(error) = done {
+                tracing::warn!(%error, "the jobs do not follow the warm set yet");
+            }
+        }
+    }
+
+    /// Creates a job and runs it; see `CreatePrefetch` in the API. One that is there is given the credentials.
+    pub async fn create(&self, id: JobId, plan: Plan, credential: Option<Credential>) -> Result<Picture> {
+        let job = self.0.ledger.create_job(id, plan, self.0.clock.now().wall).await?;
+        if job.ended.is_none() {
+            self.run(&job, credential);
+        }
+        Ok(self.picture(job))
+    }
+
+    /// Cancels a job; what it was pulling for nobody else is given up. One that has ended stays as it is.
+    pub async fn cancel(&self, id: &JobId) -> Result<Picture> {
+        self.end(id, End::Cancelled).await?;
+        self.get(id)
+    }
+
+    /// One job.
+    pub fn get(&self, id: &JobId) -> Result<Picture> {
+        let job = self.0.ledger.read_jobs(|jobs| jobs.get(id).cloned());
+        job.map(|job| self.picture(job)).ok_or_else(|| {
+            let message = format!("there is no prefetch job {id}: `cowshed prefetches` lists them all");
+            Error::new(Reason::PrefetchNotFound, message).with("job_id", id)
+        })
+    }
+
+    /// At most so many jobs, by name, after this one.
+    pub fn list(&self, after: Option<&JobId>, count: usize) -> Vec<Picture> {
+        let jobs: Vec<_> = self.0.ledger.read_jobs(|jobs| jobs.after(after).take(count).cloned().collect());
+        jobs.into_iter().map(|job| self.picture(job)).collect()
+    }
+
+    fn live(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, Arc<Live>>> {
+        self.0.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn picture(&self, job: Arc<Job>) -> Picture {
+        let live = self.live().get(&job.id).cloned().filter(|_| job.ended.is_none());
+        let Some(live) = live else {
+            let seen = vec![Seen::default(); job.stages.len()];
+            return Picture { job, seen, wants_credentials: false };
+        };
+        let seen = live.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let wants_credentials = job.plan.has_credentials && live.credential.borrow().is_none();
+        Picture { job, seen, wants_credentials }
+    }
+
+    /// Runs it, unless it is run; gives it the credentials.
+    fn run(&self, job: &Arc<Job>, credential: Option<Credential>) {
+        let mut all = self.live();
+        if let Some(live) = all.get(&job.id) {
+            if credential.is_some() {
+                live.credential.send_replace(credential);
+            }
+            return;
+        }
+        // It may have been cancelled meanwhile.
+        let is_running = |jobs: &job::Jobs| jobs.get(&job.id).is_some_and(|job| job.ended.is_none());
+        if !self.0.ledger.read_jobs(is_running) {
+            return;
+        }
+        let live = Arc::new(Live {
+            credential: watch::Sender::new(credential),
+            seen: Mutex::new(vec![Seen::default(); job.stages.len()]),
+            task: Mutex::default(),
+        });
+        all.insert(job.id.clone(), live.clone());
+        self.0.metrics.prefetch_jobs(all.len());
+        let (this, job_, live_) = (self.clone(), job.clone(), live.clone());
+        let task = tokio::spawn(async move {
+            let end = this.work(&job_, &live_).await;
+            tracing::info!(job = %job_.id, ?end, "a prefetch job has ended");
+            this.forget(&job_.id, &live_);
+        });
+        *live.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
+    }
+
+    fn forget(&self, id: &JobId, live: &Arc<Live>) {
+        let mut all = self.live();
+        if all.get(id).is_some_and(|other| Arc::ptr_eq(other, live)) {
+            all.remove(id);
+        }
+        self.0.metrics.prefetch_jobs(all.len());
+    }
+
+    async fn end(&self, id: &JobId, how: End) -> Result<()> {
+        let ended = self.0.ledger.end_job(id.clone(), how, self.0.clock.now().wall).await?;
+        if ended.is_some() {
+            let live = self.live().get(id).cloned();
+            if let Some(live) = live {
+                let task = live.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+                // What it has begun is dropped, and with it its interest in pulls.
+                task.inspect(AbortHandle::abort);
+                self.forget(id, &live);
+                tracing::info!(job = %id, ?how, "a prefetch job was ended");
+            }
+        }
+        Ok(())
+    }
+
+    /// Until it has ended. Says how, if the job itself has brought it about.
+    async fn work(&self, job: &Arc<Job>, live: &Live) -> Option<End> {
+        let plan = &job.plan;
+        let budget = plan.bytes_per_second.map(|rate: NonZeroU64| Arc::new(Budget::new(rate)));
+        let terms = Terms { class: plan.class, budget, stays: false };
+        let concurrency = usize::try_from(plan.concurrency.get()).unwrap_or(usize::MAX);
+        let all = stream::iter(job.waiting().collect::<Vec<_>>())
+            .map(|at| self.fetch(job, live, at, &terms).boxed())
+            .buffer_unordered(concurrency)
+            .for_each(|()| std::future::ready(()));
+        tokio::select! {
+            () = all => self.0.ledger.read_jobs(|jobs| jobs.get(&job.id)?.ended.map(|(how, _)| how)),
+            () = self.late(job) => {
+                let (ledger, clock, id) = (self.0.ledger.clone(), self.0.clock.clone(), job.id.clone());
+                persist(move || {
+                    let (ledger, id, now) = (ledger.clone(), id.clone(), clock.now().wall);
+                    async move { ledger.end_job(id, End::Late, now).await.map(drop) }.boxed()
+                })
+                .await;
+                Some(End::Late)
+            }
+        }
+    }
+
+    /// Until the job is late.
+    async fn late(&self, job: &Job) {
+        let Some(late_at) = job.late_at() else { return std::future::pending().await };
+        loop {
+            let left = late_at.0.saturating_sub(self.0.clock.now().wall.0);
+            let Ok(left @ 1..) = u64::try_from(left) else { return };
+            tokio::time::sleep(Duration::from_micros(left).min(CLOCK_LOOK)).await;
+        }
+    }
+
+    /// One image, until it is here, or is known not to be had.
+    async fn fetch(&self, job: &Job, live: &Live, at: usize, terms: &Terms) {
+        let id = &job.id;
+        let mut pause = FIRST_PAUSE;
+        let outcome = loop {
+            match self.attempt(job, live, at, terms).await {
+                Err(error) if is_passing(error.reason()) => {
+                    tracing::info!(job = %id, %error, "tried again");
+                    live.see(at, |seen| seen.error = Some(error));
+                }
+                outcome => break outcome,
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        };
+        let now = self.0.clock.now();
+        self.0.metrics.prefetched(outcome.as_ref().map(|(_, cache)| *cache));
+        let stage = match outcome {
+            Ok((image, cache)) => Stage::Here {
+                manifest: image.manifest.to_string(),
+                was_there: cache == Cache::Hit,
+                at: now.wall,
+            },
+            Err(error) => {
+                tracing::warn!(job = %id, reason = error.reason().as_str(), %error, "an image was not prefetched");
+                let (reason, message) = (error.reason().as_str().to_owned(), error.to_string());
+                Stage::Failed { reason, message, at: now.wall }
+            }
+        };
+        let (ledger, id) = (self.0.ledger.clone(), id.clone());
+        persist(move || {
+            let (ledger, id, stage) = (ledger.clone(), id.clone(), stage.clone());
+            async move { ledger.settle_job(id, at, stage, now).await.map(drop) }.boxed()
+        })
+        .await;
+    }
+
+    async fn attempt(
+        &self,
+        job: &Job,
+        live: &Live,
+        at: usize,
+        terms: &Terms,
+    ) -> Result<(ResolvedImage, Cache)> {
+        let plan = &job.plan;
+        let (image, platform) = plan.images[at].parse()?;
+        let mut credential = live.credential.subscribe();
+        if plan.has_credentials {
+            // The sender lives as long as the job's task.
+            let _given = credential.wait_for(Option::is_some).await;
+        }
+        while let Err(error) = self.0.permit.admit().await {
+            live.see(at, |seen| seen.error = Some(error));
+            tokio::time::sleep(ADMISSION_PAUSE).await;
+        }
+        let credential = credential.borrow().clone();
+        let access = Access { tenant: plan.tenant.clone(), credential, policy: PullPolicy::default() };
+        live.see(at, |seen| seen.tries += 1);
+        let show = |progress, gives_way| {
+            live.see(at, |seen| {
+                seen.progress = Some(progress);
+                seen.gives_way = gives_way;
+            });
+        };
+        let outcome = self.0.puller.pull((&image, &platform), &access, terms, &show).await;
+        live.see(at, |seen| seen.gives_way = false);
+        if outcome.is_err() {
+            live.see(at, |seen| seen.progress = None);
+        }
+        outcome
+    }
+}
+
+/// Writes, again and again if the ledger cannot be written.
+async fn persist(write: impl Fn() -> BoxFuture<'static, Result<()>> + Send) {
+    let mut pause = FIRST_PAUSE;
+    while let Err(error) = write().await {
+        if error.reason() == Reason::Stopping {
+            return;
+        }
+        tracing::warn!(%error, "what has become of a prefetch job is written down later");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Whether it may pass by itself.
+fn is_passing(reason: Reason) -> bool {
+    use tonic::Code::{Aborted, Internal, ResourceExhausted, Unavailable};
+    matches!(reason.code(), Unavailable | ResourceExhausted | Internal | Aborted)
+        || reason == Reason::ContainerdTimeout
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

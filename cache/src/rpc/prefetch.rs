@@ -1,0 +1,297 @@
+//! Prefetch jobs as requests and messages of the API.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    time::Duration,
+};
+
+use cowshed_proto::v1;
+use prost::Message as _;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::{convert, parse};
+use crate::{
+    clock::timestamp,
+    error::{Error, Reason, Result},
+    image::{Class, ImageRef, Platform},
+    prefetch::{
+        Picture, Prefetcher, Seen,
+        job::{End, IMAGES_MAX, JobId, Plan, Stage, Wanted},
+    },
+    registry::Credential,
+};
+
+pub(super) type Stream = ReceiverStream<Result<v1::WatchPrefetchResponse, Status>>;
+
+/// How often a watched job is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+const PAGE_MAX: u32 = 100;
+/// A page ends early where it would have more.
+const PAGE_MAX_BYTES: usize = 1 << 20;
+const CONCURRENCY_MAX: u32 = 64;
+
+pub(super) fn job_id(text: &str) -> Result<JobId> {
+    text.parse().map_err(|error| {
+        let shown: String = text.chars().take(140).collect();
+        wrong("job_id", format!("job_id {shown:?} is no name of a job: {error}"))
+    })
+}
+
+/// The name (a new one if there is none), the plan, and the credentials.
+pub(super) fn wanted(request: v1::CreatePrefetchRequest) -> Result<(JobId, Plan, Option<Credential>)> {
+    let v1::CreatePrefetchRequest { job_id: name, spec, credentials } = request;
+    let id = match name.as_str() {
+        "" => JobId::from_random(uuid::Uuid::new_v4().as_u128()),
+        name => job_id(name)?,
+    };
+    let spec = spec.unwrap_or_default();
+    let access = parse::access(&spec.tenant, credentials)?;
+    let images = spec.images.iter().map(wanted_image).collect::<Result<Vec<_>>>()?;
+    if images.is_empty() || images.len() > IMAGES_MAX {
+        let what = format!("spec.images has {} images: a job has 1 to {IMAGES_MAX}", images.len());
+        return Err(wrong("spec.images", what));
+    }
+    if let Some(twice) =
+        images.iter().enumerate().find_map(|(at, one)| images[..at].contains(one).then_some(one))
+    {
+        let what = format!("spec.images has {} for {} twice", twice.image, twice.platform);
+        return Err(wrong("spec.images", what));
+    }
+    if spec.concurrency > CONCURRENCY_MAX {
+        let what = format!("spec.concurrency is {}: {CONCURRENCY_MAX} is the most", spec.concurrency);
+        return Err(wrong("spec.concurrency", what));
+    }
+    let plan = Plan {
+        images,
+        class: class(spec.class)?,
+        bytes_per_second: NonZeroU64::new(spec.bytes_per_second),
+        concurrency: NonZeroU32::new(spec.concurrency).unwrap_or(NonZeroU32::MIN),
+        deadline: spec.deadline.as_ref().map(parse::deadline).transpose()?,
+        pin_for: spec.pin_for.as_ref().map(parse::pin_for).transpose()?,
+        tenant: access.tenant,
+        has_credentials: access.credential.is_some(),
+    };
+    Ok((id, plan, access.credential))
+}
+
+fn wanted_image(image: &v1::PrefetchImage) -> Result<Wanted> {
+    let of = |(image, platform): (ImageRef, Platform)| Wanted {
+        image: image.to_string(),
+        platform: platform.to_string(),
+    };
+    let platform = parse::platform(image.platform.as_deref())?;
+    parse::image_reference(&image.image).map(|image| of((image, platform)))
+}
+
+fn class(class: i32) -> Result<Class> {
+    match v1::PrefetchClass::try_from(class) {
+        Ok(v1::PrefetchClass::Background) => Ok(Class::Background),
+        Ok(v1::PrefetchClass::Unspecified | v1::PrefetchClass::Normal) => Ok(Class::Normal),
+        Ok(v1::PrefetchClass::Urgent) => Ok(Class::Urgent),
+        Err(_) => {
+            let what = format!(
+                "spec.class {class} is not known to this version: BACKGROUND is 1, NORMAL 2, URGENT 3"
+            );
+            Err(wrong("spec.class", what))
+        }
+    }
+}
+
+fn wrong(field: &'static str, what: String) -> Error {
+    Error::new(Reason::PrefetchInvalid, what).with("field", field)
+}
+
+pub(super) fn page(
+    prefetcher: &Prefetcher,
+    request: &v1::ListPrefetchesRequest,
+) -> Result<v1::ListPrefetchesResponse> {
+    let after = match request.page_token.as_str() {
+        "" => None,
+        token => Some(token.parse::<JobId>().map_err(|_| {
+            let what =
+                format!("page_token {token:?} is none of ours: use next_page_token of the page before");
+            Error::new(Reason::PageTokenInvalid, what).with("field", "page_token")
+        })?),
+    };
+    let size = match request.page_size {
+        0 => PAGE_MAX,
+        size => size.min(PAGE_MAX),
+    };
+    let size = usize::try_from(size).unwrap_or(usize::MAX);
+    let found = prefetcher.list(after.as_ref(), size.saturating_add(1));
+    let (count, mut bytes) = (found.len(), 0);
+    let mut jobs: Vec<v1::Prefetch> = Vec::new();
+    for job in found.into_iter().take(size).map(message) {
+        bytes += job.encoded_len();
+        if bytes > PAGE_MAX_BYTES && !jobs.is_empty() {
+            break;
+        }
+        jobs.push(job);
+    }
+    let last = jobs.last().filter(|_| jobs.len() < count).map(|last| last.job_id.clone());
+    Ok(v1::ListPrefetchesResponse { jobs, next_page_token: last.unwrap_or_default() })
+}
+
+pub(super) fn message(picture: Picture) -> v1::Prefetch {
+    let Picture { job, seen, wants_credentials } = picture;
+    let plan = &job.plan;
+    let class = match plan.class {
+        Class::Background => v1::PrefetchClass::Background,
+        Class::Normal => v1::PrefetchClass::Normal,
+        Class::Urgent => v1::PrefetchClass::Urgent,
+    };
+    let state = match job.ended {
+        None => v1::PrefetchState::Running,
+        Some((End::Done, _)) => v1::PrefetchState::Done,
+        Some((End::Incomplete, _)) => v1::PrefetchState::Incomplete,
+        Some((End::Cancelled | End::Withdrawn, _)) => v1::PrefetchState::Cancelled,
+        Some((End::Late, _)) => v1::PrefetchState::Late,
+    };
+    let wanted = |wanted: &Wanted| v1::PrefetchImage {
+        image: wanted.image.clone(),
+        platform: Some(wanted.platform.clone()),
+    };
+    let spec = v1::PrefetchSpec {
+        images: plan.images.iter().map(wanted).collect(),
+        class: class.into(),
+        bytes_per_second: plan.bytes_per_second.map_or(0, NonZeroU64::get),
+        concurrency: plan.concurrency.get(),
+        deadline: plan.deadline.map(|ttl| convert::duration(ttl.micros())),
+        pin_for: plan.pin_for.map(|ttl| convert::duration(ttl.micros())),
+        tenant: plan.tenant.to_string(),
+    };
+    let images = plan.images.iter().zip(&job.stages).zip(&seen);
+    v1::Prefetch {
+        job_id: job.id.to_string(),
+        spec: Some(spec),
+        state: state.into(),
+        created_at: Some(timestamp(job.created_at)),
+        ended_at: job.ended.map(|(_, at)| timestamp(at)),
+        images: images.map(|((wanted, stage), seen)| image(wanted, stage, seen)).collect(),
+        wants_credentials,
+    }
+}
+
+fn image(wanted: &Wanted, stage: &Stage, seen: &Seen) -> v1::PrefetchedImage {
+    let layers = seen.progress.iter().flat_map(|progress| &progress.layers);
+    let (fetched, total) = layers
+        .fold((0, 0), |(fetched, total), layer| (fetched + layer.bytes_fetched, total + layer.bytes_total));
+    let image = v1::PrefetchedImage {
+        image: wanted.image.clone(),
+        platform: wanted.platform.clone(),
+        bytes_fetched: fetched,
+        bytes_total: total,
+        tries: seen.tries,
+        ..v1::PrefetchedImage::default()
+    };
+    match stage {
+        Stage::Waiting => {
+            let now = match (&seen.progress, &seen.error) {
+                (Some(_), _) if seen.gives_way => v1::PrefetchStage::GivingWay,
+                (Some(_), _) => v1::PrefetchStage::Pulling,
+                (None, Some(_)) => v1::PrefetchStage::Retrying,
+                (None, None) => v1::PrefetchStage::Waiting,
+            };
+            let failure = |error: &Error| convert::failure(error.reason().as_str(), &error.to_string(), None);
+            let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
+            v1::PrefetchedImage { stage: now.into(), failure, ..image }
+        }
+        Stage::Here { manifest, was_there, at } => v1::PrefetchedImage {
+            stage: v1::PrefetchStage::Done.into(),
+            manifest_digest: manifest.clone(),
+            cache: if *was_there { v1::CacheResult::Hit } else { v1::CacheResult::Miss }.into(),
+            ended_at: Some(timestamp(*at)),
+            ..image
+        },
+        Stage::Failed { reason, message, at } => v1::PrefetchedImage {
+            stage: v1::PrefetchStage::Failed.into(),
+            failure: Some(convert::failure(reason, message, Some(*at))),
+            ended_at: Some(timestamp(*at)),
+            ..image
+        },
+    }
+}
+
+/// Each change of the job, until it has ended.
+pub(super) fn stream(prefetcher: Prefetcher, id: JobId, mut stopped: watch::Receiver<bool>) -> Stream {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut told = None;
+        loop {
+            let now = match prefetcher.get(&id) {
+                Ok(picture) => message(picture),
+                Err(error) => {
+                    let _told = sender.send(Err(error.into())).await;
+                    return;
+                }
+            };
+            if told.as_ref() != Some(&now) {
+                told = Some(now.clone());
+                let has_ended = now.state() != v1::PrefetchState::Running;
+                let response = v1::WatchPrefetchResponse { job: Some(now) };
+                if sender.send(Ok(response)).await.is_err() || has_ended {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = sender.closed() => return,
+                () = super::until_stopped(&mut stopped) => {
+                    let _told = sender.send(Err(super::stopping().into())).await;
+                    return;
+                }
+            }
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn request(spec: v1::PrefetchSpec) -> v1::CreatePrefetchRequest {
+        v1::CreatePrefetchRequest { job_id: "warm".to_owned(), spec: Some(spec), credentials: None }
+    }
+
+    fn images(names: &[&str]) -> Vec<v1::PrefetchImage> {
+        let of = |name: &&str| v1::PrefetchImage { image: (*name).to_owned(), platform: None };
+        names.iter().map(of).collect()
+    }
+
+    #[test]
+    fn what_is_asked_for_is_checked_and_named() {
+        let good = v1::PrefetchSpec { images: images(&["app", "r.example/b:2"]), ..Default::default() };
+        let (id, plan, credential) = wanted(request(good.clone())).unwrap();
+        assert_eq!((id.to_string().as_str(), plan.class, credential), ("warm", Class::Normal, None));
+        assert_eq!(plan.images[0].image, "docker.io/library/app:latest");
+        assert_eq!((plan.concurrency.get(), plan.bytes_per_second), (1, None));
+        // The service names it.
+        let unnamed = || v1::CreatePrefetchRequest { job_id: String::new(), ..request(good.clone()) };
+        assert_ne!(wanted(unnamed()).unwrap().0, wanted(unnamed()).unwrap().0);
+        let with = |images, class, concurrency| v1::PrefetchSpec {
+            images,
+            class,
+            concurrency,
+            ..Default::default()
+        };
+        let many: Vec<String> = (0..=IMAGES_MAX).map(|n| format!("app:{n}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let table = [
+            (with(images(&[]), 0, 0), "spec.images"),
+            (with(images(&many), 0, 0), "spec.images"),
+            (with(images(&["app", "docker.io/library/app:latest"]), 0, 0), "twice"),
+            (with(images(&["app"]), 9, 0), "spec.class"),
+            (with(images(&["app"]), 0, 65), "spec.concurrency"),
+        ];
+        for (spec, says) in table {
+            let error = wanted(request(spec)).unwrap_err();
+            assert_eq!(error.reason(), Reason::PrefetchInvalid, "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        assert_eq!(job_id("../x").unwrap_err().reason(), Reason::PrefetchInvalid);
+    }
+}
