@@ -12,6 +12,7 @@ mod layers;
 mod lifecycle;
 mod odd_registries;
 mod pins;
+mod prefetch;
 mod private_registry;
 mod pulls;
 mod release;
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 24] = [
+    let groups: [(&str, &[Test]); 25] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         ("layers", layers::TESTS),
         ("pulls", pulls::TESTS),
         ("pins", pins::TESTS),
+        ("prefetch", prefetch::TESTS),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),

@@ -47,6 +47,10 @@ fn mend() -> Outcome {
     for lease in leases()? {
         cowshed(&["release", lease["vm_id"].as_str().unwrap_or_default()])?.ok()?;
     }
+    let jobs = cowshed(&["prefetches", "-o", "json"])?.json()?;
+    for job in jobs["jobs"].as_array().into_iter().flatten().filter(|job| job["state"] == "running") {
+        cowshed(&["cancel-prefetch", job["job_id"].as_str().unwrap_or_default()])?.ok()?;
+    }
     Ok(())
 }
 
