@@ -60,6 +60,13 @@ impl Tasks {
         });
     }
 
+    /// Waits until nothing more is started.
+    pub async fn closing(&self) {
+        let mut changes = self.0.subscribe();
+        // The sender is this.
+        let _closed = changes.wait_for(|count| count.closed).await;
+    }
+
     /// Starts nothing more, and waits for what runs, for `limit` at the most. Says how much is still running.
     pub async fn close(&self, limit: Duration) -> usize {
         self.0.send_modify(|count| count.closed = true);

@@ -113,7 +113,7 @@ impl Inner {
     /// Deactivates a committed snapshot as soon as nobody has it open, and writes down what it maps.
     pub(crate) async fn put_to_rest(&self, id: SnapshotId) {
         let mut pause = Duration::from_millis(20);
-        loop {
+        while !self.is_retired() {
             match self.rest_once(id).await {
                 Ok(Deactivated::Gone) => return,
                 Ok(Deactivated::InUse) => {}

@@ -104,6 +104,10 @@ impl Standing {
         if let Ok(snapshotter) = self.answering() {
             snapshotter.close().await;
         }
+        // Its lock is let go of.
+        let closed =
+            Now::Closed("the service is stopping; repeat the request when it is up again".to_owned());
+        *self.0.now.write().unwrap_or_else(PoisonError::into_inner) = closed;
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {
@@ -129,19 +133,24 @@ impl Standing {
                 let Some(left) = self.open_later(settings.clone(), tries).await else { return };
                 tries = left;
             }
-            self.until_lost().await;
+            if !self.is_lost_some_day().await {
+                return;
+            }
             tries.was_open();
             is_open = false;
         }
     }
 
-    /// Waits until the pool is lost, and closes the store then.
-    async fn until_lost(&self) {
-        let mut told = false;
+    /// Waits until the pool is lost, and closes the store then. False: the service stops.
+    async fn is_lost_some_day(&self) -> bool {
+        let (mut told, mut had_active) = (false, false);
         loop {
             tokio::time::sleep(RETRY).await;
+            if self.0.closed.load(Ordering::Relaxed) {
+                return false;
+            }
             let Ok(snapshotter) = self.answering() else { continue };
-            let Some(why) = start::lost(&snapshotter).await else {
+            let Some(why) = start::lost(&snapshotter, &mut had_active).await else {
                 told = false;
                 continue;
             };
@@ -152,7 +161,7 @@ impl Standing {
             tracing::error!(why, "the pool is lost; it is looked for as at a start");
             snapshotter.retire(why.clone()).await;
             *self.0.now.write().unwrap_or_else(PoisonError::into_inner) = Now::Closed(why);
-            return;
+            return true;
         }
     }
 

@@ -233,17 +233,35 @@ fn stopped(name: &str, mode: PoolMode) -> String {
 
 /// Looks at a pool that is in use; says what has become of it if it is not the one any more that was found good at the
 /// start: it was taken away, or has to be. Everything that was active in it is gone then, or of no use.
-pub(crate) async fn lost(snapshotter: &Snapshotter) -> Option<String> {
+///
+/// `had_active`: whether any of the devices that should be active was there in an earlier look. Those that never were are no
+/// sign of anything new.
+pub(crate) async fn lost(snapshotter: &Snapshotter, had_active: &mut bool) -> Option<String> {
     let inner = &snapshotter.0;
     if inner.pool().is_err() {
         return None;
     }
     let pool = inner.pool.read().unwrap_or_else(PoisonError::into_inner).clone()?;
-    match tokio::task::spawn_blocking(move || pool.facts()).await {
-        Ok(Ok(facts)) => match facts.usage.mode {
+    // Names of what has been active for a while: another one may be on its way.
+    let active = inner.store.read(|tree| {
+        let active = tree.listed().filter(|s| s.kind.is_active() && s.state == State::Ready);
+        active.map(|s| inner.name(s.id).to_string()).collect::<BTreeSet<_>>()
+    });
+    let look = move || Ok::<_, DeviceError>((pool.facts()?, pool.names()?));
+    match tokio::task::spawn_blocking(look).await {
+        Ok(Ok((facts, names))) => match facts.usage.mode {
             mode @ (PoolMode::NeedsCheck | PoolMode::Failed) => Some(stopped(&facts.usage.name, mode)),
             // The kernel lets a read-only one write again by itself.
-            PoolMode::ReadWrite | PoolMode::OutOfDataSpace | PoolMode::ReadOnly => None,
+            PoolMode::ReadWrite | PoolMode::OutOfDataSpace | PoolMode::ReadOnly => {
+                let has_active = names.iter().any(|name| active.contains(name));
+                *had_active |= has_active;
+                let all_gone = *had_active && !has_active && !active.is_empty();
+                let what = format!(
+                    "all devices in the thin pool {} are gone, it was deactivated and activated again",
+                    facts.usage.name
+                );
+                all_gone.then_some(what)
+            }
         },
         Ok(Err(error @ DeviceError::NoPool(_))) => Some(error.to_string()),
         // Nothing is known of it.

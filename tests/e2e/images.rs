@@ -47,7 +47,18 @@ fn shared_layers_are_fetched_once() -> Outcome {
     let there = python.blobs();
     let new: Vec<String> = app.blobs().into_iter().filter(|blob| !there.contains(blob)).collect();
     same!(new.len(), 3, "app:1 has two layers and a configuration of its own: {new:?}");
-    start.each_once(&new)
+    start.each_once(&new)?;
+    // All of python:3 is in app:1 as well.
+    let listed = cowshed(&["images", "-o", "json"])?.json()?;
+    let on_disk = |name: &str| {
+        let images = listed["images"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let found = images.iter().find(|listed| listed["name"] == image(name)).ok_or("it is not listed")?;
+        Outcome::Ok((number(found, "/disk_bytes")?, number(found, "/exclusive_disk_bytes")?))
+    };
+    let ((below, of_below), (all, own)) = (on_disk("python:3")?, on_disk("app:1")?);
+    check!(below > 10 << 20 && of_below == 0, "python:3 takes {below}, {of_below} of them alone");
+    check!(own > 0 && all == below + own, "app:1 takes {all}, {own} of them alone, and python:3 {below}");
+    Ok(())
 }
 
 fn containerd_knows_what_was_pulled() -> Outcome {

@@ -184,12 +184,12 @@ fn gives_way_to_a_launcher() -> Outcome {
     evict(&[&names(&images)[..], &[name]].concat())
 }
 
-/// At a byte a second it would never end.
+/// At a kilobyte a second it would take half an hour.
 fn is_taken_over_by_a_launcher() -> Outcome {
     let registry = FakeRegistry::start(Hosts::PlainHttp)?;
     let images = serve(&registry, 9400, 1, 2_000_000)?;
     let (name, image) = &images[0];
-    cowshed(&["prefetch", "--name", "taken-over", "--class", "background", "--rate", "1", name])?.ok()?;
+    cowshed(&["prefetch", "--name", "taken-over", "--class", "background", "--rate", "1KiB", name])?.ok()?;
     wait_for("its first bytes", || {
         check!(asked(&registry, image) > 0, "{}", job("taken-over")?);
         Ok(())
@@ -212,7 +212,7 @@ fn of_what_a_launcher_needs_too() -> Outcome {
     let twin = FakeImage::saying(image.layer.clone(), diff_id, "amd64", r#"{"Cmd":["/bin/true"]}"#);
     registry.serve("twin", &twin);
     let twin = registry.image("twin");
-    cowshed(&["prefetch", "--name", "shared", "--class", "background", "--rate", "1", name])?.ok()?;
+    cowshed(&["prefetch", "--name", "shared", "--class", "background", "--rate", "1KiB", name])?.ok()?;
     wait_for("its first bytes", || {
         check!(asked(&registry, image) > 0, "{}", job("shared")?);
         Ok(())
@@ -228,7 +228,7 @@ fn cancelled_leaves_nothing() -> Outcome {
     evict_all()?;
     let registry = FakeRegistry::start(Hosts::PlainHttp)?;
     let images = serve(&registry, 9600, 2, 2_000_000)?;
-    let arguments = ["prefetch", "--name", "cancelled", "--rate", "1", &images[0].0, &images[1].0];
+    let arguments = ["prefetch", "--name", "cancelled", "--rate", "1KiB", &images[0].0, &images[1].0];
     cowshed(&arguments)?.ok()?;
     wait_for("its first bytes", || {
         check!(asked(&registry, &images[0].1) > 0, "{}", job("cancelled")?);
@@ -280,7 +280,7 @@ fn of_a_warm_set() -> Outcome {
     is_there(&images[0].0)?;
     fs::write(
         format!("{WARM}/e2e.toml"),
-        format!("images = [{:?}, {:?}]\nrate = '1'\n", images[0].0, images[1].0),
+        format!("images = [{:?}, {:?}]\nrate = '1KiB'\n", images[0].0, images[1].0),
     )?;
     wait_for("the second image's first bytes", || {
         check!(asked(&registry, &images[1].1) > 0, "it was not asked for");

@@ -12,8 +12,18 @@ pub(super) fn images(images: &[v1::Image], output: Output) -> String {
     if output == Output::Json {
         return line(&json!({ "images": images.iter().map(image_json).collect::<Vec<_>>() }));
     }
-    let titles =
-        ["IMAGE", "PLATFORM", "LAYERS", "SIZE", "UNPACKED", "LEASES", "LAST USED", "PINNED", "MANIFEST"];
+    let titles = [
+        "IMAGE",
+        "PLATFORM",
+        "LAYERS",
+        "SIZE",
+        "ON DISK",
+        "OWN",
+        "LEASES",
+        "LAST USED",
+        "PINNED",
+        "MANIFEST",
+    ];
     let mut rows = vec![titles.map(str::to_owned)];
     rows.extend(images.iter().map(|image| {
         let digest = image.manifest_digest.clone().unwrap_or_else(|| "-".to_owned());
@@ -22,7 +32,8 @@ pub(super) fn images(images: &[v1::Image], output: Output) -> String {
             image.platform.clone(),
             image.layers.to_string(),
             bytes(image.compressed_bytes),
-            if image.unpacked { "yes" } else { "no" }.to_owned(),
+            image.disk_bytes.map_or_else(|| "-".to_owned(), bytes),
+            image.exclusive_disk_bytes.map_or_else(|| "-".to_owned(), bytes),
             image.leases.to_string(),
             image.last_used_at.as_ref().map_or_else(|| "-".to_owned(), minute),
             match &image.pinned_until {
@@ -49,6 +60,8 @@ pub(super) fn image_json(image: &v1::Image) -> Value {
         "pinned": image.pinned,
         "pinned_until": image.pinned_until.map(|at| at.to_string()),
         "leases": image.leases,
+        "disk_bytes": image.disk_bytes,
+        "exclusive_disk_bytes": image.exclusive_disk_bytes,
     })
 }
 

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     exit,
     image::Class,
-    prefetch::{job::Plan, warm::WarmFile},
+    prefetch::{job::Plan, warm::Warm},
 };
 
 /// What `cowshed prefetch` was told.
@@ -32,7 +32,7 @@ pub(super) struct Wish {
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     images: Vec<String>,
     /// A file of the warm set's form (TOML) that says all that the options say.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "platform"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "platform", "tenant"])]
     file: Option<PathBuf>,
     /// os/architecture[/variant]; the host's if absent.
     #[arg(long)]
@@ -89,7 +89,7 @@ fn plan(file: &Path) -> Result<Plan, Failure> {
     let wrong =
         |what: String| Failure { message: format!("{}: {what}", file.display()), status: exit::USAGE };
     let text = fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
-    WarmFile::parse(&text).and_then(|file| file.plan()).map_err(wrong)
+    Warm::parse(&text).map(|file| file.plan).map_err(wrong)
 }
 
 fn spec_of(plan: &Plan) -> v1::PrefetchSpec {

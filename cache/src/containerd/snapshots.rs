@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
-    RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest, snapshots_client::SnapshotsClient,
+    RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest, ViewSnapshotRequest,
+    snapshots_client::SnapshotsClient,
 };
 use cowshed_leases::Scratch;
 use tonic::transport::Channel;
@@ -138,6 +139,16 @@ impl Containerd {
         let message = StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
         match self.call("Snapshots.Stat", self.snapshots().stat(self.request(message))).await {
             Ok(reply) => Ok(Some(reply.info.map(|info| info.labels).unwrap_or_default())),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many bytes the snapshot `name` has besides its parent's, if there is one.
+    pub async fn snapshot_usage(&self, name: &str) -> Result<Option<u64>, CallError> {
+        let message = UsageRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
+        match self.call("Snapshots.Usage", self.snapshots().usage(self.request(message))).await {
+            Ok(reply) => Ok(Some(u64::try_from(reply.size).unwrap_or_default())),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }

@@ -15,7 +15,7 @@ const DEPTH: usize = 3;
 impl Catalogue for Images {
     async fn find(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ImageInfo>> {
         match self.0.record(image).await? {
-            Some(record) => self.0.info(record, platform).await.map(Some),
+            Some(record) => self.0.info(record, platform).await.map(|(info, _)| Some(info)),
             None => Ok(None),
         }
     }

@@ -23,6 +23,8 @@ pub(super) struct Facts {
     pub(super) config_bytes: u64,
     pub(super) platform: Platform,
     pub(super) chain_id: Digest,
+    /// Of every layer, the lowest first.
+    pub(super) chain: Vec<Digest>,
     pub(super) process: ProcessConfig,
     pub(super) compressed_bytes: u64,
     pub(super) layers: u32,
@@ -31,12 +33,14 @@ pub(super) struct Facts {
 impl Facts {
     /// `None` for an image without layers, which [`manifest::parse`] has refused.
     pub(super) fn of(digest: Digest, manifest: &Manifest, config: &ImageConfig) -> Option<Self> {
+        let chain = chain_ids(&config.diff_ids);
         Some(Self {
             manifest: digest,
             config: manifest.config.digest.clone(),
             config_bytes: manifest.config.size,
             platform: config.platform.clone(),
-            chain_id: chain_ids(&config.diff_ids).pop()?,
+            chain_id: chain.last()?.clone(),
+            chain,
             process: config.process.clone(),
             compressed_bytes: manifest
                 .layers

@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 
 use super::{
     Access, Cache, ImageRef, Platform, Progress, ResolvedImage, Shared, about,
-    gate::{Gate, Terms},
+    gate::{ClaimId, Gate, Terms},
     progress::Board,
     pull,
 };
@@ -32,11 +32,14 @@ pub struct Pull {
 
 /// Keeps a pull going that goes on only as long as somebody waits for it.
 #[derive(Debug)]
-pub struct Interest(Arc<Gate>);
+pub struct Interest {
+    gate: Arc<Gate>,
+    claim: ClaimId,
+}
 
 impl Drop for Interest {
     fn drop(&mut self) {
-        self.0.leave();
+        self.gate.leave(self.claim);
     }
 }
 
@@ -49,11 +52,6 @@ impl Pull {
     /// Whether it gives way to a pull of a higher class at the moment.
     pub fn gives_way(&self) -> bool {
         !self.gate.is_open()
-    }
-
-    /// Of one who has begun or joined it on terms on which it does not stay.
-    pub(super) fn interest(&self) -> Interest {
-        Interest(self.gate.clone())
     }
 
     /// Waits for its end.
@@ -89,26 +87,29 @@ pub(super) fn join(
     platform: &Platform,
     access: &Access,
     terms: &Terms,
-) -> Pull {
+) -> (Pull, Interest) {
     let key = (image.clone(), platform.clone(), access.clone());
     // Let go of before the task is made: a runtime that shuts down drops the task there and then, and its landing takes
     // the lock again.
     let mut flights = shared.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(under_way) = flights.get(&key).filter(|pull| pull.gate.join(terms)) {
-        return under_way.clone();
+    let joined = flights.get(&key).and_then(|pull| Some((pull.clone(), pull.gate.join(terms)?)));
+    if let Some((pull, claim)) = joined {
+        let gate = pull.gate.clone();
+        return (pull, Interest { gate, claim });
     }
     let (board, progress) = Board::new();
     let (sender, outcome) = oneshot::channel();
-    let gate = Gate::new(&shared.traffic, terms);
+    let (gate, claim) = Gate::new(&shared.traffic, terms);
     let pull = Pull { progress, outcome: outcome.shared(), gate: gate.clone() };
     // One that was given up clears up behind itself, beside this one.
     flights.insert(key.clone(), pull.clone());
     drop(flights);
     shared.observer.started();
     let span = tracing::info_span!("pull", %image, %platform, tenant = %access.tenant);
+    let interest = Interest { gate: gate.clone(), claim };
     let landing = Landing { shared: shared.clone(), key, gate };
     tokio::spawn(fly(landing, board, sender).instrument(span));
-    pull
+    (pull, interest)
 }
 
 async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {

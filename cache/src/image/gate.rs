@@ -6,12 +6,15 @@
 //! | who comes | what becomes of the one who is there |
 //! |---|---|
 //! | a launcher, for the same image | its pull is a launcher's from now on: what it has fetched counts |
-//! | any pull, to a blob or layer that it is at | it goes on, as one of that class |
+//! | any pull, to a blob or layer that it is at | it goes on, as that one would, until that one has its turn |
 //! | nobody any more: its jobs were cancelled | it ends |
 
 use std::{
     num::NonZeroU64,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -47,6 +50,10 @@ impl Budget {
     /// So many.
     pub fn new(bytes_per_second: NonZeroU64) -> Self {
         Self { bytes_per_second, free_at: Mutex::default() }
+    }
+
+    fn larger<'a>(self: &'a Arc<Self>, other: &'a Arc<Self>) -> &'a Arc<Self> {
+        if other.bytes_per_second > self.bytes_per_second { other } else { self }
     }
 
     /// Takes them; says when it goes on.
@@ -99,17 +106,49 @@ fn is_open(class: Class, under_way: &[usize; CLASSES]) -> bool {
     under_way[class as usize + 1..].iter().all(|count| *count == 0)
 }
 
+/// Names a claim for as long as there is the pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ClaimId(u64);
+
+impl ClaimId {
+    pub(super) fn new() -> Self {
+        Self(NEXT_CLAIM.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+static NEXT_CLAIM: AtomicU64 = AtomicU64::new(0);
+
+/// Somebody's claim on a pull: it goes on as its most urgent one says.
+#[derive(Clone, Debug)]
+struct Claim {
+    id: ClaimId,
+    terms: Terms,
+    /// Of one who waits for something that the pull is at, and does not need the pull itself.
+    is_lent: bool,
+}
+
 #[derive(Clone, Debug)]
 struct State {
-    class: Class,
-    budget: Option<Arc<Budget>>,
-    stays: bool,
-    /// How many wait for it that may leave.
-    waiting: usize,
+    claims: Vec<Claim>,
     /// Nobody wants it any more.
     given_up: bool,
     /// It is not under way any more.
     ended: bool,
+}
+
+impl State {
+    fn class(&self) -> Class {
+        self.claims.iter().map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
+    }
+
+    /// The largest of the most urgent.
+    fn budget(&self) -> Option<Arc<Budget>> {
+        let class = self.class();
+        let mut budgets =
+            self.claims.iter().filter(|c| c.terms.class == class).map(|c| c.terms.budget.as_ref());
+        let first = budgets.next()??;
+        budgets.try_fold(first, |most, next| next.map(|next| most.larger(next))).cloned()
+    }
 }
 
 /// A pull's.
@@ -120,78 +159,81 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    pub(super) fn new(traffic: &Traffic, terms: &Terms) -> Arc<Self> {
-        let Terms { class, budget, stays } = terms.clone();
-        traffic.count(class, 1);
-        let state =
-            State { class, budget, stays, waiting: usize::from(!stays), given_up: false, ended: false };
-        Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state) })
+    /// Of a pull that is begun on these terms.
+    pub(super) fn new(traffic: &Traffic, terms: &Terms) -> (Arc<Self>, ClaimId) {
+        let id = ClaimId::new();
+        let claim = Claim { id, terms: terms.clone(), is_lent: false };
+        traffic.count(terms.class, 1);
+        let state = State { claims: vec![claim], given_up: false, ended: false };
+        (Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state) }), id)
     }
 
-    /// Somebody else wants the same. False: it has been given up, and has to be begun anew.
-    pub(super) fn join(&self, terms: &Terms) -> bool {
+    /// Somebody else wants the same. `None`: it has been given up, and has to be begun anew.
+    pub(super) fn join(&self, terms: &Terms) -> Option<ClaimId> {
+        let id = ClaimId::new();
+        let mut joined = None;
         self.change(|state| {
-            if state.given_up {
-                return;
+            if !state.given_up {
+                state.claims.push(Claim { id, terms: terms.clone(), is_lent: false });
+                joined = Some(id);
             }
-            state.waiting += usize::from(!terms.stays);
-            state.stays |= terms.stays;
-            // Who may take more has the say.
-            if terms.class > state.class || terms.class == state.class && terms.budget.is_none() {
-                state.budget.clone_from(&terms.budget);
-            }
-            state.class = state.class.max(terms.class);
         });
-        !self.state.borrow().given_up
+        joined
     }
 
-    /// One who has begun or joined it, and may leave, does.
-    pub(super) fn leave(&self) {
-        self.change(|state| {
-            state.waiting = state.waiting.saturating_sub(1);
-            state.given_up |= state.waiting == 0 && !state.stays;
-        });
-    }
-
-    /// The pull of another gate waits for what this one is at.
-    pub(super) fn hasten(&self, waiting: &Self) {
-        let (class, is_bounded) = {
+    /// The pull of another gate waits for what this one is at. Told again when that one's terms have changed.
+    pub(super) fn lend(&self, id: ClaimId, waiting: &Self) {
+        let terms = {
             let waiting = waiting.state.borrow();
-            (waiting.class, waiting.budget.is_some())
+            Terms { class: waiting.class(), budget: waiting.budget(), stays: false }
         };
-        let is_slower = |state: &State| {
-            state.class < class || state.class == class && state.budget.is_some() && !is_bounded
+        let is_known = |claim: &Claim| {
+            let same_budget = match (&claim.terms.budget, &terms.budget) {
+                (None, None) => true,
+                (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+                _ => false,
+            };
+            claim.id == id && claim.terms.class == terms.class && same_budget
         };
         // Looked at first: each change wakes who waits at the gate.
-        if !is_slower(&self.state.borrow()) {
+        if self.state.borrow().claims.iter().any(is_known) {
             return;
         }
         self.change(|state| {
-            state.class = state.class.max(class);
-            state.budget = None;
+            state.claims.retain(|claim| claim.id != id);
+            state.claims.push(Claim { id, terms, is_lent: true });
+        });
+    }
+
+    /// Takes a claim back. Of one whose terms say that it stays, nothing happens.
+    pub(super) fn leave(&self, id: ClaimId) {
+        self.change(|state| {
+            state.claims.retain(|claim| claim.id != id || claim.terms.stays);
+            state.given_up |= state.claims.iter().all(|claim| claim.is_lent);
         });
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         self.state.send_modify(|state| {
-            let before = state.class;
+            let before = state.class();
             change(state);
-            if state.class != before && !state.ended {
-                self.traffic.count(state.class, 1);
+            let now = state.class();
+            if now != before && !state.ended {
+                self.traffic.count(now, 1);
                 self.traffic.count(before, -1);
             }
         });
     }
 
     pub(super) fn class(&self) -> Class {
-        self.state.borrow().class
+        self.state.borrow().class()
     }
 
     /// The pull is not under way any more. To be called once.
     pub(super) fn end(&self) {
         self.state.send_modify(|state| {
             state.ended = true;
-            self.traffic.count(state.class, -1);
+            self.traffic.count(state.class(), -1);
         });
     }
 
@@ -217,10 +259,13 @@ impl Gate {
     pub(super) async fn pass(&self) -> Result<()> {
         let (mut state, mut traffic) = (self.state.subscribe(), self.traffic.0.subscribe());
         loop {
-            let State { class, given_up, .. } = *state.borrow_and_update();
-            if given_up {
-                return Err(given_up_on());
-            }
+            let class = {
+                let state = state.borrow_and_update();
+                if state.given_up {
+                    return Err(given_up_on());
+                }
+                state.class()
+            };
             if is_open(class, &traffic.borrow_and_update()) {
                 return Ok(());
             }
@@ -231,22 +276,25 @@ impl Gate {
         }
     }
 
-    /// Takes so many bytes, and waits until it may take more.
+    /// Takes so many bytes, and waits until it may take more, by its budget. 0 bytes: only waits.
     ///
     /// # Errors
     /// As [`Self::pass`].
     pub(super) async fn spend(&self, bytes: u64) -> Result<()> {
         let mut state = self.state.subscribe();
-        let budget = state.borrow_and_update().budget.clone();
+        let budget = state.borrow_and_update().budget();
         let Some(budget) = budget else { return Ok(()) };
         let until = budget.take(bytes, Instant::now());
         loop {
-            let now = state.borrow_and_update().clone();
-            if now.given_up {
-                return Err(given_up_on());
-            }
-            if now.budget.is_none() {
-                return Ok(());
+            {
+                let now = state.borrow_and_update();
+                if now.given_up {
+                    return Err(given_up_on());
+                }
+                // On other terms it goes on at once.
+                if now.budget().is_none_or(|now| !Arc::ptr_eq(&now, &budget)) {
+                    return Ok(());
+                }
             }
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return Ok(()),
@@ -269,7 +317,18 @@ mod tests {
     }
 
     async fn passes(gate: &Gate) -> bool {
-        tokio::time::timeout(Duration::from_secs(1), gate.pass()).await.is_ok()
+        tokio::time::timeout(Duration::from_secs(1), gate.pass()).await.is_ok_and(|passed| passed.is_ok())
+    }
+
+    fn budget(bytes_per_second: u64) -> Option<Arc<Budget>> {
+        NonZeroU64::new(bytes_per_second).map(Budget::new).map(Arc::new)
+    }
+
+    /// How many seconds it takes to take so many bytes.
+    async fn seconds(gate: &Gate, bytes: u64) -> u64 {
+        let begun = Instant::now();
+        assert!(gate.spend(bytes).await.is_ok());
+        begun.elapsed().as_secs()
     }
 
     #[tokio::test(start_paused = true)]
@@ -279,7 +338,8 @@ mod tests {
         for one in all {
             for other in all {
                 let traffic = Traffic::default();
-                let (gate, beside) = (Gate::new(&traffic, &terms(one)), Gate::new(&traffic, &terms(other)));
+                let ((gate, _), (beside, _)) =
+                    (Gate::new(&traffic, &terms(one)), Gate::new(&traffic, &terms(other)));
                 assert_eq!(passes(&gate).await, one >= other, "{one:?} beside {other:?}");
                 assert_eq!(gate.is_open(), one >= other);
                 beside.end();
@@ -289,51 +349,65 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_launcher_takes_over_and_one_who_waits_is_hastened() {
+    async fn a_launcher_takes_over_for_good_and_one_who_waits_lends_for_a_while() {
         let traffic = Traffic::default();
-        let budget = Some(Arc::new(Budget::new(NonZeroU64::MIN)));
-        let job = Terms { class: Class::Background, budget, stays: false };
-        let (joined, hastened) = (Gate::new(&traffic, &job), Gate::new(&traffic, &job));
-        let launcher = Gate::new(&traffic, &Terms::LAUNCHER);
-        assert!(!passes(&joined).await && !passes(&hastened).await);
-        assert!(joined.join(&Terms::LAUNCHER));
-        hastened.hasten(&launcher);
-        launcher.end();
-        for gate in [&joined, &hastened] {
+        let job = || Terms { class: Class::Background, budget: budget(1), stays: false };
+        let ((joined, job_of_joined), (lent, job_of_lent)) =
+            (Gate::new(&traffic, &job()), Gate::new(&traffic, &job()));
+        let (launcher, _) = Gate::new(&traffic, &Terms::LAUNCHER);
+        assert!(!passes(&joined).await && !passes(&lent).await);
+        assert!(joined.join(&Terms::LAUNCHER).is_some());
+        let loan = ClaimId(u64::MAX);
+        lent.lend(loan, &launcher);
+        for gate in [&joined, &lent] {
             assert!(passes(gate).await);
-            let begun = Instant::now();
-            assert!(gate.spend(1 << 40).await.is_ok());
-            assert_eq!(begun.elapsed(), Duration::ZERO, "the job's budget holds still");
+            assert_eq!(seconds(gate, 1 << 40).await, 0, "the job's budget holds still");
         }
-        // The one goes on without its job, the other does not.
-        joined.leave();
-        hastened.leave();
-        assert!(passes(&joined).await && joined.pass().await.is_ok());
-        assert!(hastened.pass().await.is_err());
-        assert!(!hastened.join(&Terms::LAUNCHER), "it has been given up");
+        // Each loan is one, however often it is told.
+        lent.lend(loan, &launcher);
+        lent.leave(loan);
+        launcher.end();
+        assert!(!passes(&lent).await, "the other one is a launcher's now");
+        joined.leave(job_of_joined);
+        assert!(passes(&joined).await, "a launcher's goes on without its job");
         joined.end();
-        hastened.end();
-        hastened.hasten(&launcher);
+        assert!(passes(&lent).await);
+        assert_eq!(seconds(&lent, 7).await, 7, "its budget is back");
+        lent.leave(job_of_lent);
+        assert!(lent.pass().await.is_err());
+        assert_eq!(lent.join(&Terms::LAUNCHER), None, "it has been given up");
+        lent.end();
+        lent.lend(loan, &launcher);
         assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pull_of_two_jobs_goes_on_for_the_second() {
-        let gate = Gate::new(&Traffic::default(), &terms(Class::Background));
-        assert!(gate.join(&terms(Class::Normal)));
-        assert_eq!(gate.class(), Class::Normal);
-        gate.leave();
-        assert!(gate.pass().await.is_ok());
-        gate.leave();
+    async fn a_pull_of_two_jobs_goes_on_for_the_second_as_that_one_says() {
+        let (gate, first) = Gate::new(&Traffic::default(), &terms(Class::Normal));
+        let job = Terms { class: Class::Background, budget: budget(10), stays: false };
+        let second = gate.join(&job).unwrap_or(first);
+        assert_eq!((gate.class(), seconds(&gate, 100).await), (Class::Normal, 0));
+        gate.leave(first);
+        assert_eq!((gate.class(), seconds(&gate, 100).await), (Class::Background, 10));
+        // Of two budgets the larger one counts, also for who has begun to wait.
+        let (waited, third) = tokio::join!(seconds(&gate, 1000), async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            gate.join(&Terms { budget: budget(100), ..job.clone() }).unwrap_or(first)
+        });
+        assert_eq!((waited, seconds(&gate, 100).await), (1, 1));
+        gate.leave(second);
+        // One who waits without being interested keeps nothing going.
+        let (other, _) = Gate::new(&Traffic::default(), &Terms::LAUNCHER);
+        gate.lend(ClaimId(u64::MAX), &other);
+        gate.leave(third);
         assert_eq!(gate.pass().await.map_err(|e| e.reason()), Err(Reason::PrefetchCancelled));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_budget_is_shared_and_kept() {
-        let budget = Arc::new(Budget::new(NonZeroU64::new(1000).unwrap_or(NonZeroU64::MIN)));
+        let terms = Terms { class: Class::Background, budget: budget(1000), stays: false };
         let traffic = Traffic::default();
-        let terms = Terms { class: Class::Background, budget: Some(budget), stays: false };
-        let (one, two) = (Gate::new(&traffic, &terms), Gate::new(&traffic, &terms));
+        let ((one, claim), (two, _)) = (Gate::new(&traffic, &terms), Gate::new(&traffic, &terms));
         let begun = Instant::now();
         let spend = async |gate: &Gate| {
             for _ in 0..10 {
@@ -345,14 +419,14 @@ mod tests {
         assert!((Duration::from_millis(9900)..Duration::from_millis(10_100)).contains(&took), "{took:?}");
         // What was not taken is not saved up.
         tokio::time::sleep(Duration::from_secs(100)).await;
-        let begun = Instant::now();
-        assert!(one.spend(2000).await.is_ok());
-        assert_eq!(begun.elapsed().as_secs(), 2);
+        assert_eq!(seconds(&one, 2000).await, 2);
+        assert_eq!(seconds(&one, 0).await, 0, "nothing is owed");
         // A cancelled job does not sleep on.
+        let begun = Instant::now();
         let (_spent, ()) = tokio::join!(async { assert!(one.spend(1 << 40).await.is_err()) }, async {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            one.leave();
+            one.leave(claim);
         });
-        assert_eq!(begun.elapsed().as_secs(), 3);
+        assert_eq!(begun.elapsed().as_secs(), 1);
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use super::gate::Gate;
+use super::gate::{ClaimId, Gate};
 
 /// How long one waits for others that are not its kin.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,10 +41,10 @@ struct Named {
 }
 
 impl Named {
-    /// Those before `last` are not to let it wait for whom it need not wait itself.
-    fn hasten(&self, last: &Arc<Gate>) {
+    /// Who is before `last`.
+    fn before(&self, last: &Arc<Gate>) -> Vec<Arc<Gate>> {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.iter().take_while(|gate| !Arc::ptr_eq(gate, last)).for_each(|gate| gate.hasten(last));
+        queue.iter().take_while(|gate| !Arc::ptr_eq(gate, last)).cloned().collect()
     }
 }
 
@@ -68,14 +68,38 @@ impl Place {
         let locking = self.named.lock.clone().lock_owned();
         let Some(gate) = &self.gate else { return locking.await };
         tokio::pin!(locking);
+        let mut loans = Loans { id: ClaimId::new(), to: Vec::new() };
         loop {
             let changed = gate.changed();
-            self.named.hasten(gate);
+            for before in self.named.before(gate) {
+                before.lend(loans.id, gate);
+                loans.note(before);
+            }
             tokio::select! {
                 guard = &mut locking => return guard,
                 () = changed => {}
             }
         }
+    }
+}
+
+/// What was lent to others; taken back when this is dropped.
+struct Loans {
+    id: ClaimId,
+    to: Vec<Arc<Gate>>,
+}
+
+impl Loans {
+    fn note(&mut self, gate: Arc<Gate>) {
+        if !self.to.iter().any(|other| Arc::ptr_eq(other, &gate)) {
+            self.to.push(gate);
+        }
+    }
+}
+
+impl Drop for Loans {
+    fn drop(&mut self) {
+        self.to.iter().for_each(|gate| gate.leave(self.id));
     }
 }
 

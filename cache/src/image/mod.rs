@@ -10,6 +10,7 @@ mod gate;
 mod labels;
 mod locks;
 mod manifest;
+mod on_disk;
 pub(crate) mod pace;
 mod platform;
 mod progress;
@@ -34,6 +35,7 @@ pub use flight::{Interest, Pull};
 pub use gate::{Budget, Class, Terms};
 pub use manifest::ProcessConfig;
 pub(crate) use manifest::{ACCEPTED, DOCUMENT_MAX_BYTES};
+pub use on_disk::OnDisk;
 pub use platform::Platform;
 pub use progress::{LayerProgress, LayerStage, Progress, PullStage};
 pub use reference::ImageRef;
@@ -85,6 +87,8 @@ pub struct ImageInfo {
     pub layers: u32,
     pub unpacked: bool,
     pub created_at: Option<SystemTime>,
+    /// Looked up on demand.
+    pub on_disk: Option<OnDisk>,
 }
 
 impl From<ResolvedImage> for ImageInfo {
@@ -98,6 +102,7 @@ impl From<ResolvedImage> for ImageInfo {
             layers: image.layers,
             unpacked: true,
             created_at: image.created_at,
+            on_disk: None,
         }
     }
 }
@@ -244,6 +249,8 @@ struct Shared {
     flights: flight::Flights,
     /// How many are under way, by how urgent they are.
     traffic: gate::Traffic,
+    /// How much room layers take, by chain id.
+    sizes: on_disk::Sizes,
     /// Whose is what, and what registries said of who may have it.
     owners: access::Owners,
     answers: access::Answers,
@@ -279,6 +286,7 @@ impl Images {
             running: Mutex::default(),
             flights: flight::Flights::default(),
             traffic: gate::Traffic::default(),
+            sizes: on_disk::Sizes::default(),
             owners: access::Owners::default(),
             answers: access::Answers::default(),
             asked: Mutex::default(),
@@ -291,7 +299,8 @@ impl Images {
 
     /// Joins the pull of this image, or begins it, for somebody who waits for it.
     pub fn pull(&self, image: &ImageRef, platform: &Platform, access: &Access) -> Pull {
-        flight::join(&self.0, image, platform, access, &Terms::LAUNCHER)
+        // Its interest stays.
+        flight::join(&self.0, image, platform, access, &Terms::LAUNCHER).0
     }
 
     /// The same ahead of need: it gives way to those of higher classes, and ends if all who are interested in it go.
@@ -303,9 +312,7 @@ impl Images {
         terms: &Terms,
     ) -> (Pull, Interest) {
         let terms = Terms { stays: false, ..terms.clone() };
-        let pull = flight::join(&self.0, image, platform, access, &terms);
-        let interest = pull.interest();
-        (pull, interest)
+        flight::join(&self.0, image, platform, access, &terms)
     }
 
     /// How many pulls are under way.
@@ -319,7 +326,25 @@ impl Images {
         let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
         let mut images = Vec::with_capacity(records.len());
         for record in records {
-            images.push(shared.info(record, platform).await?);
+            images.push(shared.info(record, platform).await?.0);
+        }
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(images)
+    }
+
+    /// The same, with the room that each takes.
+    pub async fn list_on_disk(&self, platform: &Platform) -> Result<Vec<ImageInfo>> {
+        let shared = &self.0;
+        let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
+        let (mut images, mut chains) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
+        for record in records {
+            let (image, facts) = shared.info(record, platform).await?;
+            chains.push(facts.filter(|_| image.unpacked));
+            images.push(image);
+        }
+        let sizes = shared.on_disk(&chains).await?;
+        for (image, size) in images.iter_mut().zip(sizes) {
+            image.on_disk = size;
         }
         images.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(images)
@@ -327,7 +352,11 @@ impl Images {
 }
 
 impl Shared {
-    async fn info(&self, record: ImageRecord, platform: &Platform) -> Result<ImageInfo> {
+    async fn info(
+        &self,
+        record: ImageRecord,
+        platform: &Platform,
+    ) -> Result<(ImageInfo, Option<Arc<Facts>>)> {
         // A record that we cannot read is listed as it is.
         let facts = match record.target.digest.parse::<Digest>() {
             Ok(target) => self.facts(&target, platform).await.unwrap_or_default(),
@@ -337,7 +366,7 @@ impl Shared {
             Some(facts) => self.has_snapshot(&facts.chain_id).await?,
             None => false,
         };
-        Ok(ImageInfo {
+        let info = ImageInfo {
             name: record.name,
             target_digest: record.target.digest,
             manifest_digest: facts.as_ref().map(|f| f.manifest.to_string()),
@@ -346,7 +375,9 @@ impl Shared {
             layers: facts.as_ref().map_or(0, |f| f.layers),
             unpacked,
             created_at: record.created_at,
-        })
+            on_disk: None,
+        };
+        Ok((info, facts))
     }
 
     /// containerd's record of the image, if there is one.

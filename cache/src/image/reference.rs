@@ -40,7 +40,13 @@ impl ImageRef {
         if let Some(digest) = reference.digest() {
             digest.parse::<super::Digest>().map_err(|e| wrong(&e.to_string()))?;
         }
-        Ok(Self(reference))
+        let parsed = Self(reference);
+        // With the registry and tag that it means, it may be longer.
+        let full = parsed.to_string().len();
+        if full > MAX_BYTES {
+            return Err(wrong(&format!("it has {full} bytes in its full form, {MAX_BYTES} are allowed")));
+        }
+        Ok(parsed)
     }
 
     /// Registry host, with its port if it has one.

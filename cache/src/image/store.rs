@@ -117,7 +117,7 @@ impl Store<'_> {
             let tried = self.brake.or(Box::pin(self.try_fetch(&errand, tries.failed, &progress))).await;
             let broken = match tried.unwrap_or_else(|stopped| Err(Broken::ForGood(stopped))) {
                 Ok(()) => return Ok(Cache::Miss),
-                Err(Broken::GaveWay) => match self.pass().await {
+                Err(Broken::GaveWay) => match self.ready().await {
                     Ok(()) => continue,
                     Err(stopped) => Broken::ForGood(stopped),
                 },
@@ -203,16 +203,21 @@ impl Store<'_> {
             if !pace.keeps(part.len(), asked.elapsed()) {
                 return Err(Broken::ForNow(self.interrupted(blob, &source.endpoint, "it is too slow")));
             }
-            self.give_way(part.len() as u64).await?;
             self.shared.observer.fetched(part.len() as u64);
             piece.extend_from_slice(&part);
+            let gave_way = self.give_way(part.len() as u64).await;
             if writer.offset() + piece.len() as u64 > blob.size {
                 return Err(Broken::Wrong(
                     self.corrupt(blob, "the registry serves more bytes than its manifest says"),
                 ));
             }
-            if piece.len() >= PIECE {
+            if piece.len() >= PIECE || gave_way.is_err() {
                 self.flush(writer, &mut piece, tap, progress).await?;
+            }
+            match gave_way {
+                // Nothing is left to wait for.
+                Err(Broken::GaveWay) if writer.offset() == blob.size => {}
+                gave_way => gave_way?,
             }
         }
         self.flush(writer, &mut piece, tap, progress).await?;
@@ -231,10 +236,19 @@ impl Store<'_> {
         self.brake.or(self.gate.pass()).await?
     }
 
-    /// So many bytes have come: lets others go first.
+    /// The same, and it owes its budget nothing.
+    async fn ready(&self) -> Result<()> {
+        self.brake.or(self.gate.spend(0)).await??;
+        self.pass().await
+    }
+
+    /// So many bytes have come: lets others go first, and keeps to its budget.
     async fn give_way(&self, bytes: u64) -> Result<(), Broken> {
-        self.gate.spend(bytes).await.map_err(Broken::ForGood)?;
-        match tokio::time::timeout(STANDSTILL, self.gate.pass()).await {
+        let go_on = async {
+            self.gate.spend(bytes).await?;
+            self.gate.pass().await
+        };
+        match tokio::time::timeout(STANDSTILL, go_on).await {
             Ok(passed) => passed.map_err(Broken::ForGood),
             Err(_) => Err(Broken::GaveWay),
         }

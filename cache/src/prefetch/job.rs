@@ -25,10 +25,15 @@ use crate::{
 
 /// So many images a job may have.
 pub const IMAGES_MAX: usize = 1000;
+/// So many of a job's images may be pulled at a time.
+pub const CONCURRENCY_MAX: u32 = 64;
 /// So many jobs may run.
 const RUNNING_MAX: usize = 1000;
 /// So many that have ended are remembered, the latest.
 const REMEMBERED: usize = 1000;
+/// So many images all that run may have, and all jobs: each is some hundred bytes in memory and in the ledger.
+const RUNNING_IMAGES_MAX: usize = 10_000;
+const REMEMBERED_IMAGES: usize = 20_000;
 
 /// A job's name: made of what VM ids are made of.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -71,7 +76,7 @@ impl fmt::Display for JobId {
 }
 
 /// An image that is wanted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Wanted {
     /// Its full reference.
     pub image: String,
@@ -84,6 +89,12 @@ impl Wanted {
     pub(crate) fn parse(&self) -> Result<(ImageRef, Platform)> {
         Ok((ImageRef::parse(&self.image)?, Platform::parse(&self.platform)?))
     }
+}
+
+/// The first that is there twice.
+pub(crate) fn twice(images: &[Wanted]) -> Option<&Wanted> {
+    let mut seen = std::collections::HashSet::new();
+    images.iter().find(|wanted| !seen.insert(*wanted))
 }
 
 /// What a job is to do.
@@ -133,6 +144,8 @@ pub enum Stage {
     Here {
         /// Digest of its manifest.
         manifest: String,
+        /// Sum of its layers, compressed.
+        bytes: u64,
         /// Whether nothing had to be fetched or unpacked.
         was_there: bool,
         /// When.
@@ -216,12 +229,13 @@ impl Job {
         self.ended.is_none().then(|| Self { ended: Some((how, now)), ..self.clone() })
     }
 
-    /// Whether what was read can have been written.
+    /// Whether what was read can have been written. A name that is no image's is found out when it is pulled: no job may keep
+    /// the ledger from being used.
     fn check(&self) -> Result<(), String> {
-        if self.stages.len() != self.plan.images.len() || self.stages.is_empty() {
-            return Err(format!("{} images and {} outcomes", self.plan.images.len(), self.stages.len()));
+        if self.stages.len() == self.plan.images.len() && !self.stages.is_empty() {
+            return Ok(());
         }
-        self.plan.images.iter().try_for_each(|wanted| wanted.parse().map(drop).map_err(|e| e.to_string()))
+        Err(format!("{} images and {} outcomes", self.plan.images.len(), self.stages.len()))
     }
 }
 
@@ -270,19 +284,27 @@ impl Jobs {
                 .with("job_id", &id)
                 .with("differences", differences));
         }
-        if self.running().count() >= RUNNING_MAX {
+        let images = self.running().map(|job| job.stages.len()).sum::<usize>() + plan.images.len();
+        if self.running().count() >= RUNNING_MAX || images > RUNNING_IMAGES_MAX {
             let message = format!(
-                "{RUNNING_MAX} prefetch jobs are running: wait for some of them, or cancel them, then create this one"
+                "{RUNNING_MAX} prefetch jobs are running, or have {RUNNING_IMAGES_MAX} images with this one: wait for some of \
+                 them, or cancel them, then create this one"
             );
             return Err(Error::new(Reason::NotReady, message));
         }
         let job = Arc::new(Job::begin(id.clone(), plan, now));
         let mut changes = vec![(id, Some(job.clone()))];
         let mut ended: Vec<_> =
-            self.0.values().filter_map(|job| job.ended.map(|(_, at)| (at, &job.id))).collect();
-        ended.sort();
-        let too_many = ended.len().saturating_sub(REMEMBERED - 1);
-        changes.extend(ended.into_iter().take(too_many).map(|(_, id)| (id.clone(), None)));
+            self.0.values().filter_map(|job| job.ended.map(|(_, at)| (at, job))).collect();
+        // The latest first.
+        ended.sort_by(|a, b| (b.0, &b.1.id).cmp(&(a.0, &a.1.id)));
+        let mut room = REMEMBERED_IMAGES.saturating_sub(images);
+        let mut is_forgotten = |at: usize, job: &Job| {
+            room = room.saturating_sub(job.stages.len());
+            at + 1 >= REMEMBERED || room == 0
+        };
+        let forgotten = ended.iter().enumerate().filter(|(at, (_, job))| is_forgotten(*at, job));
+        changes.extend(forgotten.map(|(_, (_, job))| (job.id.clone(), None)));
         Ok((job, changes))
     }
 
@@ -330,7 +352,7 @@ mod tests {
     }
 
     fn here(at: i64) -> Stage {
-        Stage::Here { manifest: "sha256:0".to_owned(), was_there: false, at: UnixMicros(at) }
+        Stage::Here { manifest: "sha256:0".to_owned(), bytes: 1, was_there: false, at: UnixMicros(at) }
     }
 
     fn failed(at: i64) -> Stage {
@@ -422,6 +444,28 @@ mod tests {
     }
 
     #[test]
+    fn so_many_images_are_remembered() {
+        let names: Vec<String> = (0..IMAGES_MAX).map(|n| format!("r/a:{n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut jobs = Jobs::default();
+        let running = RUNNING_IMAGES_MAX / IMAGES_MAX;
+        let count = |jobs: &Jobs| jobs.after(None).map(|job| job.stages.len()).sum::<usize>();
+        for round in 0..4_usize {
+            for n in 0..running {
+                create(&mut jobs, &format!("j{round}.{n}"), plan(&names), 0);
+                assert!(count(&jobs) <= REMEMBERED_IMAGES, "{}", count(&jobs));
+            }
+            assert!(jobs.create(id("more"), plan(&["r/a:1"]), UnixMicros(1)).is_err());
+            for n in 0..running {
+                let name = id(&format!("j{round}.{n}"));
+                let ended = jobs.end(&name, End::Cancelled, UnixMicros(i64::try_from(round).unwrap()));
+                jobs.apply((name, ended));
+            }
+        }
+        assert!(jobs.get(&id("j3.0")).is_some() && jobs.get(&id("j0.0")).is_none());
+    }
+
+    #[test]
     fn what_is_read_is_checked() {
         let job = Job::begin(id("j"), plan(&["r/a:1"]), UnixMicros(0));
         let written = serde_json::to_string(&job).unwrap();
@@ -432,11 +476,15 @@ mod tests {
         );
         for damaged in [
             Job { stages: Vec::new(), ..job.clone() },
-            Job { plan: plan(&["r/A:1"]), ..job.clone() },
             Job { plan: plan(&[]), stages: Vec::new(), ..job.clone() },
         ] {
             assert!(Jobs::load(vec![damaged]).is_err());
         }
+        let odd = Job { plan: plan(&["r/A:1"]), ..job.clone() };
+        assert!(
+            Jobs::load(vec![odd]).is_ok(),
+            "a name that is none any more keeps the ledger from being used"
+        );
         let deadline = Some(Ttl::from_seconds(3).unwrap());
         let job = Job { plan: Plan { deadline, ..job.plan.clone() }, ..job };
         assert_eq!(job.late_at(), Some(UnixMicros(3_000_000)));

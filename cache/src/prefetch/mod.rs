@@ -15,8 +15,14 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
-use tokio::{sync::watch, task::AbortHandle};
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, join_all},
+};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::AbortHandle,
+};
 
 use crate::{
     admission::Admission,
@@ -28,12 +34,19 @@ use crate::{
     ledger::Ledger,
     metrics::Metrics,
     registry::Credential,
+    tasks::Tasks,
 };
 use job::{End, Job, JobId, Plan, Stage};
 
 /// Pause before an image is tried again.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// What fails for no reason of the image's or its registry's is tried so often.
+const TRIES_MAX: u32 = 5;
+/// Images that are pulled at a time, of all jobs.
+const PULLS_MAX: usize = 16;
+/// More room is not asked for, in percent.
+const ROOM_MAX_PERCENT: u8 = 95;
 /// How often it is looked whether a new pull may begin, when none may.
 const ADMISSION_PAUSE: Duration = Duration::from_secs(1);
 /// How often the warm set is looked at.
@@ -124,9 +137,11 @@ pub struct Picture {
 pub trait Permit: Send + Sync {
     /// Refuses if none may.
     async fn admit(&self) -> Result<()>;
+    /// Waits until those that have begun are to be given up.
+    async fn withdrawn(&self);
 }
 
-/// What admits Acquires.
+/// What admits Acquires, when there is twice the room that they need.
 pub struct Permits {
     /// Whether anything new is taken on.
     pub drain: Drain,
@@ -140,7 +155,19 @@ pub struct Permits {
 impl Permit for Permits {
     async fn admit(&self) -> Result<()> {
         self.drain.admit()?;
-        self.admission.admit(&self.kernel).await
+        let Admission { data_headroom_percent, metadata_headroom_percent, .. } = self.admission;
+        let admission = Admission {
+            data_headroom_percent: data_headroom_percent.saturating_mul(2).min(ROOM_MAX_PERCENT),
+            metadata_headroom_percent: metadata_headroom_percent.saturating_mul(2).min(ROOM_MAX_PERCENT),
+            ..self.admission.clone()
+        };
+        admission.admit(&self.kernel).await
+    }
+
+    async fn withdrawn(&self) {
+        // The sender lives as long as the service.
+        let mut changes = self.drain.changes();
+        let _drains = changes.wait_for(|drains| *drains).await;
     }
 }
 
@@ -153,7 +180,9 @@ struct Inner {
     puller: Arc<dyn Puller>,
     permit: Arc<dyn Permit>,
     clock: Clock,
+    tasks: Tasks,
     metrics: Metrics,
+    pulls: Semaphore,
     live: Mutex<HashMap<JobId, Arc<Live>>>,
 }
 
@@ -164,10 +193,11 @@ impl Prefetcher {
         puller: Arc<dyn Puller>,
         permit: Arc<dyn Permit>,
         clock: Clock,
+        tasks: Tasks,
         metrics: Metrics,
     ) -> Self {
-        let live = Mutex::default();
-        Self(Arc::new(Inner { ledger, puller, permit, clock, metrics, live }))
+        let (live, pulls) = (Mutex::default(), Semaphore::new(PULLS_MAX));
+        Self(Arc::new(Inner { ledger, puller, permit, clock, tasks, metrics, pulls, live }))
     }
 
     /// Goes on with all jobs that have not ended.
@@ -179,8 +209,15 @@ impl Prefetcher {
         }
     }
 
-    /// Has the jobs follow the files of a directory, for ever; see [`warm`].
+    /// Has the jobs follow the files of a directory, until the service stops; see [`warm`].
     pub async fn follow(&self, directory: PathBuf) {
+        tokio::select! {
+            () = self.follow_on(directory) => {}
+            () = self.0.tasks.closing() => {}
+        }
+    }
+
+    async fn follow_on(&self, directory: PathBuf) {
         let mut said = BTreeMap::new();
         loop {
             let at = directory.clone();
@@ -234,11 +271,16 @@ impl Prefetcher {
 
     /// Creates a job and runs it; see `CreatePrefetch` in the API. One that is there is given the credentials.
     pub async fn create(&self, id: JobId, plan: Plan, credential: Option<Credential>) -> Result<Picture> {
-        let job = self.0.ledger.create_job(id, plan, self.0.clock.now().wall).await?;
-        if job.ended.is_none() {
-            self.run(&job, credential);
-        }
-        Ok(self.picture(job))
+        let this = self.clone();
+        // In a task of its own: what is written is run, also if the caller goes away.
+        finished(async move {
+            let job = this.0.ledger.create_job(id, plan, this.0.clock.now().wall).await?;
+            if job.ended.is_none() {
+                this.run(&job, credential);
+            }
+            Ok(this.picture(job))
+        })
+        .await
     }
 
     /// Cancels a job; what it was pulling for nobody else is given up. One that has ended stays as it is.
@@ -300,9 +342,14 @@ impl Prefetcher {
         self.0.metrics.prefetch_jobs(all.len());
         let (this, job_, live_) = (self.clone(), job.clone(), live.clone());
         let task = tokio::spawn(async move {
-            let end = this.work(&job_, &live_).await;
-            tracing::info!(job = %job_.id, ?end, "a prefetch job has ended");
-            this.forget(&job_.id, &live_);
+            // Also if it panics.
+            let _running = Running { of: this.clone(), id: job_.id.clone(), live: live_.clone() };
+            tokio::select! {
+                end = this.work(&job_, &live_) => {
+                    tracing::info!(job = %job_.id, ?end, "a prefetch job has ended");
+                }
+                () = this.0.tasks.closing() => {}
+            }
         });
         *live.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
     }
@@ -316,18 +363,21 @@ impl Prefetcher {
     }
 
     async fn end(&self, id: &JobId, how: End) -> Result<()> {
-        let ended = self.0.ledger.end_job(id.clone(), how, self.0.clock.now().wall).await?;
-        if ended.is_some() {
-            let live = self.live().get(id).cloned();
+        let (this, id) = (self.clone(), id.clone());
+        // As for `create`.
+        finished(async move {
+            let ended = this.0.ledger.end_job(id.clone(), how, this.0.clock.now().wall).await?;
+            let live = ended.and_then(|_| this.live().get(&id).cloned());
             if let Some(live) = live {
                 let task = live.task.lock().unwrap_or_else(PoisonError::into_inner).take();
                 // What it has begun is dropped, and with it its interest in pulls.
                 task.inspect(AbortHandle::abort);
-                self.forget(id, &live);
+                this.forget(&id, &live);
                 tracing::info!(job = %id, ?how, "a prefetch job was ended");
             }
-        }
-        Ok(())
+            Ok(())
+        })
+        .await
     }
 
     /// Until it has ended. Says how, if the job itself has brought it about.
@@ -335,13 +385,11 @@ impl Prefetcher {
         let plan = &job.plan;
         let budget = plan.bytes_per_second.map(|rate: NonZeroU64| Arc::new(Budget::new(rate)));
         let terms = Terms { class: plan.class, budget, stays: false };
-        let concurrency = usize::try_from(plan.concurrency.get()).unwrap_or(usize::MAX);
-        let all = stream::iter(job.waiting().collect::<Vec<_>>())
-            .map(|at| self.fetch(job, live, at, &terms).boxed())
-            .buffer_unordered(concurrency)
-            .for_each(|()| std::future::ready(()));
+        // Held while one is pulled: those that are tried again later do not keep the others waiting.
+        let turns = Semaphore::new(usize::try_from(plan.concurrency.get()).unwrap_or(1));
+        let all = join_all(job.waiting().map(|at| self.fetch(job, live, at, (&terms, &turns)).boxed()));
         tokio::select! {
-            () = all => self.0.ledger.read_jobs(|jobs| jobs.get(&job.id)?.ended.map(|(how, _)| how)),
+            _ = all => self.0.ledger.read_jobs(|jobs| jobs.get(&job.id)?.ended.map(|(how, _)| how)),
             () = self.late(job) => {
                 let (ledger, clock, id) = (self.0.ledger.clone(), self.0.clock.clone(), job.id.clone());
                 persist(move || {
@@ -365,12 +413,12 @@ impl Prefetcher {
     }
 
     /// One image, until it is here, or is known not to be had.
-    async fn fetch(&self, job: &Job, live: &Live, at: usize, terms: &Terms) {
+    async fn fetch(&self, job: &Job, live: &Live, at: usize, (terms, turns): (&Terms, &Semaphore)) {
         let id = &job.id;
-        let mut pause = FIRST_PAUSE;
+        let (mut pause, mut broken) = (FIRST_PAUSE, 0);
         let outcome = loop {
-            match self.attempt(job, live, at, terms).await {
-                Err(error) if is_passing(error.reason()) => {
+            match self.attempt(job, live, at, (terms, turns)).await {
+                Err(error) if is_passing(error.reason(), &mut broken) => {
                     tracing::info!(job = %id, %error, "tried again");
                     live.see(at, |seen| seen.error = Some(error));
                 }
@@ -384,6 +432,7 @@ impl Prefetcher {
         let stage = match outcome {
             Ok((image, cache)) => Stage::Here {
                 manifest: image.manifest.to_string(),
+                bytes: image.compressed_bytes,
                 was_there: cache == Cache::Hit,
                 at: now.wall,
             },
@@ -406,7 +455,7 @@ impl Prefetcher {
         job: &Job,
         live: &Live,
         at: usize,
-        terms: &Terms,
+        (terms, turns): (&Terms, &Semaphore),
     ) -> Result<(ResolvedImage, Cache)> {
         let plan = &job.plan;
         let (image, platform) = plan.images[at].parse()?;
@@ -415,6 +464,9 @@ impl Prefetcher {
             // The sender lives as long as the job's task.
             let _given = credential.wait_for(Option::is_some).await;
         }
+        let closed = |_| Error::new(Reason::Stopping, "the service is stopping");
+        let _turn = turns.acquire().await.map_err(closed)?;
+        let _among_all = self.0.pulls.acquire().await.map_err(closed)?;
         while let Err(error) = self.0.permit.admit().await {
             live.see(at, |seen| seen.error = Some(error));
             tokio::time::sleep(ADMISSION_PAUSE).await;
@@ -428,7 +480,12 @@ impl Prefetcher {
                 seen.gives_way = gives_way;
             });
         };
-        let outcome = self.0.puller.pull((&image, &platform), &access, terms, &show).await;
+        let outcome = tokio::select! {
+            outcome = self.0.puller.pull((&image, &platform), &access, terms, &show) => outcome,
+            () = self.0.permit.withdrawn() => {
+                Err(Error::new(Reason::Draining, "the service is draining: it goes on when that is over"))
+            }
+        };
         live.see(at, |seen| seen.gives_way = false);
         if outcome.is_err() {
             live.see(at, |seen| seen.progress = None);
@@ -450,11 +507,39 @@ async fn persist(write: impl Fn() -> BoxFuture<'static, Result<()>> + Send) {
     }
 }
 
-/// Whether it may pass by itself.
-fn is_passing(reason: Reason) -> bool {
+/// Whether it may pass by itself. What nobody has foreseen may, but for so often.
+fn is_passing(reason: Reason, broken: &mut u32) -> bool {
     use tonic::Code::{Aborted, Internal, ResourceExhausted, Unavailable};
-    matches!(reason.code(), Unavailable | ResourceExhausted | Internal | Aborted)
-        || reason == Reason::ContainerdTimeout
+    match reason.code() {
+        Unavailable | ResourceExhausted | Aborted => true,
+        Internal => {
+            *broken += 1;
+            *broken < TRIES_MAX
+        }
+        _ => reason == Reason::ContainerdTimeout,
+    }
+}
+
+/// Runs it to its end, also if whoever waits for that goes away.
+async fn finished<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        let message =
+            format!("it has run into a defect of cowshed's, its log says where ({error}); report it");
+        Err(Error::new(Reason::InternalError, message))
+    })
+}
+
+/// A job's task.
+struct Running {
+    of: Prefetcher,
+    id: JobId,
+    live: Arc<Live>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.of.forget(&self.id, &self.live);
+    }
 }
 
 #[cfg(test)]

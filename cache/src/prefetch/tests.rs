@@ -6,7 +6,7 @@ use std::{
     collections::BTreeMap,
     num::NonZeroU32,
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use cowshed_leases::{Moment, Tenant, Ttl, UnixMicros};
@@ -26,7 +26,10 @@ struct Registry {
     /// Pulls wait for this.
     gate: tokio::sync::RwLock<()>,
     /// Nothing may begin.
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool,
+    /// What has begun is to be given up.
+    drains: AtomicBool,
+    drained: tokio::sync::Notify,
 }
 
 struct UnderWay<'a>(&'a AtomicUsize);
@@ -74,6 +77,12 @@ impl Permit for Registry {
         let is_closed = self.closed.load(Ordering::SeqCst);
         if is_closed { Err(Error::new(Reason::PoolFull, "it is full")) } else { Ok(()) }
     }
+
+    async fn withdrawn(&self) {
+        while !self.drains.load(Ordering::SeqCst) {
+            self.drained.notified().await;
+        }
+    }
 }
 
 /// The wall clock follows tokio's, which tests let jump.
@@ -88,7 +97,17 @@ fn clock() -> Clock {
 fn start(directory: &Path, registry: &Arc<Registry>) -> (Prefetcher, Ledger) {
     let ledger = Ledger::open(directory).unwrap();
     let metrics = Metrics::new().unwrap();
-    (Prefetcher::new(ledger.clone(), registry.clone(), registry.clone(), clock(), metrics), ledger)
+    (
+        Prefetcher::new(
+            ledger.clone(),
+            registry.clone(),
+            registry.clone(),
+            clock(),
+            Tasks::default(),
+            metrics,
+        ),
+        ledger,
+    )
 }
 
 fn plan(images: &[&str]) -> Plan {
@@ -173,8 +192,9 @@ async fn a_restart_goes_on_where_it_was() {
     {
         let (prefetcher, _ledger) = start(directory.path(), &registry);
         prefetcher.create(id("j"), Plan { concurrency, ..plan(&images) }, None).await.unwrap();
+        let mut changes = prefetcher.0.ledger.changes();
         while prefetcher.get(&id("j")).unwrap().job.waiting().count() > 4 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            changes.changed().await.unwrap();
         }
         kill(&prefetcher).await;
     }
@@ -213,6 +233,65 @@ async fn cancelled_or_late_it_pulls_no_more() {
     assert_eq!(how(&prefetcher.cancel(&id("late")).await.unwrap().job), Some(End::Late), "it stays so");
     assert_eq!(prefetcher.cancel(&id("none")).await.unwrap_err().reason(), Reason::PrefetchNotFound);
     idle(&prefetcher).await;
+}
+
+/// One at a time, and the first of them not to be had for a long time.
+#[tokio::test(start_paused = true)]
+async fn one_that_is_tried_again_does_not_keep_the_others_waiting() {
+    let (directory, registry) = (tempfile::tempdir().unwrap(), Arc::new(Registry::default()));
+    let (prefetcher, _ledger) = start(directory.path(), &registry);
+    registry.fails.lock().unwrap().extend([
+        ("r.example/a:1".to_owned(), (u32::MAX, None)),
+        ("r.example/b:1".to_owned(), (0, Some(Reason::ContainerdError))),
+    ]);
+    let wanted = plan(&["r.example/a:1", "r.example/b:1", "r.example/c:1"]);
+    prefetcher.create(id("j"), wanted, None).await.unwrap();
+    let mut changes = prefetcher.0.ledger.changes();
+    while prefetcher.get(&id("j")).unwrap().job.waiting().count() > 1 {
+        changes.changed().await.unwrap();
+    }
+    let job = prefetcher.get(&id("j")).unwrap().job;
+    assert!(matches!(&job.stages[..], [Stage::Waiting, Stage::Failed { .. }, Stage::Here { .. }]), "{job:?}");
+    let asked = |name: &str| registry.asked.lock().unwrap().iter().filter(|(asked, _)| asked == name).count();
+    assert_eq!(asked("r.example/b:1"), usize::try_from(TRIES_MAX).unwrap());
+    assert_eq!(registry.most.load(Ordering::SeqCst), 1);
+    prefetcher.cancel(&id("j")).await.unwrap();
+    idle(&prefetcher).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_drained_or_stopped_pulls_no_more_and_goes_on_later() {
+    let (directory, registry) = (tempfile::tempdir().unwrap(), Arc::new(Registry::default()));
+    let (prefetcher, _ledger) = start(directory.path(), &registry);
+    let shut = registry.gate.write().await;
+    prefetcher.create(id("j"), plan(&["r.example/a:1"]), None).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(registry.under_way.load(Ordering::SeqCst), 1);
+    registry.closed.store(true, Ordering::SeqCst);
+    registry.drains.store(true, Ordering::SeqCst);
+    registry.drained.notify_one();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(registry.under_way.load(Ordering::SeqCst), 0);
+    registry.drains.store(false, Ordering::SeqCst);
+    registry.closed.store(false, Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(registry.under_way.load(Ordering::SeqCst), 1);
+    prefetcher.0.tasks.close(Duration::ZERO).await;
+    idle(&prefetcher).await;
+    assert_eq!(registry.under_way.load(Ordering::SeqCst), 0);
+    assert_eq!(prefetcher.get(&id("j")).unwrap().job.ended, None, "a stop is not its end");
+    drop(shut);
+}
+
+/// Polled once, then dropped.
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_away_leaves_no_job_behind_that_nobody_runs() {
+    let (directory, registry) = (tempfile::tempdir().unwrap(), Arc::new(Registry::default()));
+    let (prefetcher, _ledger) = start(directory.path(), &registry);
+    let mut changes = prefetcher.0.ledger.changes();
+    assert!(prefetcher.create(id("j"), plan(&["r.example/a:1"]), None).now_or_never().is_none());
+    changes.changed().await.unwrap();
+    assert_eq!(how(&*ended(&prefetcher, "j").await), Some(End::Done));
 }
 
 #[tokio::test(start_paused = true)]

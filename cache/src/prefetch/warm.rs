@@ -6,7 +6,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     num::{NonZeroU32, NonZeroU64},
     path::Path,
 };
@@ -15,23 +16,25 @@ use cowshed_leases::{Tenant, Ttl, UnixMicros};
 use cowshed_pool::Bytes;
 use serde::Deserialize;
 
-use super::job::{End, IMAGES_MAX, Job, JobId, Jobs, Plan, Wanted};
+use super::job::{CONCURRENCY_MAX, End, IMAGES_MAX, Job, JobId, Jobs, Plan, Wanted, twice};
 use crate::{
     image::{Class, ImageRef, Platform},
     time,
 };
 
-/// What all names of the warm set's jobs begin with.
-const PREFIX: &str = "warm.";
+/// What all names of the warm set's jobs begin with, and no other's.
+pub(crate) const PREFIX: &str = "warm.";
+/// Has as many digits as any time that a job is made at.
+const LAST: UnixMicros = UnixMicros(9_999_999_999_999_999);
 /// A file without a schedule is looked after so often, in seconds: a tag may mean something else by then.
 const EVERY_SECONDS: u64 = 24 * 3600;
 /// More than this is no list of a thousand images, in bytes.
 const FILE_MAX_BYTES: u64 = 1 << 20;
 
 /// A file of images to have.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct WarmFile {
+struct WarmFile {
     /// Which images.
     images: Vec<Entry>,
     /// To whom their pulls give way.
@@ -80,45 +83,50 @@ impl TryFrom<String> for Period {
     }
 }
 
-impl WarmFile {
+/// A file that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warm {
+    /// What its job is to do.
+    pub plan: Plan,
+    /// How long after the job's end it is begun again, in microseconds.
+    every: i64,
+}
+
+impl Warm {
     /// Reads it.
     ///
     /// # Errors
     /// What is wrong with it, and where.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let file: Self = toml::from_str(text).map_err(|error| error.to_string().trim().to_owned())?;
-        file.plan().map(|_| file)
+        let file: WarmFile = toml::from_str(text).map_err(|error| error.to_string().trim().to_owned())?;
+        let every = file.every.map_or(EVERY_SECONDS * 1_000_000, |Period(ttl)| ttl.micros());
+        Ok(Self { plan: file.plan()?, every: i64::try_from(every).unwrap_or(i64::MAX) })
     }
+}
 
-    /// What the job is to do.
-    ///
-    /// # Errors
-    /// If an image has no proper name, is there twice, or there are too many or none.
-    pub fn plan(&self) -> Result<Plan, String> {
-        let images = self.images.iter().map(Entry::wanted).collect::<Result<Vec<_>, _>>()?;
-        if images.is_empty() || images.len() > IMAGES_MAX {
-            return Err(format!("it has {} images: 1 to {IMAGES_MAX} are allowed", images.len()));
+impl WarmFile {
+    fn plan(&self) -> Result<Plan, String> {
+        if self.images.is_empty() || self.images.len() > IMAGES_MAX {
+            return Err(format!("it has {} images: 1 to {IMAGES_MAX} are allowed", self.images.len()));
         }
-        for (at, one) in images.iter().enumerate() {
-            if images[..at].contains(one) {
-                return Err(format!("it has {} for {} twice", one.image, one.platform));
-            }
+        let images = self.images.iter().map(Entry::wanted).collect::<Result<Vec<_>, _>>()?;
+        if let Some(twice) = twice(&images) {
+            return Err(format!("it has {} for {} twice", twice.image, twice.platform));
+        }
+        let concurrency = self.concurrency.unwrap_or(NonZeroU32::MIN);
+        if concurrency.get() > CONCURRENCY_MAX {
+            return Err(format!("its concurrency is {concurrency}: {CONCURRENCY_MAX} is the most"));
         }
         Ok(Plan {
             images,
             class: self.class.unwrap_or(Class::Background),
             bytes_per_second: self.rate.and_then(|rate| NonZeroU64::new(rate.0)),
-            concurrency: self.concurrency.unwrap_or(NonZeroU32::MIN),
+            concurrency,
             deadline: self.deadline.map(|Period(ttl)| ttl),
             pin_for: self.pin_for.map(|Period(ttl)| ttl),
             tenant: self.tenant.clone().unwrap_or_default(),
             has_credentials: false,
         })
-    }
-
-    fn every_micros(&self) -> i64 {
-        let micros = self.every.map_or(EVERY_SECONDS * 1_000_000, |Period(ttl)| ttl.micros());
-        i64::try_from(micros).unwrap_or(i64::MAX)
     }
 }
 
@@ -138,7 +146,7 @@ impl Entry {
 }
 
 /// Files by name; those that cannot be used say why.
-pub(crate) type Files = BTreeMap<String, Result<WarmFile, String>>;
+pub(crate) type Files = BTreeMap<String, Result<Warm, String>>;
 
 /// Reads all `*.toml` of the directory.
 ///
@@ -161,17 +169,24 @@ pub(crate) fn read(directory: &Path) -> io::Result<Files> {
     Ok(files)
 }
 
-fn read_one(path: &Path) -> Result<WarmFile, String> {
-    let read = fs::metadata(path).and_then(|data| {
-        if data.len() > FILE_MAX_BYTES {
-            return Err(io::Error::other(format!("it has more than {FILE_MAX_BYTES} bytes")));
-        }
-        fs::read_to_string(path)
-    });
-    let text = read.map_err(|error| error.to_string())?;
+fn read_one(path: &Path) -> Result<Warm, String> {
+    let text = read_text(path).map_err(|error| error.to_string())?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    job_id(&name, UnixMicros(0)).map_err(|error| format!("its name cannot be a job's: {error}"))?;
-    WarmFile::parse(&text)
+    job_id(&name, LAST).map_err(|error| format!("its name cannot be a job's: {error}"))?;
+    Warm::parse(&text)
+}
+
+fn read_text(path: &Path) -> io::Result<String> {
+    // To open what is no file may take for ever.
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    let mut text = String::new();
+    fs::File::open(path)?.take(FILE_MAX_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > FILE_MAX_BYTES {
+        return Err(io::Error::other(format!("it has more than {FILE_MAX_BYTES} bytes")));
+    }
+    Ok(text)
 }
 
 fn job_id(name: &str, now: UnixMicros) -> Result<JobId, String> {
@@ -199,19 +214,21 @@ pub(crate) enum Step {
 pub(crate) fn steps(files: &Files, jobs: &Jobs, now: UnixMicros) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut latest: BTreeMap<String, &Job> = BTreeMap::new();
+    // One that runs; then the newest, but for those of a time that a clock has been set back from.
+    let rank = |job: &Job| (job.ended.is_none(), job.created_at <= now, job.created_at);
     for job in jobs.after(None) {
         let Some(file) = file_of(job) else { continue };
         let is_wanted = match files.get(&file) {
             None => false,
             Some(Err(_)) => true,
-            Some(Ok(warm)) => warm.plan().is_ok_and(|plan| plan == job.plan),
+            Some(Ok(warm)) => warm.plan == job.plan,
         };
         if job.ended.is_none() && !is_wanted {
             steps.push(Step::Withdraw(job.id.clone()));
         }
         if is_wanted {
             let newest = latest.entry(file).or_insert(job);
-            if job.created_at >= newest.created_at {
+            if rank(job) >= rank(newest) {
                 *newest = job;
             }
         }
@@ -221,13 +238,11 @@ pub(crate) fn steps(files: &Files, jobs: &Jobs, now: UnixMicros) -> Vec<Step> {
         let is_due = match latest.get(name).map(|job| job.ended) {
             None | Some(Some((End::Withdrawn, _))) => true,
             Some(None) => false,
-            // A clock that was set back far is no reason to wait for it.
-            Some(Some((_, at))) => !(0..file.every_micros()).contains(&now.0.saturating_sub(at.0)),
+            // A clock that was set back is no reason to wait for it.
+            Some(Some((_, at))) => !(0..file.every).contains(&now.0.saturating_sub(at.0)),
         };
         let next = job_id(name, now).ok().filter(|id| is_due && jobs.get(id).is_none());
-        if let (Some(id), Ok(plan)) = (next, file.plan()) {
-            steps.push(Step::Create(id, plan));
-        }
+        steps.extend(next.map(|id| Step::Create(id, file.plan.clone())));
     }
     steps
 }
@@ -240,7 +255,7 @@ mod tests {
     const SECOND: i64 = 1_000_000;
 
     fn files(texts: &[(&str, &str)]) -> Files {
-        texts.iter().map(|(name, text)| ((*name).to_owned(), WarmFile::parse(text))).collect()
+        texts.iter().map(|(name, text)| ((*name).to_owned(), Warm::parse(text))).collect()
     }
 
     /// Does what is to be done; says what that was.
@@ -282,7 +297,7 @@ mod tests {
         assert_eq!(go(&mut jobs, &one, 600), ["create warm.a@600"], "on its schedule");
         // One says something else, the other is gone; a file of another's is none of ours.
         let (mine, _) = jobs
-            .create("mine".parse().unwrap(), one["b"].as_ref().unwrap().plan().unwrap(), UnixMicros(0))
+            .create("mine".parse().unwrap(), one["b"].as_ref().unwrap().plan.clone(), UnixMicros(0))
             .unwrap();
         jobs.apply((mine.id.clone(), Some(mine)));
         let two = files(&[("a", "images = ['r/a:1', 'r/c:1']\nevery = '100s'")]);
@@ -297,10 +312,16 @@ mod tests {
         // As it was at first: its job of then has ended long ago.
         end(&mut jobs, "warm.a@700", 900);
         assert_eq!(go(&mut jobs, &one, 900), ["create warm.a@900", "create warm.b@900"]);
-        // The clock was set back.
+        // The clock was set back: what is made then is not made again and again.
         end(&mut jobs, "warm.a@900", 900);
         assert_eq!(go(&mut jobs, &one, 300), ["create warm.a@300"]);
-        assert_eq!(go(&mut jobs, &Files::new(), 301), ["withdraw warm.a@300", "withdraw warm.b@900"]);
+        assert!(go(&mut jobs, &one, 305).is_empty());
+        end(&mut jobs, "warm.a@300", 310);
+        assert!(go(&mut jobs, &one, 315).is_empty());
+        assert_eq!(go(&mut jobs, &one, 410), ["create warm.a@410"]);
+        end(&mut jobs, "warm.a@410", 411);
+        assert!(go(&mut jobs, &one, 420).is_empty());
+        assert_eq!(go(&mut jobs, &Files::new(), 421), ["withdraw warm.b@900"]);
     }
 
     #[test]
@@ -317,15 +338,17 @@ mod tests {
             ("images = ['r/a:1']\nevery = '0s'", "0s"),
             ("images = ['r/a:1']\nclass = 'first'", "first"),
             ("images = ['r/a:1']\nspares = 2", "spares"),
+            ("images = ['r/a:1']\nconcurrency = 65", "65"),
+            ("images = ['r/a:1']\nconcurrency = 0", "concurrency"),
             ("images = ['r/a:1']\ntenant = '../a'", "tenant"),
         ];
         for (text, says) in table {
-            let error = WarmFile::parse(text).unwrap_err();
+            let error = Warm::parse(text).unwrap_err();
             assert!(error.contains(says), "{text:?}: {error}");
         }
         let all = "images = ['r/a:1', { image = 'r/b:2', platform = 'linux/arm64' }]\nclass = 'urgent'\nrate = '2MiB'\n\
                    concurrency = 3\ndeadline = '2h'\npin_for = '7d'\ntenant = 't'\nevery = '6h'";
-        let plan = WarmFile::parse(all).unwrap().plan().unwrap();
+        let plan = Warm::parse(all).unwrap().plan;
         assert_eq!(plan.images[1].platform, "linux/arm64");
         assert_eq!((plan.class, plan.bytes_per_second.map(NonZeroU64::get)), (Class::Urgent, Some(2 << 20)));
         assert_eq!(plan.deadline, Ttl::from_seconds(7200).ok());
@@ -335,13 +358,15 @@ mod tests {
     fn files_are_read_by_name() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(read(&directory.path().join("none")).unwrap(), Files::new());
+        fs::create_dir(directory.path().join("c.toml")).unwrap();
         for (name, text) in
             [("a.toml", "images = ['r/a:1']"), ("b b.toml", "images = ['r/a:1']"), ("README", "")]
         {
             fs::write(directory.path().join(name), text).unwrap();
         }
         let files = read(directory.path()).unwrap();
-        assert_eq!(files.keys().collect::<Vec<_>>(), ["a", "b b"]);
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["a", "b b", "c"]);
+        assert!(files["c"].as_ref().is_err_and(|error| error.contains("no file")));
         assert!(files["a"].is_ok());
         assert!(files["b b"].as_ref().is_err_and(|error| error.contains("name")));
     }

@@ -166,6 +166,8 @@ pub(super) fn image((image, kept): (ImageInfo, Kept)) -> v1::Image {
         pinned: kept.pin.is_some(),
         pinned_until: kept.pin.and_then(|pin| pin.until).map(timestamp),
         leases: kept.leases,
+        disk_bytes: image.on_disk.map(|size| size.bytes),
+        exclusive_disk_bytes: image.on_disk.map(|size| size.exclusive),
     }
 }
 

@@ -286,7 +286,7 @@ impl Cowshed for Api {
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         self.metered("ListImages", async |_| {
             let platform = parse::platform(request.into_inner().platform.as_deref())?;
-            let images = self.images.list(&platform).await?;
+            let images = self.images.list_on_disk(&platform).await?;
             Ok(v1::ListImagesResponse { images: self.kept(images).collect() })
         })
         .await

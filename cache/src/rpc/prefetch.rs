@@ -18,7 +18,8 @@ use crate::{
     image::{Class, ImageRef, Platform},
     prefetch::{
         Picture, Prefetcher, Seen,
-        job::{End, IMAGES_MAX, JobId, Plan, Stage, Wanted},
+        job::{CONCURRENCY_MAX, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
+        warm,
     },
     registry::Credential,
 };
@@ -30,7 +31,6 @@ const LOOK: Duration = Duration::from_millis(200);
 const PAGE_MAX: u32 = 100;
 /// A page ends early where it would have more.
 const PAGE_MAX_BYTES: usize = 1 << 20;
-const CONCURRENCY_MAX: u32 = 64;
 
 pub(super) fn job_id(text: &str) -> Result<JobId> {
     text.parse().map_err(|error| {
@@ -44,18 +44,21 @@ pub(super) fn wanted(request: v1::CreatePrefetchRequest) -> Result<(JobId, Plan,
     let v1::CreatePrefetchRequest { job_id: name, spec, credentials } = request;
     let id = match name.as_str() {
         "" => JobId::from_random(uuid::Uuid::new_v4().as_u128()),
+        name if name.starts_with(warm::PREFIX) => {
+            let what =
+                format!("job_id {name:?} is as those of the warm set's files: begin with another word");
+            return Err(wrong("job_id", what));
+        }
         name => job_id(name)?,
     };
     let spec = spec.unwrap_or_default();
     let access = parse::access(&spec.tenant, credentials)?;
-    let images = spec.images.iter().map(wanted_image).collect::<Result<Vec<_>>>()?;
-    if images.is_empty() || images.len() > IMAGES_MAX {
-        let what = format!("spec.images has {} images: a job has 1 to {IMAGES_MAX}", images.len());
+    if spec.images.is_empty() || spec.images.len() > IMAGES_MAX {
+        let what = format!("spec.images has {} images: a job has 1 to {IMAGES_MAX}", spec.images.len());
         return Err(wrong("spec.images", what));
     }
-    if let Some(twice) =
-        images.iter().enumerate().find_map(|(at, one)| images[..at].contains(one).then_some(one))
-    {
+    let images = spec.images.iter().map(wanted_image).collect::<Result<Vec<_>>>()?;
+    if let Some(twice) = twice(&images) {
         let what = format!("spec.images has {} for {} twice", twice.image, twice.platform);
         return Err(wrong("spec.images", what));
     }
@@ -198,8 +201,10 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen) -> v1::PrefetchedImage {
             let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
             v1::PrefetchedImage { stage: now.into(), failure, ..image }
         }
-        Stage::Here { manifest, was_there, at } => v1::PrefetchedImage {
+        Stage::Here { manifest, bytes, was_there, at } => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Done.into(),
+            bytes_fetched: *bytes,
+            bytes_total: *bytes,
             manifest_digest: manifest.clone(),
             cache: if *was_there { v1::CacheResult::Hit } else { v1::CacheResult::Miss }.into(),
             ended_at: Some(timestamp(*at)),

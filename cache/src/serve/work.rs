@@ -158,6 +158,7 @@ impl Ground {
             Arc::new(images.clone()),
             Arc::new(permits),
             self.clock.clone(),
+            self.tasks.clone(),
             self.metrics.clone(),
         );
         let keeper = Keeper {
