@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     num::NonZeroU32,
     path::Path,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -23,8 +23,9 @@ struct Registry {
     most: AtomicUsize,
     /// All that was asked for, with whether there were credentials.
     asked: Mutex<Vec<(String, bool)>>,
-    /// Pulls wait for this.
+    /// Pulls wait for this, but for those of `free`.
     gate: tokio::sync::RwLock<()>,
+    free: Mutex<BTreeSet<String>>,
     /// Nothing may begin.
     closed: AtomicBool,
     /// What has begun is to be given up.
@@ -56,7 +57,9 @@ impl Puller for Registry {
         self.most.fetch_max(now, Ordering::SeqCst);
         show(Progress::default(), false);
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let _open = self.gate.read().await;
+        if !self.free.lock().unwrap().contains(&name) {
+            let _open = self.gate.read().await;
+        }
         let mut fails = self.fails.lock().unwrap();
         if let Some((left, then)) = fails.get_mut(&name) {
             if *left > 0 {
@@ -189,6 +192,8 @@ async fn a_restart_goes_on_where_it_was() {
     let images: Vec<String> = (0..6).map(|n| format!("r.example/a:{n}")).collect();
     let images: Vec<&str> = images.iter().map(String::as_str).collect();
     let concurrency = NonZeroU32::new(2).unwrap();
+    registry.free.lock().unwrap().extend(images[..2].iter().map(|name| (*name).to_owned()));
+    let shut = registry.gate.write().await;
     {
         let (prefetcher, _ledger) = start(directory.path(), &registry);
         prefetcher.create(id("j"), Plan { concurrency, ..plan(&images) }, None).await.unwrap();
@@ -198,6 +203,7 @@ async fn a_restart_goes_on_where_it_was() {
         }
         kill(&prefetcher).await;
     }
+    drop(shut);
     let before = registry.asked.lock().unwrap().len();
     let (prefetcher, _ledger) = start(directory.path(), &registry);
     assert_eq!(prefetcher.list(None, 10)[0].job.ended, None);
