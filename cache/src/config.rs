@@ -492,6 +492,12 @@ impl Config {
         }
     }
 
+    /// The size of disks that images are unpacked into, in bytes, if the snapshotter is Cowshed's own.
+    pub fn disk_bytes(&self) -> Option<u64> {
+        let size = self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size);
+        (self.containerd.snapshotter == "cowshed").then_some(size.0)
+    }
+
     /// What the snapshotter is told.
     pub fn snapshotter_settings(&self) -> cowshed_pool::Settings {
         cowshed_pool::Settings {

@@ -314,6 +314,18 @@ fn larger_than_the_configuration_allows() -> Outcome {
         )?;
     }
     same!(second.stop()?, 0, "the exit status");
+    // Before anything of it is fetched, where the disks are known.
+    if snapshotter() == "cowshed" {
+        let small = "[snapshotter]\nserve = \"never\"\nbase_size = \"16MiB\"\n";
+        let second = Plan::new(small)?.start()?;
+        let layer = Layer::new().file("noise", &noise(20, 17 << 20))?.bytes()?;
+        let large = Stack::of(&[(layer, Compression::Gzip)])?;
+        registry.serve_stack("large", &large);
+        let words = ["17 MiB compressed", "16 MiB", "try \"2GiB\"", "base_size"];
+        second.refuses("large", &registry.image("large"), 6, "IMAGE_UNSUPPORTED", &words)?;
+        check!(registry.requests(&digest(&large.layers[0])).is_empty(), "its layer was asked for");
+        same!(second.stop()?, 0, "the exit status");
+    }
     // The defaults allow both.
     for tag in ["bomb", "crowd"] {
         cowshed(&["pull", &registry.image(tag)])?.ok()?;

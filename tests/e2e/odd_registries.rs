@@ -8,7 +8,7 @@ use crate::{
         check,
         command::{lines, run},
         containerd,
-        cow::{acquire_as, cowshed, evict, refused, release, wait_gone},
+        cow::{acquire_as, cowshed, evict, refused, release, release_fully, wait_gone},
         fake_image::{FakeImage, digest, gzip, noise, tar},
         fake_registry::{Answer, FakeRegistry, Hosts},
         same,
@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("one_that_drips_holds_up_nobody_else", one_that_drips_holds_up_nobody_else),
     ("bodies_without_end", bodies_without_end),
     ("tokens", tokens),
+    ("indexes_within_indexes", indexes_within_indexes),
     ("images_that_say_too_much", images_that_say_too_much),
     ("denied", denied),
     ("server_error", server_error),
@@ -211,6 +212,31 @@ fn tokens() -> Outcome {
         refused_without_a_trace(&registry.image("1"), &image, 5, "REGISTRY_DENIED", &["401"])?;
     }
     Ok(())
+}
+
+/// Of which none says for what it is.
+fn indexes_within_indexes() -> Outcome {
+    let image = FakeImage::new(31, 1000)?;
+    let registry = registry_with("1", &image)?;
+    let (mut document, mut media_type) = (image.manifest.clone(), "manifest");
+    for depth in 1..=6 {
+        let (digest, size) = (digest(&document), document.len());
+        document = format!(
+            r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{{"mediaType":"application/vnd.oci.image.{media_type}.v1+json","digest":"{digest}","size":{size}}}]}}"#
+        )
+        .into_bytes();
+        media_type = "index";
+        registry.manifest(&self::digest(&document), Answer::Bytes(document.clone()));
+        registry.manifest(&format!("deep-{depth}"), Answer::Bytes(document.clone()));
+    }
+    for depth in [2, 5] {
+        let name = registry.image(&format!("deep-{depth}"));
+        acquire_as("miss", "odd-nested", &name)?;
+        release_fully("odd-nested")?;
+        evict(&[&name])?;
+    }
+    let name = registry.image("deep-6");
+    refused("odd-nested", &name, 6, "IMAGE_UNSUPPORTED", &[&name, "5 deep"])
 }
 
 fn images_that_say_too_much() -> Outcome {

@@ -109,7 +109,7 @@ impl Bars {
     fn show(&mut self, layers: &[v1::LayerProgress]) {
         for layer in layers.iter().skip(self.layers.len()) {
             let bar = ProgressBar::new(layer.bytes_total);
-            let style = "{prefix} {bar:30} {binary_bytes:>10}/{binary_total_bytes:10} {binary_bytes_per_sec:>12} {msg}";
+            let style = "{prefix} {bar:30} {binary_bytes:>10}/{binary_total_bytes:10} {binary_bytes_per_sec:>12} {eta:>4} {msg}";
             bar.set_style(
                 ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
             );

@@ -4,12 +4,9 @@ use std::collections::BTreeSet;
 
 use super::{
     Digest, ImageInfo, ImageRef, Images, Platform, Shared,
-    manifest::{self, Document},
+    manifest::{self, DOCUMENTS_MAX, Document},
 };
 use crate::{containerd::ImageRecord, error::Result, keeping::Catalogue};
-
-/// So deep are indexes within indexes followed.
-const DEPTH: usize = 3;
 
 #[async_trait::async_trait]
 impl Catalogue for Images {
@@ -43,7 +40,7 @@ impl Shared {
     async fn led_to(&self, target: Digest) -> Result<BTreeSet<String>> {
         let mut all = BTreeSet::from([target.to_string()]);
         let mut indexes = vec![target];
-        for _ in 0..DEPTH {
+        for _ in 0..DOCUMENTS_MAX {
             let mut below = Vec::new();
             for index in indexes {
                 let Some(bytes) = self.document_in_store(&index).await? else { continue };

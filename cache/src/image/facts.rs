@@ -8,7 +8,7 @@ use std::{
 use super::{
     Digest, ImageRef, Platform, ProcessConfig, ResolvedImage, Shared,
     digest::chain_ids,
-    manifest::{self, DOCUMENT_MAX_BYTES, Document, ImageConfig, Manifest},
+    manifest::{self, DOCUMENT_MAX_BYTES, DOCUMENTS_MAX, Document, ImageConfig, Manifest},
 };
 use crate::error::Result;
 
@@ -110,8 +110,8 @@ impl Shared {
         platform: &Platform,
     ) -> Result<Option<(Digest, Manifest)>> {
         let mut digest = target.clone();
-        // An index, perhaps an index within it, a manifest.
-        for _ in 0..3 {
+        // An index, perhaps indexes within it, a manifest.
+        for _ in 0..DOCUMENTS_MAX {
             let Some(bytes) = self.document_in_store(&digest).await? else { return Ok(None) };
             match manifest::parse(&bytes) {
                 Ok((_, Document::Manifest(manifest))) => return Ok(Some((digest, manifest))),

@@ -199,6 +199,10 @@ pub(super) fn pick<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result
     if let Some((_, best)) = fitting.min_by_key(|(distance, _)| *distance) {
         return Ok(best);
     }
+    // An index within an index need not say for what it is; nor a manifest: its configuration does.
+    if let Some(unsaid) = entries.iter().find(|entry| entry.platform.is_none()) {
+        return Ok(unsaid);
+    }
     let mut there: Vec<String> = entries
         .iter()
         .filter_map(|entry| entry.platform.as_ref().map(|declared| Platform::from(declared).to_string()))
@@ -219,6 +223,9 @@ pub(super) fn no_platform(platform: &Platform, there: &[String]) -> Error {
     .with("platform", platform)
     .with("available", list)
 }
+
+/// Indexes within indexes, and the manifest, at the most.
+pub(super) const DOCUMENTS_MAX: usize = 6;
 
 pub(super) fn unsupported(what: String) -> Error {
     Error::new(Reason::ImageUnsupported, what)

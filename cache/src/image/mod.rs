@@ -139,6 +139,8 @@ pub struct PullLimits {
     pub unpacker: Unpacker,
     /// How much a layer may be.
     pub layer: Bounds,
+    /// Size of the disks that images are unpacked into, in bytes, if it is known.
+    pub disk: Option<u64>,
     /// Whether compressed layers are kept when they are unpacked.
     pub keep_layers: bool,
     /// How long a registry's word counts that a tenant may have what another has pulled.
@@ -165,6 +167,7 @@ impl Default for PullLimits {
             attempts: 4,
             unpacker: Unpacker::Cowshed,
             layer: Bounds { bytes: 64 << 30, members: 4_000_000, memory: 96 << 20 },
+            disk: None,
             keep_layers: true,
             access_check: Duration::from_secs(300),
             revalidate: Duration::ZERO,

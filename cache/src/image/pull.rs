@@ -20,11 +20,11 @@ use super::{
     flight::caught,
     gate::{Class, Gate},
     labels::{self, Labels},
-    manifest::{self, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageConfig, Manifest},
+    manifest::{self, DOCUMENT_MAX_BYTES, DOCUMENTS_MAX, Descriptor, Document, ImageConfig, Manifest},
     progress::Board,
     store::Store,
     tap::{Outlet, Tap, tap},
-    unpack::{Inflating, Layer, is_held, is_theirs, unpack},
+    unpack::{Inflating, Layer, is_held, is_theirs, too_large_for, unpack},
     verify::Target,
 };
 use crate::{
@@ -176,7 +176,7 @@ async fn resolve(
     platform: &Platform,
 ) -> Result<Resolved> {
     let mut documents = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..DOCUMENTS_MAX {
         let (media_type, parsed) = manifest::parse(&bytes)?;
         match parsed {
             Document::Manifest(manifest) => {
@@ -192,7 +192,7 @@ async fn resolve(
             }
         }
     }
-    Err(manifest::unsupported("its indexes are nested more than two deep".to_owned()))
+    Err(manifest::unsupported(format!("its indexes are nested more than {} deep", DOCUMENTS_MAX - 1)))
 }
 
 /// Who asks whom for which image.
@@ -272,6 +272,9 @@ async fn layers(
 ) -> Result<Cache> {
     let chain = chain_ids(&config.diff_ids);
     let there = unpacked_already(store, &chain, &manifest.layers).await?;
+    if there < chain.len() {
+        expect_room(manifest, store.shared.limits.disk)?;
+    }
     let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(store.room())).unzip();
     let keeps = store.shared.limits.keep_layers;
     let wanted = taps.into_iter().enumerate().filter(|(at, _)| keeps || *at >= there);
@@ -297,6 +300,19 @@ async fn layers(
     let unpacking = unpack_layers(store, manifest, config, board, &chain, there, outlets);
     let (fetched, unpacked) = tokio::join!(fetching, unpacking);
     store.brake.check(either(fetched, unpacked))
+}
+
+/// Compressed, it is no larger than unpacked: what does not fit even so need not be fetched.
+fn expect_room(manifest: &Manifest, disk: Option<u64>) -> Result<()> {
+    let compressed = manifest.layers.iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
+    match disk {
+        Some(disk) if compressed > disk => {
+            let what =
+                format!("it does not fit: its layers have {} MiB compressed, more than", compressed >> 20);
+            Err(too_large_for(&what, Some(compressed), Some(disk)))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// How many layers, from the lowest on, are unpacked, by whatever image; from now on they are held.

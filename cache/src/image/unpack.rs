@@ -382,20 +382,26 @@ fn not_fetched(layer: &Layer<'_>) -> Error {
 }
 
 fn too_large(digest: &Digest, disk: Option<u64>) -> Error {
-    let sizes = match disk.filter(|bytes| *bytes > 0) {
+    let what = format!("layer {digest} does not fit: the unpacked image is larger than");
+    too_large_for(&what, disk.filter(|bytes| *bytes > 0), disk).with("digest", digest)
+}
+
+/// `what` does not fit into the snapshotter's disks, of `disk` bytes; in larger ones than `needed` bytes it may.
+pub(super) fn too_large_for(what: &str, needed: Option<u64>, disk: Option<u64>) -> Error {
+    let sizes = match (needed, disk.filter(|bytes| *bytes > 0)) {
         // The filesystem's own part of the disk is not in it.
-        Some(bytes) => format!(
+        (Some(needed), Some(bytes)) => format!(
             ", which have {} MiB; try \"{}GiB\"",
             bytes >> 20,
-            (bytes >> 30).saturating_add(1).next_power_of_two().max(2)
+            (needed.max(bytes) >> 30).saturating_add(1).next_power_of_two().max(2)
         ),
-        None => String::new(),
+        _ => String::new(),
     };
     let message = format!(
-        "layer {digest} does not fit: the unpacked image is larger than the snapshotter's disks{sizes}; make them larger \
-         ([snapshotter] base_size; of containerd's devmapper: base_image_size)"
+        "{what} the snapshotter's disks{sizes}; make them larger ([snapshotter] base_size; of containerd's devmapper: \
+         base_image_size)"
     );
-    Error::new(Reason::ImageUnsupported, message).with("digest", digest)
+    Error::new(Reason::ImageUnsupported, message)
 }
 
 /// Has containerd apply it.

@@ -234,6 +234,7 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
             members: config.images.layer_members_max,
             ..PullLimits::default().layer
         },
+        disk: config.disk_bytes(),
         keep_layers: config.images.keep_layers,
         access_check: Duration::from_secs(r.access_check_seconds),
         revalidate: Duration::from_secs(config.images.revalidate_seconds),
