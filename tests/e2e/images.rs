@@ -69,6 +69,13 @@ fn containerd_knows_what_was_pulled() -> Outcome {
     for expected in [name.as_str(), &described.digest, "linux/amd64"] {
         check!(listed.contains(expected), "{expected} is not in {listed}");
     }
+    // What it is when it is inflated is written down soon after.
+    let (layer, _) = &described.layers[0];
+    crate::support::wait_for("the layer's label", || {
+        let content = sh(&format!("ctr content ls | grep {layer}"))?;
+        check!(content.contains("containerd.io/uncompressed=sha256:"), "{content}");
+        Ok(())
+    })?;
     let content: u64 = described.layers.iter().map(|(_, size)| size).sum();
     let mib = listed.split_whitespace().skip_while(|word| *word != described.digest).nth(1);
     let mib: f64 = mib.unwrap_or_default().parse()?;

@@ -5,11 +5,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
-use futures_util::{StreamExt as _, stream, stream::FuturesUnordered};
+use futures_util::{StreamExt as _, stream};
 
 use super::{
     Access, Cache, Digest, ImageRef, LayerStage, Platform, PullPolicy, ResolvedImage, Shared,
@@ -70,8 +70,17 @@ pub(super) async fn run(
     let outcome = match shared.containerd.create_lease(&lease, labels).await {
         Ok(()) => {
             let (unpacked, brake) = (Owners::default(), Brake::default());
-            let store =
-                Store { shared, lease: &lease, image, source: &source, access, unpacked, brake, gate };
+            let store = Store {
+                shared,
+                lease: &lease,
+                image,
+                source: &source,
+                access,
+                unpacked,
+                applied: Mutex::default(),
+                brake,
+                gate,
+            };
             // What it has made is cleared away below, also if it panics.
             caught(Box::pin(pull(&store, bytes, digest, platform, board))).await
         }
@@ -165,7 +174,26 @@ async fn pull(
     cache = either(cache, layers(store, manifest, &config, board).await?);
     let image = record(store, &resolved, &config).await?;
     board.done();
+    label_applied(store);
     Ok((image, cache))
+}
+
+/// Spares containerd's other clients from inflating the layers to learn their digests. Each label is a transaction of
+/// containerd's, and nobody has to wait for these: without them all works as well.
+fn label_applied(store: &Store<'_>) {
+    let applied = std::mem::take(&mut *store.applied.lock().unwrap_or_else(PoisonError::into_inner));
+    if applied.is_empty() || !store.shared.limits.keep_layers {
+        return;
+    }
+    let containerd = store.shared.containerd.clone();
+    tokio::spawn(async move {
+        for (blob, diff_id) in applied {
+            // It may be gone already.
+            if let Err(error) = containerd.label_blob(blob.as_str(), labels::of_applied(&diff_id)).await {
+                tracing::debug!(%blob, %error, "what the layer is when it is inflated is not written down");
+            }
+        }
+    });
 }
 
 /// From what the name points to, to the manifest.
@@ -346,7 +374,6 @@ async fn unpack_layers(
     };
     let mut cache = Cache::Hit;
     let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
-    let mut labelling = FuturesUnordered::new();
     for at in there..chain.len() {
         board.stage(at, LayerStage::Unpacking);
         for next in at + 1..chain.len().min(at + 1 + AHEAD) {
@@ -355,20 +382,12 @@ async fn unpack_layers(
         let parent = at.checked_sub(1).map(|below| &chain[below]);
         let (blob, diff_id) = (&manifest.layers[at], &config.diff_ids[at]);
         let layer = Layer { blob, diff_id, chain_id: &chain[at], parent, bytes: &outlets[at] };
-        let unpacking = unpack(store, &layer, ahead.remove(&at).flatten());
-        tokio::pin!(unpacking);
-        // Labels of the layers below are written meanwhile.
-        let unpacked = loop {
-            tokio::select! {
-                unpacked = &mut unpacking => break unpacked,
-                Some(labelled) = labelling.next() => fail_with(store, labelled),
-            }
-        };
-        match unpacked {
+        match unpack(store, &layer, ahead.remove(&at).flatten()).await {
             // Only now: until it was applied, it was but what the image's configuration claims.
             Ok(Cache::Miss) => {
                 cache = Cache::Miss;
-                labelling.push(store.label_anew(&blob.digest, labels::of_applied(diff_id)));
+                let mut applied = store.applied.lock().unwrap_or_else(PoisonError::into_inner);
+                applied.push((blob.digest.clone(), diff_id.clone()));
             }
             Ok(Cache::Hit) => {}
             Err(error) => {
@@ -378,16 +397,7 @@ async fn unpack_layers(
         }
         board.stage(at, LayerStage::Done);
     }
-    while let Some(labelled) = labelling.next().await {
-        fail_with(store, labelled);
-    }
     cache
-}
-
-fn fail_with(store: &Store<'_>, outcome: Result<()>) {
-    if let Err(error) = outcome {
-        store.brake.pull(error);
-    }
 }
 
 async fn fetch_layer(

@@ -1,7 +1,7 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -42,6 +42,8 @@ pub(super) struct Store<'a> {
     pub(super) access: &'a Access,
     /// Whose the snapshots are that this pull has made, by chain id.
     pub(super) unpacked: Owners,
+    /// Layers that were applied, and what they are when they are inflated.
+    pub(super) applied: Mutex<Vec<(Digest, Digest)>>,
     /// Pulled when the pull has failed elsewhere.
     pub(super) brake: Brake,
     /// Where it gives way to others.
