@@ -37,16 +37,16 @@ pub(super) struct Wish {
     /// os/architecture[/variant]; the host's if absent.
     #[arg(long)]
     platform: Option<String>,
-    /// The job's name, so that it is not made twice; the service makes one if absent.
+    /// The job's name, so that it is not made twice, also when it has ended; the service makes one if absent.
     #[arg(long, value_name = "ID")]
     name: Option<String>,
-    /// To whom its pulls give way.
+    /// To whom its pulls give way; normal if absent.
     #[arg(long, value_enum)]
     class: Option<PrefetchClass>,
-    /// Bytes a second that it may take, such as 20MiB.
+    /// Bytes a second that it may take, such as 20MiB; as many as there are if absent or 0.
     #[arg(long, value_name = "SIZE")]
     rate: Option<cowshed_pool::Bytes>,
-    /// How many images are pulled at a time.
+    /// How many images are pulled at a time; one if absent.
     #[arg(long, value_name = "N")]
     concurrency: Option<NonZeroU32>,
     /// How long it may take, such as 90s, 15m, 12h, 7d or 4w.

@@ -249,7 +249,7 @@ impl Prefetcher {
             tracing::error!(
                 file = name,
                 error,
-                "a file of the warm set is wrong: what it said before goes on"
+                "a file of the warm set is wrong: its job stays as it is, and no new one is begun"
             );
         }
         self.0.metrics.warm_set_errors(wrong.len());
