@@ -4,6 +4,7 @@ mod client;
 mod images;
 mod ledger;
 mod prefetch;
+mod progress;
 mod pull;
 mod show;
 

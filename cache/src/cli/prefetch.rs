@@ -1,15 +1,12 @@
-//! `cowshed prefetch` and its kin: jobs as text and as JSON, their progress as bars on a terminal and as lines elsewhere.
+//! `cowshed prefetch` and its kin: what a job is to do, and jobs as text and as JSON.
 
 use std::{
-    collections::HashMap,
     fs,
-    io::{IsTerminal as _, stderr},
     num::{NonZeroU32, NonZeroU64},
     path::{Path, PathBuf},
 };
 
 use cowshed_proto::v1;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tonic::Streaming;
 
@@ -17,6 +14,7 @@ use super::{
     Failure, Output, PrefetchClass, Who,
     client::{refused, seconds},
     print,
+    progress::{Item, View},
     show::{bytes, cache_name, line, table},
 };
 use crate::{
@@ -135,7 +133,7 @@ pub(super) async fn follow(
             let message = "the service stopped; the job goes on when it is up again".to_owned();
             return Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) });
         };
-        view.show(&job)?;
+        view.show(job.images.iter().map(item), || json_of(&job))?;
         if job.state() != v1::PrefetchState::Running {
             view.clear();
             if output == Output::Text {
@@ -156,81 +154,17 @@ fn judge(job: &v1::Prefetch) -> Result<(), Failure> {
     Err(Failure { message: format!("prefetch job {}: {message}", job.job_id), status })
 }
 
-enum View {
-    Bars(Bars),
-    /// Stage changes only; remembers the last stage of each image.
-    Lines(HashMap<usize, i32>),
-    Json,
-}
-
-impl View {
-    fn new(output: Output) -> Self {
-        match output {
-            Output::Json => Self::Json,
-            Output::Text if stderr().is_terminal() => Self::Bars(Bars::default()),
-            Output::Text => Self::Lines(HashMap::new()),
-        }
+fn item(image: &v1::PrefetchedImage) -> Item {
+    let (name, stage) = (image.image.clone(), stage_name(image.stage()));
+    let why = image.failure.as_ref().map(|failure| format!(": {}", failure.message)).unwrap_or_default();
+    let is_begun = image.stage() != v1::PrefetchStage::Waiting;
+    Item {
+        line: is_begun.then(|| format!("{name} {stage}{why}")),
+        name,
+        bytes: image.bytes_fetched,
+        bytes_total: image.bytes_total,
+        stage,
     }
-
-    fn show(&mut self, job: &v1::Prefetch) -> Result<(), Failure> {
-        match self {
-            Self::Bars(bars) => {
-                bars.show(&job.images);
-                Ok(())
-            }
-            Self::Lines(seen) => print(&changes(seen, &job.images)),
-            Self::Json => print(&line(&json_of(job))),
-        }
-    }
-
-    fn clear(&self) {
-        if let Self::Bars(bars) = self {
-            // A terminal that cannot be cleared is not worth failing for.
-            let _ = bars.all.clear();
-        }
-    }
-}
-
-#[derive(Default)]
-struct Bars {
-    all: MultiProgress,
-    images: Vec<ProgressBar>,
-}
-
-impl Bars {
-    fn show(&mut self, images: &[v1::PrefetchedImage]) {
-        for image in images.iter().skip(self.images.len()) {
-            let bar = ProgressBar::new(0);
-            let style = "{prefix} {bar:30} {binary_bytes:>10}/{binary_total_bytes:10} {binary_bytes_per_sec:>12} {eta:>4} {msg}";
-            bar.set_style(
-                ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
-            );
-            bar.set_prefix(image.image.clone());
-            self.images.push(self.all.add(bar));
-        }
-        for (bar, image) in self.images.iter().zip(images) {
-            bar.set_length(image.bytes_total);
-            bar.set_position(image.bytes_fetched);
-            bar.set_message(stage_name(image.stage()));
-        }
-    }
-}
-
-fn changes(seen: &mut HashMap<usize, i32>, images: &[v1::PrefetchedImage]) -> String {
-    let mut text = String::new();
-    for (at, image) in images.iter().enumerate() {
-        let before = seen.insert(at, image.stage);
-        if before != Some(image.stage) && image.stage() != v1::PrefetchStage::Waiting {
-            let why = image.failure.as_ref().map(|failure| format!(": {}", failure.message));
-            text.push_str(&format!(
-                "{} {}{}\n",
-                image.image,
-                stage_name(image.stage()),
-                why.unwrap_or_default()
-            ));
-        }
-    }
-    text
 }
 
 /// A job, with all of its images.

@@ -1,12 +1,6 @@
-//! `cowshed pull`: a pull's progress, as bars on a terminal and as lines elsewhere.
-
-use std::{
-    collections::HashMap,
-    io::{IsTerminal as _, stderr},
-};
+//! `cowshed pull`: follows a pull to its end.
 
 use cowshed_proto::v1;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tonic::Streaming;
 
@@ -15,7 +9,8 @@ use super::{
     client::refused,
     images::image_json,
     print,
-    show::{bytes, cache_name, line},
+    progress::{Item, View},
+    show::{bytes, cache_name},
 };
 
 /// Follows the pull to its end.
@@ -28,7 +23,7 @@ pub(super) async fn follow(
     loop {
         match stream.message().await {
             Ok(Some(picture)) => {
-                view.show(&picture)?;
+                view.show(picture.layers.iter().map(item), || picture_json(&picture))?;
                 if let Some(image) = &picture.image {
                     view.clear();
                     return if output == Output::Json {
@@ -64,76 +59,17 @@ fn summary(image: &v1::Image, cache: v1::CacheResult) -> String {
     )
 }
 
-enum View {
-    Bars(Bars),
-    /// Stage changes only; remembers the last stage of each layer.
-    Lines(HashMap<String, i32>),
-    Json,
-}
-
-impl View {
-    fn new(output: Output) -> Self {
-        match output {
-            Output::Json => Self::Json,
-            Output::Text if stderr().is_terminal() => Self::Bars(Bars::default()),
-            Output::Text => Self::Lines(HashMap::new()),
-        }
+fn item(layer: &v1::LayerProgress) -> Item {
+    let (name, stage) = (short(&layer.digest), stage_name(layer.stage()));
+    let size = bytes(layer.bytes_total);
+    let is_begun = layer.stage() != v1::LayerStage::Waiting;
+    Item {
+        line: is_begun.then(|| format!("{name} {size:>12} {stage}")),
+        name,
+        bytes: layer.bytes_fetched,
+        bytes_total: layer.bytes_total,
+        stage,
     }
-
-    fn show(&mut self, picture: &v1::PullImageResponse) -> Result<(), Failure> {
-        match self {
-            Self::Bars(bars) => {
-                bars.show(&picture.layers);
-                Ok(())
-            }
-            Self::Lines(seen) => print(&changes(seen, &picture.layers)),
-            Self::Json => print(&line(&picture_json(picture))),
-        }
-    }
-
-    fn clear(&self) {
-        if let Self::Bars(bars) = self {
-            // A terminal that cannot be cleared is not worth failing for.
-            let _ = bars.all.clear();
-        }
-    }
-}
-
-#[derive(Default)]
-struct Bars {
-    all: MultiProgress,
-    layers: Vec<ProgressBar>,
-}
-
-impl Bars {
-    fn show(&mut self, layers: &[v1::LayerProgress]) {
-        for layer in layers.iter().skip(self.layers.len()) {
-            let bar = ProgressBar::new(layer.bytes_total);
-            let style = "{prefix} {bar:30} {binary_bytes:>10}/{binary_total_bytes:10} {binary_bytes_per_sec:>12} {eta:>4} {msg}";
-            bar.set_style(
-                ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
-            );
-            bar.set_prefix(short(&layer.digest));
-            self.layers.push(self.all.add(bar));
-        }
-        for (bar, layer) in self.layers.iter().zip(layers) {
-            bar.set_length(layer.bytes_total);
-            bar.set_position(layer.bytes_fetched);
-            bar.set_message(stage_name(layer.stage()));
-        }
-    }
-}
-
-fn changes(seen: &mut HashMap<String, i32>, layers: &[v1::LayerProgress]) -> String {
-    let mut text = String::new();
-    for layer in layers {
-        let before = seen.insert(layer.digest.clone(), layer.stage);
-        if before != Some(layer.stage) && layer.stage() != v1::LayerStage::Waiting {
-            let size = bytes(layer.bytes_total);
-            text.push_str(&format!("{} {size:>12} {}\n", short(&layer.digest), stage_name(layer.stage())));
-        }
-    }
-    text
 }
 
 fn picture_json(picture: &v1::PullImageResponse) -> Value {

@@ -329,11 +329,11 @@ impl Jobs {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn plan(images: &[&str]) -> Plan {
+    pub(crate) fn plan(images: &[&str]) -> Plan {
         let wanted = |image: &&str| Wanted { image: (*image).to_owned(), platform: "linux/amd64".to_owned() };
         Plan {
             images: images.iter().map(wanted).collect(),

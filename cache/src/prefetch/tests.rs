@@ -9,9 +9,9 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use cowshed_leases::{Moment, Tenant, Ttl, UnixMicros};
+use cowshed_leases::{Moment, Ttl, UnixMicros};
 
-use super::{job::Wanted, *};
+use super::{job::tests::plan, *};
 use crate::fakes;
 
 /// What is served: image → how often it fails first, and with what for ever after.
@@ -111,20 +111,6 @@ fn start(directory: &Path, registry: &Arc<Registry>) -> (Prefetcher, Ledger) {
         ),
         ledger,
     )
-}
-
-fn plan(images: &[&str]) -> Plan {
-    let wanted = |image: &&str| Wanted { image: (*image).to_owned(), platform: "linux/amd64".to_owned() };
-    Plan {
-        images: images.iter().map(wanted).collect(),
-        class: crate::image::Class::Background,
-        bytes_per_second: None,
-        concurrency: NonZeroU32::MIN,
-        deadline: None,
-        pin_for: None,
-        tenant: Tenant::default(),
-        has_credentials: false,
-    }
 }
 
 fn id(text: &str) -> JobId {

@@ -1,18 +1,16 @@
 //! `Drain`: takes on nothing new, and tells how much of the rest is left.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use cowshed_proto::v1;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use super::changes;
 use crate::{acquire::Acquirer, image::Images};
 
 pub(super) type Stream = ReceiverStream<Result<v1::DrainResponse, Status>>;
-
-/// How often the rest is looked at.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// What may be left.
 pub(super) struct Rest {
@@ -42,27 +40,10 @@ impl Rest {
 }
 
 /// Each change of the rest, until there is none.
-pub(super) fn stream(rest: Rest, mut stopped: watch::Receiver<bool>) -> Stream {
-    let (sender, receiver) = mpsc::channel(1);
-    tokio::spawn(async move {
-        let mut told = None;
-        loop {
-            let now = rest.look();
-            if told != Some(now) {
-                told = Some(now);
-                if sender.send(Ok(now)).await.is_err() || now.done {
-                    return;
-                }
-            }
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = sender.closed() => return,
-                () = super::until_stopped(&mut stopped) => {
-                    let _told = sender.send(Err(super::stopping().into())).await;
-                    return;
-                }
-            }
-        }
-    });
-    ReceiverStream::new(receiver)
+pub(super) fn stream(rest: Rest, stopped: watch::Receiver<bool>) -> Stream {
+    let look = move || {
+        let now = rest.look();
+        Ok((now, now.done))
+    };
+    changes::stream(look, stopped)
 }

@@ -1,6 +1,7 @@
 //! The gRPC service: parses requests, calls what does the work, and turns the outcome into replies.
 
 mod audit;
+mod changes;
 mod convert;
 mod drain;
 mod keep_alive;

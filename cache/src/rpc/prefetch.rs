@@ -1,17 +1,14 @@
 //! Prefetch jobs as requests and messages of the API.
 
-use std::{
-    num::{NonZeroU32, NonZeroU64},
-    time::Duration,
-};
+use std::num::{NonZeroU32, NonZeroU64};
 
 use cowshed_proto::v1;
 use prost::Message as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{convert, parse};
+use super::{changes, convert, parse};
 use crate::{
     clock::timestamp,
     error::{Error, Reason, Result},
@@ -26,8 +23,6 @@ use crate::{
 
 pub(super) type Stream = ReceiverStream<Result<v1::WatchPrefetchResponse, Status>>;
 
-/// How often a watched job is looked at.
-const LOOK: Duration = Duration::from_millis(200);
 const PAGE_MAX: u32 = 100;
 /// A page ends early where it would have more.
 const PAGE_MAX_BYTES: usize = 1 << 20;
@@ -220,37 +215,13 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen) -> v1::PrefetchedImage {
 }
 
 /// Each change of the job, until it has ended.
-pub(super) fn stream(prefetcher: Prefetcher, id: JobId, mut stopped: watch::Receiver<bool>) -> Stream {
-    let (sender, receiver) = mpsc::channel(1);
-    tokio::spawn(async move {
-        let mut told = None;
-        loop {
-            let now = match prefetcher.get(&id) {
-                Ok(picture) => message(picture),
-                Err(error) => {
-                    let _told = sender.send(Err(error.into())).await;
-                    return;
-                }
-            };
-            if told.as_ref() != Some(&now) {
-                told = Some(now.clone());
-                let has_ended = now.state() != v1::PrefetchState::Running;
-                let response = v1::WatchPrefetchResponse { job: Some(now) };
-                if sender.send(Ok(response)).await.is_err() || has_ended {
-                    return;
-                }
-            }
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = sender.closed() => return,
-                () = super::until_stopped(&mut stopped) => {
-                    let _told = sender.send(Err(super::stopping().into())).await;
-                    return;
-                }
-            }
-        }
-    });
-    ReceiverStream::new(receiver)
+pub(super) fn stream(prefetcher: Prefetcher, id: JobId, stopped: watch::Receiver<bool>) -> Stream {
+    let look = move || {
+        let job = message(prefetcher.get(&id)?);
+        let has_ended = job.state() != v1::PrefetchState::Running;
+        Ok((v1::WatchPrefetchResponse { job: Some(job) }, has_ended))
+    };
+    changes::stream(look, stopped)
 }
 
 #[cfg(test)]
