@@ -17,6 +17,7 @@ use crate::{
     image::Images,
     kernel::{Devices, PoolUsage},
     ledger::{Ledger, LedgerSlot},
+    prefetch::Prefetcher,
     serve::Connected,
 };
 
@@ -37,6 +38,8 @@ pub struct StatusSource {
     pub drain: Drain,
     /// The images; not before the ledger is open.
     pub images: OnceLock<Images>,
+    /// Prefetch jobs; not before the ledger is open.
+    pub prefetcher: OnceLock<Prefetcher>,
     /// Whether containerd has found the snapshotter that this process serves, if it does.
     pub(crate) connected: Option<Connected>,
     /// Start of this process.
@@ -64,6 +67,9 @@ impl StatusSource {
             pool: look.pool.map(pool_status),
             leases: self.ledger.get().ok().map(|ledger| count_leases(&ledger)),
             pulls_in_flight: u32::try_from(pulls).unwrap_or(u32::MAX),
+            prefetch_jobs: u32::try_from(self.prefetcher.get().map_or(0, Prefetcher::running))
+                .unwrap_or(u32::MAX),
+            warm_set_problems: self.prefetcher.get().map(Prefetcher::warm_set_problems).unwrap_or_default(),
             started_at: Some(self.started_at.into()),
         }
     }

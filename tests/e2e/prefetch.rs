@@ -78,6 +78,7 @@ fn by_hand() -> Outcome {
     let arguments =
         ["prefetch", &tiny, &python, "--name", "by-hand", "--concurrency", "2", "--pin-for", "1h"];
     let said = cowshed(&[&arguments[..], &["--wait"]].concat())?.ok()?;
+    check!(said.starts_with("prefetch job by-hand is running"), "its name comes first: {said}");
     for word in ["by-hand is done", &format!("{tiny} done"), &format!("{python} done")] {
         check!(said.contains(word), "{word:?} is not said: {said}");
     }
@@ -112,6 +113,8 @@ fn by_hand() -> Outcome {
     cowshed(&["prefetch", "r/A:1"])?.fails(2, &["[IMAGE_REFERENCE_INVALID]", "r/A:1"])?;
     cowshed(&["prefetch", &tiny, &tiny])?.fails(2, &["[PREFETCH_INVALID]", "twice"])?;
     cowshed(&["cancel-prefetch", "nobodys"])?.fails(3, &["[PREFETCH_NOT_FOUND]", "nobodys"])?;
+    cowshed(&["prefetches", "by-hand", "--wait"])?.ok()?;
+    cowshed(&["prefetches", "partly", "--wait"])?.fails(1, &["partly", "not to be had"])?;
     cowshed(&["cancel-prefetch", "by-hand"])?.ok()?;
     same!(text(&job("by-hand")?, "/state")?, "done", "what has ended stays so");
     evict_all()
@@ -236,6 +239,8 @@ fn cancelled_leaves_nothing() -> Outcome {
     })?;
     let said = cowshed(&["cancel-prefetch", "cancelled"])?.ok()?;
     check!(said.contains("cancelled is cancelled"), "{said}");
+    let shown = job("cancelled")?;
+    same!(count(&shown, "given up"), 2, "what its images are at: {shown}");
     crate::support::audit::nothing_left()?;
     same!(asked(&registry, &images[1].1), 0, "what was pulled after the end");
     check!(containerd::images()?.is_empty(), "{:?}", containerd::images());
@@ -284,6 +289,15 @@ fn of_a_warm_set() -> Outcome {
     )?;
     wait_for("the second image's first bytes", || {
         check!(asked(&registry, &images[1].1) > 0, "it was not asked for");
+        Ok(())
+    })?;
+    // A file that is half written is told, and changes nothing.
+    fs::write(format!("{WARM}/e2e.toml"), "images = [")?;
+    wait_for("the status to say so", || {
+        let status = cowshed(&["status", "-o", "json"])?.json()?;
+        let said = status["warm_set_problems"][0].as_str().unwrap_or_default().to_owned();
+        check!(said.starts_with(&format!("{WARM}/e2e.toml: ")), "{status}");
+        same!(number(&status, "/prefetch_jobs")?, 1, "jobs that run");
         Ok(())
     })?;
     // What is no longer in the set is not pulled to its end.

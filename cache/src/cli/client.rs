@@ -32,6 +32,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         Command::Acquire { .. }
             | Command::Pull { .. }
             | Command::Prefetch { .. }
+            | Command::Prefetches { wait: true, .. }
             | Command::RemoveImage { .. }
             | Command::Watch { .. }
             | Command::Drain { .. }
@@ -126,19 +127,21 @@ async fn ask(command: Command) -> Result<(), Failure> {
             let mut client = connect(&reach.socket).await?;
             let created = client.create_prefetch(wish.request()?).await.map_err(|s| refused(&s))?;
             let job = created.into_inner().job.unwrap_or_default();
-            if !wait {
-                return print(&prefetch::brief(&job, reach.output));
+            // First of all, so that it can be found again whatever becomes of this command.
+            if !wait || reach.output == Output::Text {
+                print(&prefetch::brief(&job, reach.output))?;
             }
-            let request = v1::WatchPrefetchRequest { job_id: job.job_id };
-            let stream = client.watch_prefetch(request).await.map_err(|s| refused(&s))?;
-            prefetch::follow(stream.into_inner(), reach.output).await
+            if wait { follow_prefetch(&mut client, job.job_id, &reach).await } else { Ok(()) }
         }
-        Command::Prefetches { job: Some(job_id), reach } => {
+        Command::Prefetches { job: Some(job_id), wait: true, reach } => {
+            follow_prefetch(&mut connect(&reach.socket).await?, job_id, &reach).await
+        }
+        Command::Prefetches { job: Some(job_id), wait: false, reach } => {
             let request = v1::GetPrefetchRequest { job_id };
             let reply = connect(&reach.socket).await?.get_prefetch(request).await.map_err(|s| refused(&s))?;
             print(&prefetch::one(&reply.into_inner().job.unwrap_or_default(), reach.output))
         }
-        Command::Prefetches { job: None, reach } => {
+        Command::Prefetches { job: None, wait: _, reach } => {
             print(&prefetch::all(&all_prefetches(&reach).await?, reach.output))
         }
         Command::CancelPrefetch { job: job_id, reach } => {
@@ -359,6 +362,16 @@ async fn all_leases(shared: bool, reach: &Reach) -> Result<Vec<v1::Lease>, Failu
         }
         request.page_token = page.next_page_token;
     }
+}
+
+async fn follow_prefetch(
+    client: &mut CowshedClient<Channel>,
+    job_id: String,
+    reach: &Reach,
+) -> Result<(), Failure> {
+    let request = v1::WatchPrefetchRequest { job_id: job_id.clone() };
+    let stream = client.watch_prefetch(request).await.map_err(|s| refused(&s))?;
+    prefetch::follow(&job_id, stream.into_inner(), reach.output).await
 }
 
 async fn all_prefetches(reach: &Reach) -> Result<Vec<v1::Prefetch>, Failure> {

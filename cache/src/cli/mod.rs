@@ -300,6 +300,9 @@ enum Command {
     Prefetches {
         /// The job's id.
         job: Option<String>,
+        /// Follow the job to its end; fails if not all images are here then.
+        #[arg(long, requires = "job")]
+        wait: bool,
         #[command(flatten)]
         reach: Reach,
     },

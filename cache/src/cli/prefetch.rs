@@ -123,14 +123,24 @@ fn class(class: PrefetchClass) -> v1::PrefetchClass {
 
 /// Follows a job to its end; a failure if not all of its images are here.
 pub(super) async fn follow(
+    id: &str,
     mut stream: Streaming<v1::WatchPrefetchResponse>,
     output: Output,
 ) -> Result<(), Failure> {
     let mut view = View::new(output);
+    let goes_on = |why: &str| {
+        format!(
+            "{why}; the job goes on when the service is up: follow it with `cowshed prefetches {id} --wait`"
+        )
+    };
     loop {
-        let message = stream.message().await.map_err(|status| refused(&status))?;
+        let message = stream.message().await.map_err(|status| {
+            view.clear();
+            let Failure { message, status } = refused(&status);
+            Failure { message: goes_on(&message), status }
+        })?;
         let Some(job) = message.and_then(|message| message.job) else {
-            let message = "the service stopped; the job goes on when it is up again".to_owned();
+            let message = goes_on("the service stopped");
             return Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) });
         };
         view.show(job.images.iter().map(item), || json_of(&job))?;
@@ -275,6 +285,7 @@ fn stage_name(stage: v1::PrefetchStage) -> &'static str {
         v1::PrefetchStage::Retrying => "retrying",
         v1::PrefetchStage::Done => "done",
         v1::PrefetchStage::Failed => "failed",
+        v1::PrefetchStage::GivenUp => "given up",
     }
 }
 

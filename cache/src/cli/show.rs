@@ -111,6 +111,10 @@ pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
         ),
     };
     let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
+    let _ = writeln!(text, "prefetch    {} jobs run", status.prefetch_jobs);
+    for problem in &status.warm_set_problems {
+        let _ = writeln!(text, "warm set    {problem}");
+    }
     text
 }
 
@@ -141,6 +145,8 @@ fn status_json(status: &v1::GetStatusResponse) -> Value {
             "failed": leases.failed,
         })),
         "pulls_in_flight": status.pulls_in_flight,
+        "prefetch_jobs": status.prefetch_jobs,
+        "warm_set_problems": status.warm_set_problems,
         "started_at": status.started_at.map(|at| at.to_string()),
     })
 }

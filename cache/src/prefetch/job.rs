@@ -278,7 +278,7 @@ impl Jobs {
             }
             let differences = differences.join(", ");
             let message = format!(
-                "there is a prefetch job {id} already, with another {differences}: give this one another job_id"
+                "there is a prefetch job {id} already, which differs in {differences}: give this one another name (job_id)"
             );
             return Err(Error::new(Reason::SpecConflict, message)
                 .with("job_id", &id)
@@ -415,7 +415,7 @@ pub(super) mod tests {
         let error = jobs.create(id("j"), other, UnixMicros(9)).unwrap_err();
         assert_eq!(error.reason(), Reason::SpecConflict);
         let said = error.to_string();
-        assert!(said.contains("images, class, bytes_per_second, credentials:"), "{said}");
+        assert!(said.contains("differs in images, class, bytes_per_second, credentials:"), "{said}");
     }
 
     #[test]

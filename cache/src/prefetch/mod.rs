@@ -8,7 +8,7 @@ pub mod job;
 pub mod warm;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     num::NonZeroU64,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -183,6 +183,7 @@ struct Inner {
     tasks: Tasks,
     metrics: Metrics,
     pulls: Semaphore,
+    warm_set_problems: Mutex<Vec<String>>,
     live: Mutex<HashMap<JobId, Arc<Live>>>,
 }
 
@@ -196,8 +197,19 @@ impl Prefetcher {
         tasks: Tasks,
         metrics: Metrics,
     ) -> Self {
-        let (live, pulls) = (Mutex::default(), Semaphore::new(PULLS_MAX));
-        Self(Arc::new(Inner { ledger, puller, permit, clock, tasks, metrics, pulls, live }))
+        let (live, warm_set_problems) = (Mutex::default(), Mutex::default());
+        let pulls = Semaphore::new(PULLS_MAX);
+        Self(Arc::new(Inner {
+            ledger,
+            puller,
+            permit,
+            clock,
+            tasks,
+            metrics,
+            pulls,
+            warm_set_problems,
+            live,
+        }))
     }
 
     /// Goes on with all jobs that have not ended.
@@ -218,42 +230,42 @@ impl Prefetcher {
     }
 
     async fn follow_on(&self, directory: PathBuf) {
-        let mut said = BTreeMap::new();
+        let mut files = warm::Files::new();
         loop {
             let at = directory.clone();
             let read = tokio::task::spawn_blocking(move || warm::read(&at)).await;
-            match read.map_err(std::io::Error::other).flatten() {
-                Ok(files) => {
-                    said = self.tell_of_errors(&files, &said);
+            let problems = match read.map_err(std::io::Error::other).flatten() {
+                Ok(read) => {
+                    let problems = warm::problems(&directory, &read);
+                    files = warm::as_it_was(files, read);
                     self.reconcile(&files).await;
+                    problems
                 }
-                Err(error) => {
-                    self.0.metrics.warm_set_errors(1);
-                    tracing::error!(directory = %directory.display(), %error, "the warm set cannot be read");
-                }
-            }
+                Err(error) => vec![format!("{}: {error}", directory.display())],
+            };
+            self.tell(problems);
             tokio::time::sleep(WARM_LOOK).await;
         }
     }
 
-    /// Each once.
-    fn tell_of_errors(
-        &self,
-        files: &warm::Files,
-        said: &BTreeMap<String, String>,
-    ) -> BTreeMap<String, String> {
-        let wrong =
-            files.iter().filter_map(|(name, file)| Some((name.clone(), file.as_ref().err()?.clone())));
-        let wrong: BTreeMap<String, String> = wrong.collect();
-        for (name, error) in wrong.iter().filter(|(name, error)| said.get(*name) != Some(error)) {
-            tracing::error!(
-                file = name,
-                error,
-                "a file of the warm set is wrong: its job stays as it is, and no new one is begun"
-            );
+    /// What is wrong with the warm set: each once in the log, all of it in the status.
+    fn tell(&self, problems: Vec<String>) {
+        self.0.metrics.warm_set_errors(problems.len());
+        let mut told = self.0.warm_set_problems.lock().unwrap_or_else(PoisonError::into_inner);
+        for problem in problems.iter().filter(|problem| !told.contains(problem)) {
+            tracing::error!(problem, "the warm set is wrong; what it said before goes on");
         }
-        self.0.metrics.warm_set_errors(wrong.len());
-        wrong
+        *told = problems;
+    }
+
+    /// What is wrong with the warm set, by its files' paths.
+    pub fn warm_set_problems(&self) -> Vec<String> {
+        self.0.warm_set_problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How many jobs run.
+    pub fn running(&self) -> usize {
+        self.live().len()
     }
 
     async fn reconcile(&self, files: &warm::Files) {

@@ -169,6 +169,21 @@ pub(crate) fn read(directory: &Path) -> io::Result<Files> {
     Ok(files)
 }
 
+/// What is wrong with files, each with its path.
+pub(crate) fn problems(directory: &Path, files: &Files) -> Vec<String> {
+    let wrong = files.iter().filter_map(|(name, file)| Some((name, file.as_ref().err()?)));
+    wrong.map(|(name, error)| format!("{}/{name}.toml: {error}", directory.display())).collect()
+}
+
+/// A file that cannot be used says what it said before, if it has.
+pub(crate) fn as_it_was(mut before: Files, now: Files) -> Files {
+    let said = |(name, file): (String, Result<Warm, String>)| {
+        let said = before.remove(&name).filter(|before| file.is_err() && before.is_ok());
+        (name, said.unwrap_or(file))
+    };
+    now.into_iter().map(said).collect()
+}
+
 fn read_one(path: &Path) -> Result<Warm, String> {
     let text = read_text(path).map_err(|error| error.to_string())?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
@@ -210,7 +225,7 @@ pub(crate) enum Step {
     Create(JobId, Plan),
 }
 
-/// What makes the jobs those of the files. A file that cannot be used changes nothing: its last job goes on.
+/// What makes the jobs those of the files. A file of which nothing is known changes nothing: its last job goes on.
 pub(crate) fn steps(files: &Files, jobs: &Jobs, now: UnixMicros) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut latest: BTreeMap<String, &Job> = BTreeMap::new();
@@ -309,6 +324,14 @@ mod tests {
         let broken = files(&[("a", "images = 5")]);
         assert!(broken["a"].is_err());
         assert!(go(&mut jobs, &broken, 900).is_empty());
+        // But what it said before is known as long as the service runs, and goes on.
+        let as_before = as_it_was(two.clone(), broken.clone());
+        assert_eq!(as_before, two);
+        assert_eq!(as_it_was(as_before, broken.clone()), two, "and once more");
+        assert_eq!(as_it_was(Files::new(), broken.clone()), broken);
+        assert_eq!(as_it_was(two, one.clone()), one);
+        let problems = problems(Path::new("/warm"), &broken);
+        assert!(problems[0].starts_with("/warm/a.toml: ") && problems.len() == 1, "{problems:?}");
         // As it was at first: its job of then has ended long ago.
         end(&mut jobs, "warm.a@700", 900);
         assert_eq!(go(&mut jobs, &one, 900), ["create warm.a@900", "create warm.b@900"]);

@@ -167,12 +167,14 @@ pub(super) fn message(picture: Picture) -> v1::Prefetch {
         state: state.into(),
         created_at: Some(timestamp(job.created_at)),
         ended_at: job.ended.map(|(_, at)| timestamp(at)),
-        images: images.map(|((wanted, stage), seen)| image(wanted, stage, seen)).collect(),
+        images: images
+            .map(|((wanted, stage), seen)| image(wanted, stage, seen, job.ended.is_some()))
+            .collect(),
         wants_credentials,
     }
 }
 
-fn image(wanted: &Wanted, stage: &Stage, seen: &Seen) -> v1::PrefetchedImage {
+fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::PrefetchedImage {
     let layers = seen.progress.iter().flat_map(|progress| &progress.layers);
     let (fetched, total) = layers
         .fold((0, 0), |(fetched, total), layer| (fetched + layer.bytes_fetched, total + layer.bytes_total));
@@ -185,6 +187,9 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen) -> v1::PrefetchedImage {
         ..v1::PrefetchedImage::default()
     };
     match stage {
+        Stage::Waiting if has_ended => {
+            v1::PrefetchedImage { stage: v1::PrefetchStage::GivenUp.into(), ..image }
+        }
         Stage::Waiting => {
             let now = match (&seen.progress, &seen.error) {
                 (Some(_), _) if seen.gives_way => v1::PrefetchStage::GivingWay,

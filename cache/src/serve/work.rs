@@ -161,6 +161,8 @@ impl Ground {
             self.tasks.clone(),
             self.metrics.clone(),
         );
+        // As for the images.
+        let _first = self.source.prefetcher.set(prefetcher.clone());
         let keeper = Keeper {
             catalogue: Arc::new(images.clone()),
             ledger: ledger.clone(),
@@ -202,6 +204,7 @@ pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served
         admission,
         drain: Drain::default(),
         images: std::sync::OnceLock::new(),
+        prefetcher: std::sync::OnceLock::new(),
         connected: plugin.map(Served::connected),
         started_at: SystemTime::now(),
     })
