@@ -327,10 +327,12 @@ impl Reclaimer {
         let Compared { leases, snapshots } = compared.unwrap_or_default();
         let mut inventory = Inventory { containerd_leases: leases, snapshots, ..Inventory::default() };
         // The ledger before the living: a pull is alive from before it is written down until after it is struck off.
-        let pulls = self.ledger.pulls();
+        let (known, of_no_job) = (self.ledger.pulls(), self.ledger.pulls_of_no_job());
         let running = self.running_pulls.running();
-        inventory.abandoned_pulls = pulls.into_keys().filter(|lease| !running.contains(lease)).collect();
-        inventory.running_pulls = running;
+        inventory.abandoned_pulls = of_no_job.into_iter().filter(|lease| !running.contains(lease)).collect();
+        // Those that wait to be gone on with are nobody else's, either.
+        let waiting = known.into_keys().filter(|lease| !inventory.abandoned_pulls.contains(lease));
+        inventory.running_pulls = running.into_iter().chain(waiting).collect();
         let now = self.clock.now();
         let (looked_at, held): (Vec<Lease>, BTreeSet<LeaseId>) = self.ledger.read(|book| {
             // What is shared goes after all that name it.

@@ -60,6 +60,11 @@ impl Tasks {
         });
     }
 
+    /// Whether nothing more is started.
+    pub fn is_closed(&self) -> bool {
+        self.0.borrow().closed
+    }
+
     /// Waits until nothing more is started.
     pub async fn closing(&self) {
         let mut changes = self.0.subscribe();

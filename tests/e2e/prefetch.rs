@@ -23,6 +23,7 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[
     ("by_hand", by_hand),
     ("goes_on_after_a_kill", goes_on_after_a_kill),
+    ("goes_on_within_a_layer", goes_on_within_a_layer),
     ("gives_way_to_a_launcher", gives_way_to_a_launcher),
     ("is_taken_over_by_a_launcher", is_taken_over_by_a_launcher),
     ("of_what_a_launcher_needs_too", of_what_a_launcher_needs_too),
@@ -143,6 +144,37 @@ fn goes_on_after_a_kill() -> Outcome {
     acquire_as("hit", "prefetch-killed", &images[5].0)?;
     release_fully("prefetch-killed")?;
     evict(&names(&images))
+}
+
+/// A layer that takes longer than the service runs.
+fn goes_on_within_a_layer() -> Outcome {
+    const ENOUGH: u64 = 1 << 20;
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    for (verb, seed) in [("kill", 9150), ("restart", 9160)] {
+        let images = serve(&registry, seed, 1, 6_000_000)?;
+        let (name, image) = &images[0];
+        let layer = digest(&image.layer);
+        // Whole the first time; from then on it honours ranges.
+        registry.blob(&layer, Answer::CutOnce(image.layer.clone(), image.layer.len()));
+        cowshed(&["prefetch", "--name", verb, "--class", "background", "--rate", "512KiB", name])?.ok()?;
+        let fetched = || number(&job(verb)?, "/images/0/bytes_fetched");
+        wait_for("a part of the layer", || {
+            check!(fetched()? >= ENOUGH, "{}", job(verb)?);
+            Ok(())
+        })?;
+        host(verb, "cowshed")?;
+        wait_serving()?;
+        wait_ended(verb, "done")?;
+        let again: Vec<_> =
+            registry.requests(&layer).into_iter().filter(|r| r.line.starts_with("GET ")).collect();
+        let from = again.get(1).and_then(|request| request.range.clone()).unwrap_or_default();
+        let from = from.trim_start_matches("bytes=").trim_end_matches('-').parse::<u64>().unwrap_or_default();
+        check!(from >= ENOUGH, "after a {verb} it was begun anew: {again:?}");
+        acquire_as("hit", "prefetch-within", name)?;
+        release_fully("prefetch-within")?;
+        evict(&[name])?;
+    }
+    Ok(())
 }
 
 fn gives_way_to_a_launcher() -> Outcome {

@@ -78,6 +78,16 @@ impl Ledger {
         self.0.read(|records| records.pulls.clone())
     }
 
+    /// Those of them that nobody needs if they are not alive any more: a prefetch job that still waits for the image goes on
+    /// with what a pull of it has left, which its containerd lease holds.
+    pub fn pulls_of_no_job(&self) -> Vec<String> {
+        self.0.read(|records| {
+            let awaited = records.jobs.awaited();
+            let is_left = |(_, image): &(&String, &String)| !awaited.contains(image.as_str());
+            records.pulls.iter().filter(is_left).map(|(lease, _)| lease.clone()).collect()
+        })
+    }
+
     /// Told each time that what [`Self::read`] sees has changed.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.0.changes()

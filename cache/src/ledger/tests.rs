@@ -36,6 +36,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     assert_eq!(ledger.pulls().keys().collect::<Vec<_>>(), ["cowshed-pull-1"]);
     assert!(matches!(ledger.read(|b| b.get(&some.id).unwrap().state.clone()), State::Releasing { .. }));
     ledger.remove_all(vec![some.id.clone()], now()).await.unwrap();
+    assert_eq!(ledger.pulls_of_no_job(), ["cowshed-pull-1"]);
     ledger.end_pull("cowshed-pull-1".into()).await.unwrap();
     drop(ledger);
 

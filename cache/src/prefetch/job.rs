@@ -8,7 +8,7 @@
 //! What has ended never changes, and is remembered for a while: what a job has fetched is not the next to go.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     num::{NonZeroU32, NonZeroU64},
     str::FromStr,
@@ -269,6 +269,11 @@ impl Jobs {
         self.0.values().filter(|job| job.ended.is_none())
     }
 
+    /// Names of the images that jobs still wait for.
+    pub fn awaited(&self) -> BTreeSet<&str> {
+        self.running().flat_map(|job| job.waiting().map(|at| job.plan.images[at].image.as_str())).collect()
+    }
+
     /// A new job, or the one of this name, if it is to do the same.
     pub(crate) fn create(&self, id: JobId, plan: Plan, now: UnixMicros) -> Result<(Arc<Job>, Vec<Change>)> {
         if let Some(job) = self.get(&id) {
@@ -382,7 +387,9 @@ pub(super) mod tests {
             let job = jobs.settle(&id("j"), 1, second.clone(), UnixMicros(5)).unwrap();
             assert_eq!(job.ended, None);
             assert_eq!(job.waiting().collect::<Vec<_>>(), [0]);
+            assert_eq!(jobs.awaited(), ["r/a:1", "r/b:1"].into());
             jobs.apply((id("j"), Some(job)));
+            assert_eq!(jobs.awaited(), ["r/a:1"].into());
             assert!(jobs.settle(&id("j"), 1, second, UnixMicros(6)).is_none(), "settled twice");
             assert!(jobs.settle(&id("j"), 2, first.clone(), UnixMicros(6)).is_none(), "no such image");
             let job = jobs.settle(&id("j"), 0, first.clone(), UnixMicros(7)).unwrap();
@@ -390,7 +397,7 @@ pub(super) mod tests {
             jobs.apply((id("j"), Some(job)));
             assert!(jobs.settle(&id("j"), 0, first, UnixMicros(8)).is_none());
             assert!(jobs.end(&id("j"), End::Cancelled, UnixMicros(8)).is_none());
-            assert_eq!(jobs.running().count(), 0);
+            assert_eq!((jobs.running().count(), jobs.awaited()), (0, BTreeSet::new()));
         }
         let mut jobs = Jobs::default();
         create(&mut jobs, "j", plan(&["r/a:1"]), 0);

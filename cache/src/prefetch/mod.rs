@@ -33,6 +33,7 @@ use crate::{
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
+    reclaim::Wake,
     registry::Credential,
     tasks::Tasks,
 };
@@ -181,6 +182,7 @@ struct Inner {
     permit: Arc<dyn Permit>,
     clock: Clock,
     tasks: Tasks,
+    wake: Wake,
     metrics: Metrics,
     pulls: Semaphore,
     warm_set_problems: Mutex<Vec<String>>,
@@ -195,6 +197,7 @@ impl Prefetcher {
         permit: Arc<dyn Permit>,
         clock: Clock,
         tasks: Tasks,
+        wake: Wake,
         metrics: Metrics,
     ) -> Self {
         let (live, warm_set_problems) = (Mutex::default(), Mutex::default());
@@ -205,6 +208,7 @@ impl Prefetcher {
             permit,
             clock,
             tasks,
+            wake,
             metrics,
             pulls,
             warm_set_problems,
@@ -356,12 +360,8 @@ impl Prefetcher {
         let task = tokio::spawn(async move {
             // Also if it panics.
             let _running = Running { of: this.clone(), id: job_.id.clone(), live: live_.clone() };
-            tokio::select! {
-                end = this.work(&job_, &live_) => {
-                    tracing::info!(job = %job_.id, ?end, "a prefetch job has ended");
-                }
-                () = this.0.tasks.closing() => {}
-            }
+            let end = this.work(&job_, &live_).await;
+            tracing::info!(job = %job_.id, ?end, "a prefetch job has ended");
         });
         *live.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
     }
@@ -483,6 +483,10 @@ impl Prefetcher {
             live.see(at, |seen| seen.error = Some(error));
             tokio::time::sleep(ADMISSION_PAUSE).await;
         }
+        // What is being pulled when the service stops is cut off as by a crash, and gone on with after the start.
+        if self.0.tasks.is_closed() {
+            return std::future::pending().await;
+        }
         let credential = credential.borrow().clone();
         let access = Access { tenant: plan.tenant.clone(), credential, policy: PullPolicy::default() };
         live.see(at, |seen| seen.tries += 1);
@@ -551,6 +555,8 @@ struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.of.forget(&self.id, &self.live);
+        // What its pulls have left nobody waits for any more.
+        self.of.0.wake.now();
     }
 }
 

@@ -107,6 +107,7 @@ fn start(directory: &Path, registry: &Arc<Registry>) -> (Prefetcher, Ledger) {
             registry.clone(),
             clock(),
             Tasks::default(),
+            Wake::default(),
             metrics,
         ),
         ledger,
@@ -268,11 +269,30 @@ async fn what_is_drained_or_stopped_pulls_no_more_and_goes_on_later() {
     registry.closed.store(false, Ordering::SeqCst);
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(registry.under_way.load(Ordering::SeqCst), 1);
+    // Nothing new is begun any more; what is under way is cut off by the end of the process.
     prefetcher.0.tasks.close(Duration::ZERO).await;
-    idle(&prefetcher).await;
-    assert_eq!(registry.under_way.load(Ordering::SeqCst), 0);
+    prefetcher.create(id("k"), plan(&["r.example/b:1"]), None).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(registry.under_way.load(Ordering::SeqCst), 1);
+    assert!(registry.asked.lock().unwrap().iter().all(|(name, _)| name == "r.example/a:1"));
     assert_eq!(prefetcher.get(&id("j")).unwrap().job.ended, None, "a stop is not its end");
     drop(shut);
+}
+
+/// What a pull has left is kept for the job that waits for its image, and no longer.
+#[tokio::test(start_paused = true)]
+async fn what_was_fetched_before_a_crash_is_kept_as_long_as_a_job_waits_for_it() {
+    let (directory, registry) = (tempfile::tempdir().unwrap(), Arc::new(Registry::default()));
+    let (prefetcher, ledger) = start(directory.path(), &registry);
+    let shut = registry.gate.write().await;
+    prefetcher.create(id("j"), plan(&["r.example/a:1"]), None).await.unwrap();
+    for (lease, image) in [("mine", "r.example/a:1"), ("others", "r.example/b:1")] {
+        ledger.begin_pull(lease.to_owned(), image.to_owned()).await.unwrap();
+    }
+    assert_eq!(ledger.pulls_of_no_job(), ["others"]);
+    drop(shut);
+    ended(&prefetcher, "j").await;
+    assert_eq!(ledger.pulls_of_no_job(), ["mine", "others"]);
 }
 
 /// Polled once, then dropped.

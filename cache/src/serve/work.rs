@@ -145,7 +145,7 @@ impl Ground {
             kernel: kernel.clone(),
             admission: admission.clone(),
             drain: drain.clone(),
-            wake,
+            wake: wake.clone(),
             making,
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
@@ -159,6 +159,7 @@ impl Ground {
             Arc::new(permits),
             self.clock.clone(),
             self.tasks.clone(),
+            wake.clone(),
             self.metrics.clone(),
         );
         // As for the images.
