@@ -5,6 +5,7 @@ mod pool;
 use std::{
     fs::{self, File},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use tonic::{Code, Status};
@@ -17,7 +18,8 @@ use crate::{
         check,
         command::{lines, run, sh},
         cow::{
-            acquire, collect, evict_all, host, image, release_fully, snapshotter, thin_devices, wait_serving,
+            acquire, collect, evict_all, host, image, release_fully, service_pid, snapshotter, thin_devices,
+            wait_serving,
         },
         same,
         snapshots::{CONTAINERD, Snapshots},
@@ -34,6 +36,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("what_is_not_ours_stays", what_is_not_ours_stays),
     ("pool_that_does_not_write", pool_that_does_not_write),
     ("pool_with_io_errors", pool_with_io_errors),
+    ("pool_taken_away_for_a_moment", pool_taken_away_for_a_moment),
     ("damaged_pool_metadata", damaged_pool_metadata),
     ("extended_while_used", pool::extended_while_used),
     ("a_pool_of_another_uuid", pool::a_pool_of_another_uuid),
@@ -377,6 +380,29 @@ fn pool_with_io_errors() -> Outcome {
         })?;
         block_on(client.remove("io-d"))?;
     }
+    remove_all(&client)
+}
+
+/// Too short to be seen by who looks now and then: what is seen is that all devices have gone.
+fn pool_taken_away_for_a_moment() -> Outcome {
+    let client = client()?;
+    let disk = block_on(client.prepare("away-a", "", &[]))?;
+    let read = || sh(&format!("dd if={} of=/dev/null bs=64k count=1 status=none", disk.path)).map(drop);
+    read()?;
+    // It is looked for every two seconds, and has to be seen to be there once: nothing tells when that was.
+    let made = Instant::now();
+    wait_for("a look", || {
+        check!(made.elapsed() > Duration::from_secs(5), "not yet");
+        Ok(())
+    })?;
+    let pid = service_pid()?;
+    sh("dmsetup ls --target thin | awk '/^cowshed-/ { print $1 }' | xargs -r -n 1 dmsetup remove
+        dmsetup table vg-pool > /tmp/pool-table; dmsetup info -c --noheadings -o uuid vg-pool > /tmp/pool-uuid
+        dmsetup remove vg-pool && dmsetup create vg-pool --uuid $(cat /tmp/pool-uuid) --table \"$(cat /tmp/pool-table)\"")?;
+    wait_for("the disk's device", read)?;
+    same!(service_pid()?, pid, "the service's process");
+    wait_serving()?;
+    block_on(client.prepare("away-b", "", &[]))?;
     remove_all(&client)
 }
 
