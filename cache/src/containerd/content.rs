@@ -159,12 +159,12 @@ impl ContentWriter {
         self.exchange(message).await.map(|reply| self.offset = reply.offset.unsigned_abs())
     }
 
-    /// Makes it a blob, if its digest and size are right.
+    /// Appends `rest` and makes it a blob, if its digest and size are right.
     ///
     /// # Errors
     /// [`CallError::is_already_exists`] if the blob is there by now; it need not be held by the lease then, nor labelled.
-    pub async fn commit(mut self, labels: HashMap<String, String>) -> Result<(), CallError> {
-        let message = self.message(WriteAction::Commit, Vec::new(), labels);
+    pub async fn commit(mut self, rest: Vec<u8>, labels: HashMap<String, String>) -> Result<(), CallError> {
+        let message = self.message(WriteAction::Commit, rest, labels);
         self.exchange(message).await.map(drop)
     }
 

@@ -318,6 +318,7 @@ impl Store<'_> {
     pub(super) async fn commit(
         &self,
         writer: ContentWriter,
+        rest: Vec<u8>,
         digest: &Digest,
         mut labels: Labels,
     ) -> Result<(), CallError> {
@@ -329,7 +330,7 @@ impl Store<'_> {
         let owners = &self.shared.owners;
         // It may be somebody else's by now that is there.
         owners.forget(digest);
-        writer.commit(labels).await?;
+        writer.commit(rest, labels).await?;
         owners.note(digest, owner);
         Ok(())
     }

@@ -20,6 +20,7 @@ mod store;
 mod tap;
 mod unpack;
 mod verify;
+mod window;
 
 use std::{
     collections::{BTreeSet, HashMap},

@@ -26,6 +26,7 @@ use super::{
     tap::{Outlet, Tap, tap},
     unpack::{Inflating, Layer, is_held, is_theirs, too_large_for, unpack},
     verify::Target,
+    window::Window,
 };
 use crate::{
     containerd::LEASE_LABEL,
@@ -161,16 +162,21 @@ async fn pull(
     board: &Board,
 ) -> Result<(ResolvedImage, Cache)> {
     let resolved = resolve(store, bytes, digest, platform).await?;
-    let mut cache = Cache::Hit;
-    // Documents are held from here on; their labels hold nothing before the blobs are there, and need not: the lease does.
-    for Stored { digest, bytes, labels, .. } in &resolved.documents {
-        cache = either(cache, store.put(digest, bytes, labels.clone()).await?);
-    }
     let manifest = &resolved.manifest;
-    let fetched = store.fetch(&manifest.config, Labels::new(), None, |_| ()).await?;
+    // Documents are held from here on; their labels hold nothing before the blobs are there, and need not: the lease does.
+    let documents = async {
+        let mut cache = Cache::Hit;
+        for Stored { digest, bytes, labels, .. } in &resolved.documents {
+            cache = either(cache, store.put(digest, bytes, labels.clone()).await?);
+        }
+        Ok::<_, Error>(cache)
+    };
+    let config = store.fetch(&manifest.config, Labels::new(), None, |_| ());
+    // Neither is dropped half done if the other fails.
+    let (documents, config) = tokio::join!(documents, config);
+    let mut cache = either(documents?, config?);
     let config = read_config(store, manifest, platform).await?;
     board.layers(sizes(manifest));
-    cache = either(cache, fetched);
     cache = either(cache, layers(store, manifest, &config, board).await?);
     let image = record(store, &resolved, &config).await?;
     board.done();
@@ -309,11 +315,15 @@ async fn layers(
     if !keeps {
         (0..there).for_each(|at| board.stage(at, LayerStage::Done));
     }
+    let window = &Window::of(chain.len(), there);
     let fetching = stream::iter(wanted.map(|(at, tap)| async move {
+        // Whoever stops the pull opens the window.
+        window.reach(at).await;
         match Box::pin(fetch_layer(store, manifest, board, at, &tap)).await {
             Ok(fetched) => {
                 board.stage(at, if at < there { LayerStage::Done } else { LayerStage::Fetched });
                 tap.stored(manifest.layers[at].size);
+                window.fetched(at);
                 fetched
             }
             Err(error) => {
@@ -325,7 +335,7 @@ async fn layers(
     let fetching = fetching
         .buffer_unordered(store.shared.limits.concurrent_downloads.max(1))
         .fold(Cache::Hit, |all, one| async move { either(all, one) });
-    let unpacking = unpack_layers(store, manifest, config, board, &chain, there, outlets);
+    let unpacking = unpack_layers(store, manifest, config, board, &chain, outlets, window);
     let (fetched, unpacked) = tokio::join!(fetching, unpacking);
     store.brake.check(either(fetched, unpacked))
 }
@@ -362,8 +372,8 @@ async fn unpack_layers(
     config: &ImageConfig,
     board: &Board,
     chain: &[Digest],
-    there: usize,
     outlets: Vec<Outlet>,
+    window: &Window,
 ) -> Cache {
     let begin = |at: usize| match store.gate.class() {
         // What gives way to everybody takes no threads from them.
@@ -374,7 +384,8 @@ async fn unpack_layers(
     };
     let mut cache = Cache::Hit;
     let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
-    for at in there..chain.len() {
+    for at in window.start()..chain.len() {
+        window.unpacking(at);
         board.stage(at, LayerStage::Unpacking);
         for next in at + 1..chain.len().min(at + 1 + AHEAD) {
             ahead.entry(next).or_insert_with(|| begin(next));
@@ -397,6 +408,7 @@ async fn unpack_layers(
         }
         board.stage(at, LayerStage::Done);
     }
+    window.open();
     cache
 }
 

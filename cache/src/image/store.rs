@@ -78,10 +78,11 @@ impl Store<'_> {
         let written = async {
             let mut writer = self.writer(&reference, digest, size).await?;
             writer.restart();
-            for piece in bytes.chunks(PIECE) {
+            let (pieces, rest) = bytes.split_at(bytes.len().saturating_sub(PIECE));
+            for piece in pieces.chunks(PIECE) {
                 writer.write(piece.to_vec()).await?;
             }
-            self.commit(writer, digest, labels.clone()).await
+            self.commit(writer, rest.to_vec(), digest, labels.clone()).await
         };
         match written.await {
             Ok(()) => Ok(Cache::Miss),
@@ -167,10 +168,12 @@ impl Store<'_> {
             // Of another namespace of containerd's, for example: nobody has shown that it may be had.
             self.asker().expect_proof(Kind::Blob(blob.size), &blob.digest).await?;
         }
-        if writer.offset() < blob.size || blob.size == 0 {
-            self.copy(blob, failed, &mut writer, *tap, progress).await?;
-        }
-        match self.commit(writer, &blob.digest, labels.clone()).await {
+        let rest = if writer.offset() < blob.size || blob.size == 0 {
+            self.copy(blob, failed, &mut writer, *tap, progress).await?
+        } else {
+            Vec::new()
+        };
+        match self.commit(writer, rest, &blob.digest, labels.clone()).await {
             // What was poured is nobody's word for what is there.
             Err(error) if error.is_already_exists() => {
                 tap.inspect(|tap| tap.spoil());
@@ -180,7 +183,8 @@ impl Store<'_> {
         }
     }
 
-    /// Copies what is missing from the registry to containerd.
+    /// Copies what is missing from the registry to containerd, but for the last piece, which it returns: that goes with the
+    /// commit, so that a small blob is one message.
     async fn copy(
         &self,
         blob: &Descriptor,
@@ -188,14 +192,15 @@ impl Store<'_> {
         writer: &mut ContentWriter,
         tap: Option<&Tap>,
         progress: &(impl Fn(u64) + Send + Sync),
-    ) -> Result<(), Broken> {
+    ) -> Result<Vec<u8>, Broken> {
         let source = self.source.blob(&blob.digest, writer.offset(), failed).await.map_err(Broken::from)?;
         if source.offset != writer.offset() {
             tap.inspect(|tap| tap.spoil());
             writer.restart();
         }
         let mut bytes = source.bytes;
-        let (mut piece, mut pace) = (Vec::new(), Pace::default());
+        let missing = usize::try_from(blob.size.saturating_sub(writer.offset())).unwrap_or(PIECE);
+        let (mut piece, mut pace) = (Vec::with_capacity(missing.min(PIECE)), Pace::default());
         loop {
             let asked = Instant::now();
             let Some(part) = bytes.next().await else { break };
@@ -208,29 +213,39 @@ impl Store<'_> {
             self.shared.observer.fetched(part.len() as u64);
             piece.extend_from_slice(&part);
             let gave_way = self.give_way(part.len() as u64).await;
-            if writer.offset() + piece.len() as u64 > blob.size {
+            let there = writer.offset() + piece.len() as u64;
+            if there > blob.size {
                 return Err(Broken::Wrong(
                     self.corrupt(blob, "the registry serves more bytes than its manifest says"),
                 ));
             }
-            if piece.len() >= PIECE || gave_way.is_err() {
-                self.flush(writer, &mut piece, tap, progress).await?;
-            }
             match gave_way {
                 // Nothing is left to wait for.
-                Err(Broken::GaveWay) if writer.offset() == blob.size => {}
-                gave_way => gave_way?,
+                Ok(()) | Err(Broken::GaveWay) if there == blob.size => {}
+                gave_way => {
+                    if piece.len() >= PIECE || gave_way.is_err() {
+                        self.flush(writer, &mut piece, tap, progress).await?;
+                    }
+                    gave_way?;
+                }
             }
         }
-        self.flush(writer, &mut piece, tap, progress).await?;
-        if writer.offset() < blob.size {
+        let whole = writer.offset() + piece.len() as u64 == blob.size;
+        if !whole || piece.len() > PIECE {
+            self.flush(writer, &mut piece, tap, progress).await?;
+        }
+        if !whole {
             return Err(Broken::ForNow(self.interrupted(
                 blob,
                 &source.endpoint,
                 "the connection was closed",
             )));
         }
-        Ok(())
+        if !piece.is_empty() {
+            tap.inspect(|tap| tap.pour(writer.offset(), &piece));
+        }
+        progress(blob.size);
+        Ok(piece)
     }
 
     /// Waits until it may go on.
@@ -270,11 +285,12 @@ impl Store<'_> {
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
         // What arrives in large parts still goes on in pieces that containerd takes.
-        for message in std::mem::take(piece).chunks(PIECE) {
+        for message in piece.chunks(PIECE) {
             tap.inspect(|tap| tap.pour(writer.offset(), message));
             writer.write(message.to_vec()).await.map_err(|e| self.broken(e))?;
             progress(writer.offset());
         }
+        piece.clear();
         Ok(())
     }
 
