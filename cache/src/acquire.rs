@@ -72,6 +72,7 @@ impl Wish {
             fresh: self.fresh,
             request: self.request.clone(),
             share: None,
+            spare: None,
         }
     }
 

@@ -429,7 +429,7 @@ pub(crate) mod book {
 
     pub(crate) fn ask(n: u32) -> Ask {
         let vm = format!("vm-{n}").parse().unwrap();
-        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None, share: None }
+        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None, share: None, spare: None }
     }
 
     /// Whatever VM `n` has.

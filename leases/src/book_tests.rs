@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     Acquisition, Ask, BookError, BootId, DeviceIdentity, DeviceNumber, Failure, Grace, Grant, Kind, Mode,
-    Moment, Process, Release, Releasing, Scratch, ScratchGrant, Seen, Share, Spec, State, Suspicion, Tenant,
-    Ttl, UnixMicros, Uptime,
+    Moment, Process, Release, Releasing, Scratch, ScratchGrant, Seen, Share, Spare, Spec, State, Suspicion,
+    Tenant, Ttl, UnixMicros, Uptime,
 };
 
 const SECOND: u64 = 1_000_000;
@@ -46,7 +46,7 @@ pub(crate) fn grace() -> Grace {
 }
 
 pub(crate) fn ask(n: u8, s: u8) -> Ask {
-    Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None, share: None }
+    Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None, share: None, spare: None }
 }
 
 fn request(n: u8) -> RequestId {
@@ -445,6 +445,99 @@ fn a_request_that_comes_late_changes_nothing() {
     assert_eq!(book.release(&other, &now), Err(reused("call")));
 }
 
+/// A spare of image 1 that is ready.
+fn spare(book: &mut Book, n: u64, now: &Moment) -> Lease {
+    let (lease, changes) = book.intend_spare(id(n), spec(1), now).unwrap();
+    apply(book, changes);
+    let (lease, changes) = book.grant(&lease.id, grant(n as u32), now).unwrap();
+    apply(book, changes);
+    lease
+}
+
+/// Wants this one.
+fn ask_for(n: u8, spare: &Lease) -> Ask {
+    let seen = Seen { root: spare.grant().unwrap().device.clone(), scratch: None };
+    let spare = Spare { lease: spare.id.clone(), image_digest: "sha256:0".into(), seen };
+    Ask { spare: Some(spare), ..ask(n, 1) }
+}
+
+#[test]
+fn a_spare_is_handed_out_once_and_is_then_a_lease_like_any_other() {
+    let mut book = Book::default();
+    let now = at(1, 5);
+    let made = spare(&mut book, 1, &at(1, 0));
+    assert!(made.is_ready_spare(&now) && !made.vm.is_vm());
+    let mut wish = ask_for(1, &made);
+    wish.ttl = Some(ttl(60));
+    wish.request = Some(request(1));
+    let lease = acquired(&mut book, &wish, id(9), &now);
+    assert_eq!((&lease.id, &lease.vm, lease.term.until), (&made.id, &vm(1), Some(at(1, 65).up)));
+    assert!(lease.generation > made.generation && lease.is_held() && lease.grant().is_some());
+    assert_eq!(book.held_by(&vm(1)).map(|l| &l.id), Some(&made.id));
+    assert_eq!(book.held_by(&made.vm), None);
+    assert_eq!(book.get(&id(9)), None, "no other lease is made");
+    // Not to another, and not taken back as a spare.
+    let twice = book.acquire(&ask_for(2, &made), id(8), &now);
+    assert_eq!(twice, Err(BookError::NoSpare(made.id.clone())));
+    assert_eq!(book.drop_spare(&made.id, &now), Vec::new());
+    // The request again, the wish again: the same lease.
+    assert_eq!(acquired(&mut book, &wish, id(7), &now).id, made.id);
+    assert_eq!(acquired(&mut book, &ask(1, 1), id(7), &now).id, made.id);
+    assert!(matches!(released(&mut book, &back(1), &now), Releasing::Now(_)));
+    removed(&mut book, &made.id);
+    assert_eq!(Book::load(stored(&book)), Ok(book));
+}
+
+#[test]
+fn only_what_is_ready_and_right_is_handed_out() {
+    let mut book = Book::default();
+    let now = at(1, 5);
+    let (preparing, changes) = book.intend_spare(id(1), spec(1), &now).unwrap();
+    apply(&mut book, changes);
+    let ready = spare(&mut book, 2, &now);
+    let refused = |ask: &Ask, now: &Moment| match book.acquire(ask, id(9), now) {
+        Err(BookError::NoSpare(id)) => id,
+        other => panic!("{other:?}"),
+    };
+    let of = |id: &LeaseId| Spare { lease: id.clone(), ..ask_for(1, &ready).spare.unwrap() };
+    assert_eq!(refused(&Ask { spare: Some(of(&preparing.id)), ..ask(1, 1) }, &now), preparing.id);
+    assert_eq!(refused(&Ask { spare: Some(of(&id(77))), ..ask(1, 1) }, &now), id(77));
+    let another = Spare { image_digest: "sha256:1".into(), ..of(&ready.id) };
+    assert_eq!(refused(&Ask { spare: Some(another), ..ask(1, 1) }, &now), ready.id);
+    let mut device = of(&ready.id);
+    device.seen.root.dm_name = "snap-9".into();
+    assert_eq!(refused(&Ask { spare: Some(device), ..ask(1, 1) }, &now), ready.id);
+    assert_eq!(refused(&Ask { spec: spec(SHARED), ..ask_for(1, &ready) }, &now), ready.id);
+    assert_eq!(refused(&ask_for(1, &ready), &at(2, 0)), ready.id, "its device may be gone since the boot");
+    // Another VM's lease, whoever names it.
+    let mut book = book.clone();
+    let theirs = granted(&mut book, &ask(3, 1), 3, &now);
+    let stolen = ask_for(1, &theirs);
+    assert_eq!(book.acquire(&stolen, id(9), &now), Err(BookError::NoSpare(theirs.id)));
+}
+
+#[test]
+fn a_spare_outlives_boots_and_goes_when_it_is_dropped_or_cannot_be_made() {
+    let mut book = Book::default();
+    let ready = spare(&mut book, 1, &at(1, 0));
+    suspected(&mut book, &at(2, 1_000));
+    assert_eq!(book.get(&ready.id), Some(&ready), "nobody has to ask after it");
+    let (again, changes) = book.renew(&ready.id, Some(ttl(5)), None, &at(2, 0)).unwrap();
+    apply(&mut book, changes);
+    assert!(again.is_ready_spare(&at(2, 9)) && again.term.ttl.is_none());
+    let (half, changes) = book.intend_spare(id(2), spec(1), &at(2, 0)).unwrap();
+    apply(&mut book, changes);
+    assert_eq!(book.drop_spare(&half.id, &at(2, 0)), Vec::new(), "it has a maker");
+    failed(&mut book, &half.id, &at(2, 0));
+    let changes = book.drop_spare(&ready.id, &at(2, 0));
+    apply(&mut book, changes);
+    for id in [&half.id, &ready.id] {
+        assert!(matches!(book.get(id).unwrap().state, State::Releasing { .. }));
+        removed(&mut book, id);
+    }
+    assert_eq!(book.after(None).count(), 0);
+}
+
 fn acquired_id(book: &Book, ask: &Ask) -> Result<LeaseId, BookError> {
     Ok(match book.acquire(ask, id(99), &at(1, 0))? {
         Acquisition::New { lease, .. } | Acquisition::Existing(lease) => lease.id,
@@ -793,6 +886,7 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
     match command {
         Command::Acquire { vm: v, spec: s, ttl: time, fresh: anew, request: name } => {
             let ask = Ask {
+                spare: None,
                 vm: vm(*v),
                 spec: spec(*s),
                 ttl: time.map(ttl),

@@ -1,8 +1,8 @@
 //! What a decision comes to, before it is written down: leases, tombstones and answers, each with a revision of its own.
 
 use crate::{
-    Book, Change, Generation, Kind, Lease, LeaseId, Moment, Request, RequestId, Revision, Share, Spec, State,
-    Term, Tombstone, Ttl, VmId,
+    Ask, Book, Change, Generation, Kind, Lease, LeaseId, Moment, Request, RequestId, Revision, Seen, Share,
+    Spec, State, Term, Tombstone, Ttl, VmId,
 };
 
 /// So many answered requests are remembered, the latest ones.
@@ -51,6 +51,23 @@ impl<'a> Draft<'a> {
             state: State::Preparing,
         };
         self.put(&lease, State::Preparing)
+    }
+
+    /// A spare becomes the VM's, with its devices as they are now.
+    pub(crate) fn hand_out(&mut self, spare: &Lease, ask: &Ask, seen: &Seen, now: &Moment) -> Option<Lease> {
+        let mut grant = Box::new(spare.grant()?.clone());
+        self.generation += 1;
+        grant.device = seen.root.clone();
+        grant.at = now.wall;
+        let lease = Lease {
+            vm: ask.vm.clone(),
+            generation: Generation(self.generation),
+            spec: ask.spec.clone(),
+            created_at: now.wall,
+            term: Term { ttl: ask.ttl, boot: now.boot, until: None }.begun(now),
+            ..spare.clone()
+        };
+        Some(self.put(&lease, State::Granted(grant)))
     }
 
     /// The lease of what is to be shared: the one that there is, or a new one.

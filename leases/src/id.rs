@@ -11,7 +11,8 @@ pub const VM_ID_MAX_BYTES: usize = 128;
 /// A VM's name, chosen by its launcher: 1 to 128 bytes of ASCII letters, digits and `-_.:@`, the first a letter or a
 /// digit, without `..`. Safe in a log line, a label, a path component and a command line.
 ///
-/// What all VMs of an image share is held in the name of that image: see [`VmId::of_image`].
+/// What all VMs of an image share is held in the name of that image, and a disk that is made ahead of need in the name of its
+/// own lease: see [`VmId::of_image`] and [`VmId::of_spare`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmId(String);
@@ -46,13 +47,29 @@ impl VmId {
         Ok(Self(format!("{IMAGE_PREFIX}{rest}")))
     }
 
+    /// Who holds a spare, a disk that is made ahead of need: `+` and its lease. No VM can be called so.
+    pub fn of_spare(lease: &LeaseId) -> Self {
+        Self(format!("{SPARE_PREFIX}{lease}"))
+    }
+
     /// Whether it is an image, and no VM.
     pub fn is_image(&self) -> bool {
         self.0.starts_with(IMAGE_PREFIX)
     }
+
+    /// Whether it is a spare, and no VM.
+    pub fn is_spare(&self) -> bool {
+        self.0.starts_with(SPARE_PREFIX)
+    }
+
+    /// Whether it is what a launcher can call a VM.
+    pub fn is_vm(&self) -> bool {
+        !self.is_image() && !self.is_spare()
+    }
 }
 
 const IMAGE_PREFIX: char = '@';
+const SPARE_PREFIX: char = '+';
 
 /// Whom a VM belongs to, as the launcher knows it: made of what VM ids are made of.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -81,10 +98,13 @@ impl FromStr for Tenant {
     }
 }
 
-/// Reads what was written down; a launcher's name is parsed, and can be no image.
+/// Reads what was written down; a launcher's name is parsed, and can be neither an image nor a spare.
 impl TryFrom<String> for VmId {
     type Error = VmIdError;
     fn try_from(text: String) -> Result<Self, VmIdError> {
+        if let Some(lease) = text.strip_prefix(SPARE_PREFIX).and_then(|rest| rest.parse().ok()) {
+            return Ok(Self::of_spare(&lease));
+        }
         text.strip_prefix(IMAGE_PREFIX).map_or_else(|| text.parse(), Self::of_image)
     }
 }

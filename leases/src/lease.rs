@@ -248,6 +248,11 @@ impl Lease {
         matches!(self.state, State::Preparing | State::Granted(_) | State::Suspect { .. })
     }
 
+    /// Whether it can be handed out: a spare that was looked at in this boot.
+    pub fn is_ready_spare(&self, now: &Moment) -> bool {
+        self.vm.is_spare() && matches!(self.state, State::Granted(_)) && self.term.boot == now.boot
+    }
+
     /// Whether what there is of it is to be cleared away.
     pub fn is_to_be_reclaimed(&self) -> bool {
         matches!(self.state, State::Releasing { .. } | State::Failed { cleared: false, .. })
@@ -257,8 +262,8 @@ impl Lease {
     pub fn suspicion(&self, now: &Moment) -> Option<Suspicion> {
         match &self.state {
             State::Suspect { why, .. } => Some(*why),
-            // It is wanted as long as somebody shares it.
-            State::Granted(_) if self.vm.is_image() => None,
+            // It is wanted as long as somebody shares it, or until it is handed out.
+            State::Granted(_) if !self.vm.is_vm() => None,
             State::Granted(_) if self.term.boot != now.boot => Some(Suspicion::EarlierBoot),
             State::Granted(_) => self.term.until.filter(|until| *until <= now.up).map(|_| Suspicion::Expired),
             State::Preparing | State::Releasing { .. } | State::Failed { .. } => None,

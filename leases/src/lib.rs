@@ -19,5 +19,7 @@ pub use id::{
     SNAPSHOT_KEY_PREFIX, Tenant, VM_ID_MAX_BYTES, VmId, VmIdError,
 };
 pub use lease::{Failure, Grant, Lease, Mode, Process, Scratch, ScratchGrant, Spec, State, Suspicion, Term};
-pub use moves::{Acquisition, Ask, BookError, Difference, Grace, Kind, Release, Releasing, Request, Share};
+pub use moves::{
+    Acquisition, Ask, BookError, Difference, Grace, Kind, Release, Releasing, Request, Share, Spare,
+};
 pub use time::{BootId, BootIdError, Moment, Ttl, TtlError, UnixMicros, Uptime};

@@ -26,6 +26,19 @@ pub struct Ask {
     pub request: Option<RequestId>,
     /// What it is to share, once that is known: without it, nothing is.
     pub share: Option<Share>,
+    /// The spare that it is to get, if it still is one: without it, a disk is made.
+    pub spare: Option<Spare>,
+}
+
+/// A spare that was chosen for a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spare {
+    /// Its lease.
+    pub lease: LeaseId,
+    /// Digest of the manifest that it has to be made of.
+    pub image_digest: String,
+    /// Its device as it is now.
+    pub seen: Seen,
 }
 
 /// A device that VMs share.
@@ -40,7 +53,7 @@ pub struct Share {
 /// What an acquire comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Acquisition {
-    /// The VM gets this new lease, to be prepared.
+    /// The VM gets this new lease, to be prepared; that of the spare that was asked for is granted.
     New {
         /// The lease.
         lease: Box<Lease>,
@@ -148,6 +161,9 @@ pub enum BookError {
         /// Who was to get it.
         asked: LeaseId,
     },
+    /// It is no spare of that manifest and platform (any more).
+    #[error("lease {0} is not the spare that it was")]
+    NoSpare(LeaseId),
     /// The same random id came twice, or a stored id is used again.
     #[error("lease {0} exists already")]
     Reused(LeaseId),
@@ -219,10 +235,56 @@ impl Book {
         if let Some(failed) = self.failed_of(&ask.vm) {
             draft.see(failed, now);
         }
+        if let Some(spare) = &ask.spare {
+            let lease = self
+                .spare(spare, &ask.spec, now)
+                .and_then(|lease| draft.hand_out(lease, ask, &spare.seen, now));
+            let lease = lease.ok_or_else(|| BookError::NoSpare(spare.lease.clone()))?;
+            draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(&lease.id));
+            return Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes });
+        }
         let shares = ask.share.as_ref().map(|share| draft.share(share, &ask.spec, now));
         let lease = draft.intend(id, ask.vm.clone(), (ask.spec.clone(), ask.ttl), shares, now);
         draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(&lease.id));
         Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes })
+    }
+
+    /// The spare, if it can be handed out for this.
+    fn spare(&self, spare: &Spare, spec: &Spec, now: &Moment) -> Option<&Lease> {
+        let lease = self.get(&spare.lease).filter(|lease| lease.is_ready_spare(now))?;
+        let is_alike =
+            lease.spec.platform == spec.platform && lease.spec.mode == spec.mode && spec.scratch.is_none();
+        let grant = lease.grant().filter(|grant| grant.image_digest == spare.image_digest);
+        grant.filter(|grant| is_alike && grant.device.dm_name == spare.seen.root.dm_name).map(|_| lease)
+    }
+
+    /// A spare is to be made; `id` is fresh.
+    ///
+    /// # Errors
+    /// If the id was used before.
+    pub fn intend_spare(
+        &self,
+        id: LeaseId,
+        spec: Spec,
+        now: &Moment,
+    ) -> Result<(Lease, Vec<Change>), BookError> {
+        if self.get(&id).is_some() {
+            return Err(BookError::Reused(id));
+        }
+        let mut draft = Draft::on(self);
+        let vm = VmId::of_spare(&id);
+        let lease = draft.intend(id, vm, (spec, None), None, now);
+        Ok((lease, draft.changes))
+    }
+
+    /// A spare is not wanted any more: Granted → Releasing. Nothing if it was handed out, or is not there yet.
+    pub fn drop_spare(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
+        let mut draft = Draft::on(self);
+        let is_spare = |lease: &&Lease| lease.vm.is_spare() && matches!(lease.state, State::Granted(_));
+        if let Some(lease) = self.get(id).filter(is_spare) {
+            draft.release(lease, false, now);
+        }
+        draft.changes
     }
 
     /// A request that came before: whether it may be answered as if it came for the first time.
@@ -299,7 +361,7 @@ impl Book {
             State::Releasing { .. } | State::Failed { .. } => return Err(BookError::Released(id.clone())),
             State::Granted(grant) | State::Suspect { grant, .. } => grant.clone(),
         };
-        let ttl = ttl.or(lease.term.ttl).filter(|_| !lease.vm.is_image());
+        let ttl = ttl.or(lease.term.ttl).filter(|_| lease.vm.is_vm());
         let term = Term { ttl, boot: now.boot, until: None }.begun(now);
         // Numbers change when a device is activated again.
         if let Some(seen) = seen {
@@ -342,14 +404,15 @@ impl Book {
         Ok((lease, draft.changes))
     }
 
-    /// Preparing → Failed, and its request may be made again; what was to be shared is released, for nobody asks after it.
+    /// Preparing → Failed, and its request may be made again; what was to be shared, or a spare, is released, for nobody asks
+    /// after it.
     /// Nothing if it was released meanwhile, or is gone.
     pub fn fail(&self, id: &LeaseId, failure: Failure, now: &Moment) -> Vec<Change> {
         let Some(lease) = self.get(id).filter(|lease| lease.state == State::Preparing) else {
             return Vec::new();
         };
         let mut draft = Draft::on(self);
-        if lease.vm.is_image() {
+        if !lease.vm.is_vm() {
             draft.release(lease, false, now);
             return draft.changes;
         }
@@ -491,7 +554,7 @@ impl Book {
 
 impl Term {
     /// From now on.
-    fn begun(self, now: &Moment) -> Self {
+    pub(crate) fn begun(self, now: &Moment) -> Self {
         Self { ttl: self.ttl, boot: now.boot, until: self.ttl.map(|ttl| now.up.after(ttl)) }
     }
 }

@@ -55,6 +55,7 @@ impl Wish {
         let spec =
             if self.shares() { spec(SHARED + u8::from(self.has_scratch())) } else { spec(self.image()) };
         Ask {
+            spare: None,
             vm: vm(self.vm),
             spec,
             ttl: (self.vm == 0).then(|| steps(TTL_STEPS)),
