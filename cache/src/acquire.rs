@@ -1,8 +1,9 @@
 //! Acquire: from a wish to a granted, verified disk.
 //!
 //! ```text
-//!  parse ─► held already? ─► admit ─► image (hit | pull) ─► intent ─► containerd lease ─► Prepare ─► verify ─► confirm
-//!               │                                              └── any failure from here on: mark, reclaim ──┘
+//!  parse ─► held already? ─► image? ─► admit ─► (pull) ─► intent ─► containerd lease ─► Prepare ─► verify ─► confirm
+//!               │              │                            └── any failure from here on: mark, reclaim ──┘
+//!               │              └─► a spare of it ─► verify ─► the ledger makes it the VM's
 //!               └─► the same lease again
 //! ```
 //!
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use cowshed_leases::{
     Acquisition, Ask, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId, Scratch, Seen,
-    Share, Spec, Ttl, VmId,
+    Share, Spare, Spec, Ttl, VmId,
 };
 use tracing::Instrument as _;
 
@@ -27,9 +28,10 @@ use crate::{
     flights::{Arrival, Flights, GivenUp},
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
     kernel::Devices,
-    ledger::Ledger,
+    ledger::{HandedOut, Ledger},
     making::{Maker, Making},
     reclaim::Wake,
+    spares::Spares,
     stages::{Stage, Stages},
     tasks::Tasks,
 };
@@ -95,6 +97,8 @@ pub struct Acquired {
     pub stages: Stages,
     /// Whether the VM held the lease before.
     pub existing: bool,
+    /// Whether the disk was a spare.
+    pub spare: bool,
 }
 
 type Outcome = Result<Arc<Acquired>, Refusal>;
@@ -144,6 +148,8 @@ pub struct Acquirer {
     pub tasks: Tasks,
     /// Work under way, so that equal wishes share it.
     pub(crate) flights: Flights<Outcome>,
+    /// What is ready to be handed out.
+    pub spares: Spares,
     /// Looks at what is shared, and its making.
     pub(crate) sharing: Flights<Result<Grant>>,
 }
@@ -182,8 +188,15 @@ impl Acquirer {
         // What was given up is off the map, and its maker may be at work still.
         let making = self.making.now();
         let of_vms =
-            |id: &&LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|lease| !lease.vm.is_image()));
+            |id: &&LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|lease| lease.vm.is_vm()));
         self.flights.count().max(making.iter().filter(of_vms).count())
+    }
+
+    /// Whether disks of VMs are being made, from the image on.
+    pub(crate) fn are_disks_being_made(&self) -> bool {
+        let making = self.making.now();
+        !making.is_empty()
+            && self.ledger.read(|book| making.iter().any(|id| book.get(id).is_some_and(|l| !l.vm.is_spare())))
     }
 
     /// Gives back what `ask` says.
@@ -247,8 +260,22 @@ impl Acquirer {
             return Ok(self.existing(ask, *lease, stages).await?);
         }
         self.drain.admit()?;
+        let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
+        stages.done(Stage::Resolve);
+        if let Some(image) =
+            found.as_ref().filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none())
+        {
+            self.spares.asked(image);
+            if let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await? {
+                tracing::Span::current().record("lease", lease.id.as_str());
+                return Ok(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true });
+            }
+        }
         self.admission.admit(&self.kernel).await?;
-        let (image, cache) = self.image(wish, &mut stages).await?;
+        let (image, cache) = match found {
+            Some(image) => (image, Cache::Hit),
+            None => self.pulled(wish, &mut stages).await?,
+        };
         let id = fresh();
         let maker = self.making.begin(id.clone());
         let share = match wish.mode {
@@ -265,7 +292,7 @@ impl Acquirer {
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
         match self.make(wish, &lease, image, &mut stages).await {
-            Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false }),
+            Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false, spare: false }),
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
     }
@@ -275,16 +302,61 @@ impl Acquirer {
         let seen = self.seen(&lease).await?;
         let lease = self.ledger.keep(ask, lease.id, seen, self.clock.now()).await?;
         stages.done(Stage::Ledger);
-        Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true })
+        Ok(Acquired { lease, cache: Cache::Hit, stages, existing: true, spare: false })
     }
 
-    async fn image(&self, wish: &Wish, stages: &mut Stages) -> Result<(ResolvedImage, Cache)> {
-        let Wish { image, platform, access, .. } = wish;
-        let found = self.images.resolve(image, platform, access).await?;
-        stages.done(Stage::Resolve);
-        if let Some(image) = found {
-            return Ok((image, Cache::Hit));
+    /// A spare, if there is one. It is looked at before it is anybody's: whoever gets it need not wonder. `None` also if the VM
+    /// has got a lease meanwhile.
+    async fn hand_out(
+        &self,
+        ask: &Ask,
+        image: &ResolvedImage,
+        given_up: &GivenUp,
+        stages: &mut Stages,
+    ) -> Result<Option<Lease>> {
+        while let Some(spare) = self.spares.take(&image.manifest) {
+            // What has no room for another disk has none for what this one will hold.
+            self.admission.judge(&self.kernel.pool_lately().await)?;
+            self.admission.hindrances.admit()?;
+            let id = spare.lease().clone();
+            let granted =
+                self.ledger.read(|book| book.get(&id).and_then(|l| l.grant().map(|g| g.device.clone())));
+            let Some(granted) = granted else {
+                spare.gone();
+                continue;
+            };
+            let now = match self.kernel.inspect(&granted.path).await {
+                Ok(now) if granted.differs_from(&now).is_none() && !now.read_only => now,
+                seen => {
+                    tracing::warn!(lease = %id, ?seen, "a spare is not what it was; it is given up");
+                    spare.gone();
+                    self.ledger.drop_spares(vec![id], self.clock.now()).await?;
+                    self.wake.now();
+                    continue;
+                }
+            };
+            stages.done(Stage::Verify);
+            let (image_digest, seen) = (image.manifest.to_string(), Seen { root: now, scratch: None });
+            let chosen = Spare { lease: id.clone(), image_digest, seen };
+            let ask = Ask { spare: Some(chosen), ..ask.clone() };
+            let handed = self.ledger.hand_out(ask, self.clock.now(), given_up.clone()).await?;
+            stages.done(Stage::Spare);
+            match handed {
+                HandedOut::Lease(lease) => {
+                    spare.gone();
+                    return Ok(Some(*lease));
+                }
+                // Somebody has dropped it.
+                HandedOut::NoSpare => spare.gone(),
+                HandedOut::Held => return Ok(None),
+            }
         }
+        Ok(None)
+    }
+
+    /// The image, which was not there a moment ago.
+    async fn pulled(&self, wish: &Wish, stages: &mut Stages) -> Result<(ResolvedImage, Cache)> {
+        let Wish { image, platform, access, .. } = wish;
         let (image, cache) = self.images.ensure(image, platform, access).await?;
         stages.done(Stage::Pull);
         // This caller has waited for a pull, whoever had begun it. Unless it was to see that there is nothing to pull.
@@ -311,7 +383,9 @@ impl Acquirer {
 fn log(outcome: &Outcome) {
     match outcome {
         Ok(done) if done.existing => tracing::debug!(lease = %done.lease.id, "held already"),
-        Ok(done) => tracing::info!(cache = done.cache.as_str(), stages = %done.stages, "granted"),
+        Ok(done) => {
+            tracing::info!(cache = done.cache.as_str(), spare = done.spare, stages = %done.stages, "granted");
+        }
         Err(Refusal { error, .. }) => tracing::warn!(reason = error.reason().as_str(), %error, "refused"),
     }
 }

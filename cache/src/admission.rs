@@ -57,6 +57,18 @@ impl Admission {
         self.room(pool)
     }
 
+    /// What is free of data and of metadata beyond what has to stay free, in bytes.
+    pub fn free(&self, pool: &PoolUsage) -> (u64, u64) {
+        let beyond = |used: u64, total: u64, headroom_percent: u8| {
+            let kept = u128::from(total) * u128::from(headroom_percent) / 100;
+            total.saturating_sub(used).saturating_sub(u64::try_from(kept).unwrap_or(u64::MAX))
+        };
+        (
+            beyond(pool.data_used, pool.data_total, self.data_headroom_percent),
+            beyond(pool.metadata_used, pool.metadata_total, self.metadata_headroom_percent),
+        )
+    }
+
     fn room(&self, pool: &PoolUsage) -> Result<()> {
         let parts = [
             ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),

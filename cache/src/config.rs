@@ -14,7 +14,10 @@ use cowshed_pool::Bytes;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
-use crate::image::{PullLimits, Unpacker, Verifiers};
+use crate::{
+    image::{PullLimits, Unpacker, Verifiers},
+    spares::{Settings, policy::Limits},
+};
 
 /// Where `serve` looks if it is not told; if nothing is there, everything has its default.
 pub const DEFAULT_PATH: &str = "/etc/cowshed/cowshed.toml";
@@ -77,6 +80,8 @@ pub struct Config {
     pub verification: Verification,
     /// What to pull ahead of need.
     pub prefetch: Prefetch,
+    /// Which disks to make ahead of need.
+    pub spares: Spares,
     /// How long leases are kept that nobody may want any more.
     pub leases: Leases,
     /// When to look after released disks.
@@ -221,6 +226,27 @@ pub struct Prefetch {
     pub warm_set: PathBuf,
 }
 
+/// `[spares]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Spares {
+    /// Whether disks are made ahead of need.
+    pub enabled: bool,
+    /// At least so many are kept ready of each image that is in use.
+    pub image_min: u32,
+    /// At most so many of one image, also by pins.
+    pub image_max: u32,
+    /// At most so many of all images.
+    pub total_max: u32,
+    /// In this time half of the demand for an image is forgotten, in seconds: as many as VMs have asked for at once are kept
+    /// ready at first, and half as many after this time.
+    pub half_life_seconds: u64,
+    /// So many are made at a time; one at a time while VMs wait for their own disks.
+    pub concurrency: u32,
+    /// None are made while the pool's data or metadata is fuller than this, in percent.
+    pub pool_max_percent: u8,
+}
+
 /// `[leases]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -352,6 +378,20 @@ impl Default for Prefetch {
     }
 }
 
+impl Default for Spares {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            image_min: 1,
+            image_max: 128,
+            total_max: 1024,
+            half_life_seconds: 600,
+            concurrency: 4,
+            pool_max_percent: 80,
+        }
+    }
+}
+
 impl Default for Leases {
     fn default() -> Self {
         Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
@@ -444,6 +484,8 @@ impl Config {
             ("verification", "timeout_seconds", self.verification.timeout_seconds),
             ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
             ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
+            ("spares", "half_life_seconds", self.spares.half_life_seconds),
+            ("spares", "concurrency", self.spares.concurrency.into()),
         ] {
             if !(1..=86_400).contains(&number) {
                 return Err(value(section, field, format!("{number} is not between 1 and 86400")));
@@ -496,6 +538,19 @@ impl Config {
     pub fn disk_bytes(&self) -> Option<u64> {
         let size = self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size);
         (self.containerd.snapshotter == "cowshed").then_some(size.0)
+    }
+
+    /// How spares are kept.
+    pub fn spares(&self) -> Settings {
+        let s = &self.spares;
+        let limits = Limits {
+            image_min: s.image_min,
+            image_max: s.image_max,
+            total_max: s.total_max,
+            half_life: Duration::from_secs(s.half_life_seconds),
+        };
+        let Spares { enabled, concurrency, pool_max_percent, .. } = *s;
+        Settings { enabled, limits, concurrency, pool_max_percent }
     }
 
     /// What the snapshotter is told.

@@ -23,6 +23,7 @@ use crate::{
     error::{Error, Reason, Result},
     image::ResolvedImage,
     kernel::KernelError,
+    spares::refill::image_gone,
     stages::{Stage, Stages},
 };
 
@@ -39,7 +40,7 @@ impl Acquirer {
         stages: &mut Stages,
     ) -> Result<Lease> {
         let grant = match &lease.shares {
-            None => self.image_disk(wish, lease, image, stages).await?,
+            None => self.image_disk(Some(wish), lease, image, stages).await?,
             Some(shared) => {
                 let shared = self.shared(shared, wish, image).await?;
                 stages.done(Stage::Share);
@@ -55,10 +56,11 @@ impl Acquirer {
         Ok(granted)
     }
 
-    /// The image's disk for this lease: writable, or, if the lease is in the image's name, read-only for all.
-    async fn image_disk(
+    /// The image's disk for this lease: writable, or, if the lease is in the image's name, read-only for all. Without a wish,
+    /// the image is not pulled if it is not there.
+    pub(crate) async fn image_disk(
         &self,
-        wish: &Wish,
+        wish: Option<&Wish>,
         lease: &Lease,
         image: ResolvedImage,
         stages: &mut Stages,
@@ -132,16 +134,17 @@ impl Acquirer {
         taken.map_err(|e| self.snapshots.explain(e))
     }
 
-    /// The snapshot. If the image was removed from containerd since it was resolved, gets it once more.
+    /// The snapshot. If the image was removed from containerd since it was resolved, gets it once more, if anybody wishes.
     async fn prepare(
         &self,
-        wish: &Wish,
+        wish: Option<&Wish>,
         lease: &Lease,
         mut image: ResolvedImage,
         stages: &mut Stages,
     ) -> Result<(ResolvedImage, Vec<Mount>)> {
         let mut prepared = self.snapshot(lease, &image).await;
         if prepared.as_ref().is_err_and(CallError::is_not_found) {
+            let Some(wish) = wish else { return Err(image_gone(&image)) };
             stages.done(Stage::Prepare);
             (image, _) = self.images.ensure(&wish.image, &wish.platform, &wish.access).await?;
             stages.done(Stage::Pull);
@@ -252,7 +255,7 @@ impl Acquirer {
 
     async fn make_shared(&self, wish: &Wish, lease: &Lease, image: ResolvedImage) -> Result<Lease> {
         let mut stages = Stages::start();
-        let grant = self.image_disk(wish, lease, image, &mut stages).await?;
+        let grant = self.image_disk(Some(wish), lease, image, &mut stages).await?;
         let granted = self.ledger.grant(lease.id.clone(), grant, self.clock.now()).await?;
         stages.done(Stage::Confirm);
         tracing::info!(image = %wish.image, %stages, "a device to be shared is there");

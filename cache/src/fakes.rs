@@ -384,6 +384,10 @@ impl ImageCache for World {
         Ok(Some(image()).filter(|_| !self.absent.load(Ordering::SeqCst)))
     }
 
+    async fn local(&self, _image: &ImageRef, _platform: &Platform) -> Result<Option<ResolvedImage>> {
+        Ok(Some(image()).filter(|_| !self.absent.load(Ordering::SeqCst)))
+    }
+
     async fn ensure(
         &self,
         _image: &ImageRef,
@@ -501,6 +505,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         clock: clock.clone(),
         tasks: Tasks::default(),
         flights: Flights::default(),
+        spares: crate::spares::Spares::new(crate::config::Config::default().spares()),
         sharing: Flights::default(),
     };
     let reclaimer = Reclaimer {

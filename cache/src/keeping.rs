@@ -7,9 +7,10 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
+    time::Duration,
 };
 
-use cowshed_leases::{Book, Lease, Moment, State, Ttl, UnixMicros};
+use cowshed_leases::{Book, Lease, LeaseId, Moment, State, Ttl, UnixMicros};
 use tokio::sync::{Mutex, oneshot};
 
 use crate::{
@@ -18,10 +19,14 @@ use crate::{
     error::{Error, Reason, Result},
     image::{ImageInfo, ImageRef, Platform},
     ledger::{Ledger, Marks, Pin},
+    reclaim::Wake,
     rescue::Hindrances,
+    spares::Spares,
     tasks::Tasks,
 };
 
+/// So long a removal waits for the image's spares.
+const SPARES_GO: Duration = Duration::from_secs(10);
 /// So many VMs of an image that is in use are named.
 const NAMED: usize = 10;
 
@@ -64,6 +69,10 @@ pub struct Keeper {
     pub clock: Clock,
     /// Where removals run.
     pub tasks: Tasks,
+    /// What is ready to be handed out.
+    pub spares: Spares,
+    /// To be woken when there is something to clear away.
+    pub wake: Wake,
     /// Whose turn it is.
     pub turn: Mutex<()>,
 }
@@ -75,13 +84,14 @@ impl Keeper {
         image: &ImageRef,
         platform: &Platform,
         hold_for: Option<Ttl>,
+        spares: u32,
     ) -> Result<ImageInfo> {
         let _turn = self.turn.lock().await;
         let Some(found) = self.catalogue.find(image, platform).await? else {
             let message = format!("image {image} is not there: `cowshed pull {image}` first, then pin it");
             return Err(Error::new(Reason::ImageNotFound, message).with("image", image));
         };
-        self.ledger.pin(image.to_string(), hold_for, self.clock.now()).await?;
+        self.ledger.pin(image.to_string(), hold_for, spares, self.clock.now()).await?;
         tracing::info!(%image, "pinned");
         Ok(found)
     }
@@ -131,11 +141,38 @@ impl Keeper {
         let now = self.clock.now();
         let named = Named { record, among: &records, manifests: &manifests };
         let removed = self.ledger.read_all(|book, marks| judge(&named, book, marks, &now))?;
+        if removed == Removed::Image {
+            self.drop_spares(&manifests).await?;
+        }
         if self.catalogue.remove(record, removed == Removed::Image).await? {
             return Ok(removed);
         }
         let message = format!("image {image} was changed while it was being removed: remove it again");
         Err(Error::new(Reason::NotReady, message).with("image", image))
+    }
+}
+
+impl Keeper {
+    /// Spares of what goes are nobody's: they go first, for layers under them cannot. Waits until they are gone, or it is clear
+    /// that it takes longer.
+    async fn drop_spares(&self, manifests: &BTreeSet<String>) -> Result<()> {
+        drop(self.spares.clear(manifests.iter().filter_map(|digest| digest.parse().ok())));
+        let made_of_it = |lease: &&Lease| {
+            lease.vm.is_spare() && lease.grant().is_some_and(|grant| manifests.contains(&grant.image_digest))
+        };
+        let all =
+            || self.ledger.read(|book| book.after(None).filter(made_of_it).map(|l| l.id.clone()).collect());
+        let there: Vec<LeaseId> = all();
+        if there.is_empty() {
+            return Ok(());
+        }
+        self.ledger.drop_spares(there, self.clock.now()).await?;
+        self.wake.now();
+        let mut changes = self.ledger.changes();
+        let gone = changes.wait_for(|()| all().is_empty());
+        // The image goes all the same, and its layers after the spares.
+        let _in_time = tokio::time::timeout(SPARES_GO, gone).await;
+        Ok(())
     }
 }
 
@@ -163,8 +200,9 @@ fn judge(named: &Named<'_>, book: &Book, marks: &Marks, now: &Moment) -> Result<
     if among.iter().any(|other| is_other(&other)) {
         return Ok(Removed::Name);
     }
+    let is_user = |lease: &&Lease| !lease.vm.is_spare() && is_made_of(lease, name, manifests);
     let (shared, of_vms): (Vec<&Lease>, Vec<&Lease>) =
-        book.after(None).filter(|lease| is_made_of(lease, name, manifests)).partition(|l| l.vm.is_image());
+        book.after(None).filter(is_user).partition(|l| l.vm.is_image());
     // What nobody shares any more is there until its device is closed.
     let users = if of_vms.is_empty() { shared } else { of_vms };
     if users.is_empty() {
@@ -210,7 +248,7 @@ pub fn kept(ledger: &Ledger, images: Vec<ImageInfo>, now: &Moment) -> Vec<(Image
     ledger.read_all(|book, marks| {
         // Leases that VMs hold, and the last of their grants, by manifest.
         let mut held: HashMap<&str, (u32, UnixMicros)> = HashMap::new();
-        for lease in book.after(None).filter(|lease| lease.is_held() && !lease.vm.is_image()) {
+        for lease in book.after(None).filter(|lease| lease.is_held() && lease.vm.is_vm()) {
             let Some(grant) = lease.grant() else { continue };
             let (count, last) = held.entry(&grant.image_digest).or_insert((0, grant.at));
             *count += 1;

@@ -109,6 +109,8 @@ impl Host {
             hindrances: Hindrances::default(),
             clock,
             tasks: Tasks::default(),
+            spares: process.acquirer.spares.clone(),
+            wake: process.acquirer.wake.clone(),
             turn: Mutex::default(),
         };
         Self { world, process, records, keeper: Arc::new(keeper), wall }
@@ -129,7 +131,7 @@ impl Host {
 
     async fn pin(&self, name: &str, seconds: Option<u64>) -> Result<ImageInfo> {
         let hold_for = seconds.map(|seconds| Ttl::from_seconds(seconds).unwrap());
-        self.keeper.pin(&ImageRef::parse(name).unwrap(), &Platform::host(), hold_for).await
+        self.keeper.pin(&ImageRef::parse(name).unwrap(), &Platform::host(), hold_for, 0).await
     }
 
     async fn unpin(&self, name: &str) -> bool {
@@ -161,7 +163,7 @@ async fn what_is_pinned_stays_until_it_is_unpinned_or_the_time_is_over() {
     let (reason, message) = host.refused(&name()).await;
     assert_eq!(reason, Reason::ImagePinned);
     assert!(message.contains("until 1970-01-01T00:17:40Z"), "{message}");
-    assert_eq!(host.kept(&name()).pin, Some(Pin { until: Some(UnixMicros(1_060_000_000)) }));
+    assert_eq!(host.kept(&name()).pin, Some(Pin { until: Some(UnixMicros(1_060_000_000)), spares: 0 }));
     *host.wall.lock().unwrap() = 1_060;
     assert_eq!(host.kept(&name()).pin, None);
     host.pin(&name(), None).await.unwrap();

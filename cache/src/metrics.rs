@@ -16,7 +16,9 @@ use crate::{
     image::{Cache, PullObserver},
     kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
+    offer::Warmth,
     rescue::Cause,
+    spares::Count,
 };
 
 /// From half a millisecond (a spare on a fast disk) to minutes (a large image over a slow line), in seconds.
@@ -44,6 +46,10 @@ struct Inner {
     layer_unpack_seconds: HistogramVec,
     reclaimed: IntCounter,
     reclaim_failures: IntCounter,
+    spares: IntGaugeVec,
+    spare_seconds: HistogramVec,
+    spares_dropped: IntCounterVec,
+    expected: HistogramVec,
     prefetch_jobs: IntGauge,
     prefetched: IntCounterVec,
     warm_set_errors: IntGauge,
@@ -66,7 +72,8 @@ impl Metrics {
             acquires: counters(
                 &r,
                 "cowshed_acquires_total",
-                "Acquire calls, by result (ok or the error's reason) and image cache hit or miss (none if refused)",
+                "Acquire calls, by result (ok or the error's reason) and how warm the disk was: spare, hit (the image was there), \
+                 miss, or none if refused",
                 &["result", "cache"],
             )?,
             acquire_seconds: histograms(
@@ -120,6 +127,35 @@ impl Metrics {
                 IntCounter::new(
                     "cowshed_reclaim_failures_total",
                     "Removals of released disks that have to be tried again",
+                )?,
+            )?,
+            spares: int_gauges(
+                &r,
+                "cowshed_spares",
+                "Disks made ahead of need: ready, being made, and how many are wanted",
+                &["state"],
+            )?,
+            spare_seconds: histograms(
+                &r,
+                "cowshed_spare_make_duration_seconds",
+                "Time to make a disk ahead of need",
+                &[],
+            )?,
+            spares_dropped: counters(
+                &r,
+                "cowshed_spares_dropped_total",
+                "Spares given up before anybody got them, by reason (surplus, lost)",
+                &["reason"],
+            )?,
+            expected: register(
+                &r,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        "cowshed_acquire_expected_ratio",
+                        "Time of granted new leases by what Offer would have said just before, by how warm the disk was",
+                    )
+                    .buckets(vec![0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 10.0, 100.0]),
+                    &["warmth"],
                 )?,
             )?,
             prefetch_jobs: register(
@@ -200,7 +236,7 @@ impl Metrics {
         let m = &self.0;
         match outcome {
             Ok(done) => {
-                let cache = done.cache.as_str();
+                let cache = if done.spare { "spare" } else { done.cache.as_str() };
                 m.acquires.with_label_values(&["ok", cache]).inc();
                 if !done.existing {
                     m.acquire_seconds.with_label_values(&[cache]).observe(took.as_secs_f64());
@@ -218,6 +254,28 @@ impl Metrics {
     /// A Release call has been answered.
     pub fn released(&self, error: Option<&Error>) {
         self.0.releases.with_label_values(&[error.map_or("ok", result)]).inc();
+    }
+
+    /// An Acquire took so many times what was expected.
+    pub fn expected(&self, warmth: Warmth, ratio: f64) {
+        self.0.expected.with_label_values(&[warmth.as_str()]).observe(ratio);
+    }
+
+    /// So many spares there are.
+    pub fn spares(&self, count: Count) {
+        for (state, count) in [("ready", count.ready), ("making", count.making), ("wanted", count.wanted)] {
+            self.0.spares.with_label_values(&[state]).set(count.into());
+        }
+    }
+
+    /// A spare was made in this time.
+    pub fn spare_made(&self, took: Duration) {
+        self.0.spare_seconds.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
+    }
+
+    /// Spares were given up.
+    pub fn spares_dropped(&self, count: usize, why: &str) {
+        self.0.spares_dropped.with_label_values(&[why]).inc_by(count as u64);
     }
 
     /// So many prefetch jobs run.

@@ -14,6 +14,8 @@ pub enum Stage {
     Resolve,
     /// Fetching and unpacking.
     Pull,
+    /// Making a spare the VM's.
+    Spare,
     /// Writing the intent down.
     Intent,
     /// containerd's lease.
@@ -35,6 +37,7 @@ impl Stage {
             Self::Ledger => "ledger",
             Self::Resolve => "resolve",
             Self::Pull => "pull",
+            Self::Spare => "spare",
             Self::Intent => "intent",
             Self::Lease => "lease",
             Self::Share => "share",

@@ -19,6 +19,7 @@ use crate::{
     ledger::{Ledger, LedgerSlot},
     prefetch::Prefetcher,
     serve::Connected,
+    spares::Spares,
 };
 
 /// containerd has so long to say how it is.
@@ -40,6 +41,8 @@ pub struct StatusSource {
     pub images: OnceLock<Images>,
     /// Prefetch jobs; not before the ledger is open.
     pub prefetcher: OnceLock<Prefetcher>,
+    /// Disks that are ready; not before the ledger is open.
+    pub spares: OnceLock<Spares>,
     /// Whether containerd has found the snapshotter that this process serves, if it does.
     pub(crate) connected: Option<Connected>,
     /// Start of this process.
@@ -58,6 +61,7 @@ impl StatusSource {
     /// Asks everybody. Never fails: what does not answer is a problem in the answer.
     pub async fn look(&self) -> v1::GetStatusResponse {
         let look = self.ask().await;
+        let spares = self.spares.get().map(Spares::total).unwrap_or_default();
         let pulls = self.images.get().map_or(0, Images::pulls_in_flight);
         v1::GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -70,6 +74,8 @@ impl StatusSource {
             prefetch_jobs: u32::try_from(self.prefetcher.get().map_or(0, Prefetcher::running))
                 .unwrap_or(u32::MAX),
             warm_set_problems: self.prefetcher.get().map(Prefetcher::warm_set_problems).unwrap_or_default(),
+            spares: spares.ready,
+            spares_in_the_making: spares.making,
             started_at: Some(self.started_at.into()),
         }
     }
@@ -119,7 +125,7 @@ impl StatusSource {
 pub fn count_leases(ledger: &Ledger) -> v1::LeaseCounts {
     ledger.read(|book| {
         let mut counts = v1::LeaseCounts::default();
-        for lease in book.after(None).filter(|lease| !lease.vm.is_image()) {
+        for lease in book.after(None).filter(|lease| lease.vm.is_vm()) {
             match lease.state {
                 State::Preparing => counts.preparing += 1,
                 State::Granted(_) => counts.granted += 1,

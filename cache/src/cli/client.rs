@@ -155,8 +155,9 @@ async fn ask(command: Command) -> Result<(), Failure> {
             let reply = connect(&reach.socket).await?.list_images(request).await.map_err(|s| refused(&s))?;
             print(&images::images(&reply.into_inner().images, reach.output))
         }
-        Command::Pin { image, hold_for, reach } => {
-            let request = v1::PinImageRequest { image, platform: None, hold_for: hold_for.map(seconds) };
+        Command::Pin { image, hold_for, spares, reach } => {
+            let hold_for = hold_for.map(seconds);
+            let request = v1::PinImageRequest { image, platform: None, hold_for, spares };
             let reply = connect(&reach.socket).await?.pin_image(request).await.map_err(|s| refused(&s))?;
             print(&images::pinned(&reply.into_inner().image.unwrap_or_default(), reach.output))
         }

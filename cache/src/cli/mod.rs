@@ -325,6 +325,9 @@ enum Command {
         /// How long, such as 90s, 15m, 12h, 7d or 4w; until it is unpinned if absent.
         #[arg(long = "for", value_name = "DURATION", value_parser = time::duration)]
         hold_for: Option<u64>,
+        /// Keep at least so many disks of it ready as long as it is pinned.
+        #[arg(long, value_name = "N")]
+        spares: Option<u32>,
         #[command(flatten)]
         reach: Reach,
     },

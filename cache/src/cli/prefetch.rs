@@ -30,7 +30,7 @@ pub(super) struct Wish {
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     images: Vec<String>,
     /// A file of the warm set's form (TOML) that says all that the options say.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "platform", "tenant"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "spares", "platform", "tenant"])]
     file: Option<PathBuf>,
     /// os/architecture[/variant]; the host's if absent.
     #[arg(long)]
@@ -53,6 +53,9 @@ pub(super) struct Wish {
     /// Pin each image for so long when it is here.
     #[arg(long, value_name = "DURATION", value_parser = crate::time::duration)]
     pin_for: Option<u64>,
+    /// Keep at least so many disks of each ready as long as it is pinned.
+    #[arg(long, value_name = "N", requires = "pin_for")]
+    spares: Option<u32>,
     #[command(flatten)]
     who: Who,
     /// Follow it to its end; fails if not all images are here then.
@@ -76,6 +79,7 @@ impl Wish {
                 concurrency: self.concurrency.map_or(0, NonZeroU32::get),
                 deadline: self.deadline.map(seconds),
                 pin_for: self.pin_for.map(seconds),
+                spares: self.spares.unwrap_or_default(),
                 tenant: self.who.tenant,
             },
         };
@@ -109,6 +113,7 @@ fn spec_of(plan: &Plan) -> v1::PrefetchSpec {
         concurrency: plan.concurrency.get(),
         deadline: plan.deadline.map(|ttl| seconds(ttl.micros() / 1_000_000)),
         pin_for: plan.pin_for.map(|ttl| seconds(ttl.micros() / 1_000_000)),
+        spares: plan.spares,
         tenant: plan.tenant.to_string(),
     }
 }

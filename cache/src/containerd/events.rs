@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use containerd_client::services::v1::{SubscribeRequest, events_client::EventsClient};
+use prost::Message as _;
 use tokio::{sync::Notify, task::JoinHandle};
 
 use super::Containerd;
@@ -35,26 +36,40 @@ impl Containerd {
     /// Subscribes to what happens to images of our namespace, again and again.
     pub fn image_events(&self) -> ImageEvents {
         let news = Arc::new(Notify::new());
-        let (containerd, told) = (self.clone(), news.clone());
-        let task = tokio::spawn(async move {
-            loop {
-                containerd.follow(&told).await;
-                tokio::time::sleep(RETRY).await;
-                told.notify_one();
-            }
-        });
+        let told = news.clone();
+        let task = tokio::spawn(self.clone().follow_images(move |_| told.notify_one()));
         ImageEvents { news, task }
     }
 
+    /// Tells the names of images of our namespace that were made, changed or removed, for ever; `None`: of any, for a
+    /// subscription broke off, or an event cannot be read.
+    pub async fn follow_images(self, tell: impl Fn(Option<&str>)) {
+        loop {
+            self.follow(&tell).await;
+            // What happens until the next one has begun is told by its beginning.
+            tell(None);
+            tokio::time::sleep(RETRY).await;
+            tell(None);
+        }
+    }
+
     /// Until the subscription breaks off. No deadline: containerd answers with its first event, and that may be never.
-    async fn follow(&self, told: &Notify) {
+    async fn follow(&self, tell: &impl Fn(Option<&str>)) {
         let filter = format!("namespace=={},topic~=\"^/images/\"", self.namespace);
         let mut client = EventsClient::new(self.channel.clone());
         let subscribed = client.subscribe(SubscribeRequest { filters: vec![filter] }).await;
         let Ok(events) = subscribed else { return };
         let mut events = events.into_inner();
-        while let Ok(Some(_)) = events.message().await {
-            told.notify_one();
+        while let Ok(Some(event)) = events.message().await {
+            let about = event.event.and_then(|event| About::decode(event.value.as_slice()).ok());
+            tell(about.as_ref().map(|about| about.name.as_str()).filter(|name| !name.is_empty()));
         }
     }
+}
+
+/// What containerd's events ImageCreate, ImageUpdate and ImageDelete begin with.
+#[derive(Clone, PartialEq, prost::Message)]
+struct About {
+    #[prost(string, tag = "1")]
+    name: String,
 }

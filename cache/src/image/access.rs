@@ -87,10 +87,15 @@ impl FromStr for Owner {
 
 impl Owner {
     /// As the labels say. One that cannot be read is somebody's whom nobody is.
-    fn of(labels: &Labels) -> Option<Self> {
+    pub(super) fn of(labels: &Labels) -> Option<Self> {
         let text = labels.get(OWNER_LABEL).filter(|text| !text.is_empty())?;
         let unknown = || Self { tenant: Tenant::nobody(), registry: String::new() };
         Some(text.parse().unwrap_or_else(|()| unknown()))
+    }
+
+    /// Whether it is this one's.
+    pub(super) fn is(&self, tenant: &Tenant) -> bool {
+        self.tenant == *tenant
     }
 
     fn label(&self) -> (String, String) {

@@ -31,7 +31,9 @@ impl Catalogue for Images {
     }
 
     async fn remove(&self, record: &ImageRecord, collect: bool) -> Result<bool> {
-        self.0.containerd.remove_image(record, collect).await.map_err(|e| self.0.containerd.explain(e))
+        let removed = self.0.containerd.remove_image(record, collect).await;
+        self.0.known.forget(Some(&record.name));
+        removed.map_err(|e| self.0.containerd.explain(e))
     }
 }
 

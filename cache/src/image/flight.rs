@@ -75,6 +75,21 @@ impl Flights {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
+    /// How many bytes a pull still has to fetch, if it knows; `None`: there is no such pull.
+    pub(super) fn missing(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Option<Option<u64>> {
+        let key = (image.clone(), platform.clone(), access.clone());
+        let flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let progress = flights.get(&key)?.progress.borrow();
+        let missing =
+            progress.layers.iter().map(|layer| layer.bytes_total.saturating_sub(layer.bytes_fetched));
+        Some((!progress.layers.is_empty()).then(|| missing.sum()))
+    }
+
     /// Whether the image is being pulled, for whatever platform.
     pub(super) fn has(&self, image: &ImageRef) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().any(|(of, _, _)| of == image)

@@ -7,6 +7,8 @@ mod digest;
 mod facts;
 mod flight;
 mod gate;
+mod glance;
+mod known;
 mod labels;
 mod locks;
 mod manifest;
@@ -24,16 +26,20 @@ mod window;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 pub use access::{Access, PullPolicy};
 pub use digest::Digest;
 pub use flight::{Interest, Pull};
 pub use gate::{Budget, Class, Terms};
+pub use glance::Glance;
 pub use manifest::ProcessConfig;
 pub(crate) use manifest::{ACCEPTED, DOCUMENT_MAX_BYTES};
 pub use on_disk::OnDisk;
@@ -209,6 +215,9 @@ pub trait ImageCache: Send + Sync {
         platform: &Platform,
         access: &Access,
     ) -> Result<Option<ResolvedImage>>;
+    /// The image, if it is there and unpacked, whoever may have it: for what is made ahead of need, and given to nobody before
+    /// he was looked at.
+    async fn local(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>>;
     /// The image, pulled and unpacked if need be; whether it was there.
     async fn ensure(
         &self,
@@ -246,6 +255,11 @@ struct Shared {
     limits: PullLimits,
     /// Who has to agree before an image is used.
     verifiers: Option<Verifiers>,
+    /// What names meant a moment ago; not used before somebody tells of changes.
+    known: known::Known,
+    follows: AtomicBool,
+    /// What was there at the last look.
+    standing: glance::Standing,
     /// What manifests say, by target digest and platform: immutable, so never stale.
     facts: Mutex<HashMap<(Digest, Platform), Arc<Facts>>>,
     /// containerd leases of pulls that are alive.
@@ -286,6 +300,9 @@ impl Images {
             observer,
             limits,
             verifiers,
+            known: known::Known::default(),
+            follows: AtomicBool::new(false),
+            standing: glance::Standing::default(),
             facts: Mutex::default(),
             running: Mutex::default(),
             flights: flight::Flights::default(),
@@ -317,6 +334,20 @@ impl Images {
     ) -> (Pull, Interest) {
         let terms = Terms { stays: false, ..terms.clone() };
         flight::join(&self.0, image, platform, access, &terms)
+    }
+
+    /// Listens to containerd for what happens to images, for ever; until it is called, nothing is remembered of them.
+    pub async fn follow_changes(self) {
+        let shared = self.0.clone();
+        let containerd = Containerd::clone(&shared.containerd);
+        shared.follows.store(true, Ordering::SeqCst);
+        let changed = Arc::new(Notify::new());
+        let news = changed.clone();
+        let following = containerd.follow_images(move |name| {
+            shared.known.forget(name);
+            news.notify_one();
+        });
+        tokio::join!(following, self.keep_looking(changed));
     }
 
     /// How many pulls are under way.
@@ -384,6 +415,18 @@ impl Shared {
         Ok((info, facts))
     }
 
+    /// The image's record, what it points to, and what that says, if it is there.
+    async fn recorded(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+    ) -> Result<Option<(ImageRecord, Digest, Arc<Facts>)>> {
+        let Some(record) = self.record(image).await? else { return Ok(None) };
+        let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
+        let facts = self.facts(&target, platform).await?;
+        Ok(facts.map(|facts| (record, target, facts)))
+    }
+
     /// containerd's record of the image, if there is one.
     async fn record(&self, image: &ImageRef) -> Result<Option<ImageRecord>> {
         self.containerd.image(&image.to_string()).await.map_err(|e| self.containerd.explain(e))
@@ -441,24 +484,32 @@ impl ImageCache for Images {
         platform: &Platform,
         access: &Access,
     ) -> Result<Option<ResolvedImage>> {
-        let shared = &self.0;
         if access.policy == PullPolicy::Always && image.digest().is_none() {
             return Ok(None);
         }
-        let Some(record) = shared.record(image).await? else { return Ok(None) };
-        let Ok(target) = record.target.digest.parse::<Digest>() else { return Ok(None) };
-        let Some(facts) = shared.facts(&target, platform).await? else { return Ok(None) };
-        let Some(top) = shared.snapshot_labels(&facts.chain_id).await? else { return Ok(None) };
-        if !shared.permits_image(image, &target, (&facts, &top), access).await? {
+        let shared = &self.0;
+        let most = if shared.limits.revalidate.is_zero() { Duration::MAX } else { shared.limits.revalidate };
+        match shared.known.get(image, platform, access, most) {
+            known::Answer::Fresh(known) => Ok(Some(ResolvedImage::clone(&known))),
+            known::Answer::Old(known) => {
+                let (this, image, platform, access) =
+                    (self.clone(), image.clone(), platform.clone(), access.clone());
+                tokio::spawn(async move {
+                    // Whoever asks when it is too old is told of it.
+                    let _later = this.look_up(&image, &platform, &access).await;
+                });
+                Ok(Some(ResolvedImage::clone(&known)))
+            }
+            known::Answer::Nothing => self.look_up(image, platform, access).await,
+        }
+    }
+
+    async fn local(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ResolvedImage>> {
+        let shared = &self.0;
+        let Some((record, target, facts)) = shared.recorded(image, platform).await? else { return Ok(None) };
+        if !shared.has_snapshot(&facts.chain_id).await? {
             return Ok(None);
         }
-        if access.policy == PullPolicy::IfNotPresent && shared.means_another(image, &target, access).await {
-            return Ok(None);
-        }
-        // Whoever has pulled it.
-        let size = record.target.size.try_into().unwrap_or_default();
-        let media_type = &record.target.media_type;
-        shared.verify(image, Target { digest: &target, media_type, size, is_here: true }).await?;
         Ok(Some(facts.resolved(image.clone(), target, record.created_at)))
     }
 
@@ -476,6 +527,36 @@ impl ImageCache for Images {
             return Err(Error::new(Reason::ImageNotPresent, message).with("image", image));
         }
         self.pull(image, platform, access).outcome().await
+    }
+}
+
+impl Images {
+    /// What containerd says the name means now, if that is there and unpacked, and may be had.
+    async fn look_up(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<Option<ResolvedImage>> {
+        let shared = &self.0;
+        let begun = shared.known.begin();
+        let Some((record, target, facts)) = shared.recorded(image, platform).await? else { return Ok(None) };
+        let Some(top) = shared.snapshot_labels(&facts.chain_id).await? else { return Ok(None) };
+        if !shared.permits_image(image, &target, (&facts, &top), access).await? {
+            return Ok(None);
+        }
+        if access.policy == PullPolicy::IfNotPresent && shared.means_another(image, &target, access).await {
+            return Ok(None);
+        }
+        // Whoever has pulled it.
+        let size = record.target.size.try_into().unwrap_or_default();
+        let media_type = &record.target.media_type;
+        shared.verify(image, Target { digest: &target, media_type, size, is_here: true }).await?;
+        let resolved = facts.resolved(image.clone(), target, record.created_at);
+        if shared.follows.load(Ordering::SeqCst) {
+            shared.known.note(access, &resolved, begun);
+        }
+        Ok(Some(resolved))
     }
 }
 

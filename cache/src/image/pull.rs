@@ -446,6 +446,8 @@ async fn record(store: &Store<'_>, resolved: &Resolved, config: &ImageConfig) ->
         ..Default::default()
     };
     let record = containerd.put_image(store.lease, &store.image.to_string(), target).await;
+    // Who asks now need not wait for containerd's word.
+    store.shared.known.forget(Some(&store.image.to_string()));
     let record = record.map_err(|e| containerd.explain(e))?;
     Ok(facts.resolved(store.image.clone(), digest.clone(), record.created_at))
 }

@@ -1,6 +1,9 @@
 //! The kernel, asked from async code: a call that hangs holds up its caller for a while, and no thread of the runtime.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use cowshed_leases::DeviceIdentity;
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
@@ -13,6 +16,9 @@ const POOL_LIMIT: Duration = Duration::from_secs(2);
 const DEVICE_LIMIT: Duration = Duration::from_secs(10);
 /// Every open file of every process is looked at for it, and one of those may be on a filesystem that hangs.
 const HOLDERS_LIMIT: Duration = Duration::from_secs(1);
+/// From this age on, what was learnt of the pool is learnt again, behind the answer; and from that on before it.
+const FRESH: Duration = Duration::from_secs(1);
+const STALE: Duration = Duration::from_secs(5);
 /// So many threads may be stuck in the kernel.
 const PARALLEL: usize = 64;
 
@@ -25,13 +31,27 @@ pub struct Devices {
     pool_turn: Arc<Semaphore>,
     /// So is who has a device open.
     holders_turn: Arc<Semaphore>,
+    /// What the pool was like when it was last asked, and whether it is being asked again.
+    lately: Arc<Mutex<Lately>>,
+}
+
+#[derive(Debug, Default)]
+struct Lately {
+    known: Option<(Instant, PoolUsage)>,
+    asking: bool,
 }
 
 impl Devices {
     /// Asks this kernel.
     pub fn new(kernel: Arc<dyn Kernel>) -> Self {
         let turns = |count| Arc::new(Semaphore::new(count));
-        Self { kernel, turns: turns(PARALLEL), pool_turn: turns(1), holders_turn: turns(1) }
+        Self {
+            kernel,
+            turns: turns(PARALLEL),
+            pool_turn: turns(1),
+            holders_turn: turns(1),
+            lately: Arc::default(),
+        }
     }
 
     /// See [`Kernel::inspect`].
@@ -66,8 +86,33 @@ impl Devices {
     /// # Errors
     /// See [`KernelError`].
     pub async fn pool(&self) -> Result<PoolUsage, KernelError> {
-        self.ask(&self.pool_turn, POOL_LIMIT, "looking at the thin pool".to_owned(), |kernel| kernel.pool())
-            .await
+        let what = "looking at the thin pool".to_owned();
+        let usage = self.ask(&self.pool_turn, POOL_LIMIT, what, |kernel| kernel.pool()).await;
+        self.lately().known = usage.as_ref().ok().map(|usage| (Instant::now(), usage.clone()));
+        usage
+    }
+
+    /// The same, as it was a few seconds ago at the most: for who must not wait for the pool's metadata lock.
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn pool_lately(&self) -> Result<PoolUsage, KernelError> {
+        let known = self.lately().known.clone();
+        let Some((at, usage)) = known.filter(|(at, _)| at.elapsed() < STALE) else {
+            return self.pool().await;
+        };
+        if at.elapsed() >= FRESH && !std::mem::replace(&mut self.lately().asking, true) {
+            let this = self.clone();
+            tokio::spawn(async move {
+                let _known = this.pool().await;
+                this.lately().asking = false;
+            });
+        }
+        Ok(usage)
+    }
+
+    fn lately(&self) -> MutexGuard<'_, Lately> {
+        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn ask<T: Send + 'static>(

@@ -52,7 +52,7 @@ impl From<BookError> for Error {
             )
             .with("device", device)
             .with("lease_id", owner),
-            BookError::NotReleasing(id) | BookError::Reused(id) => {
+            BookError::NotReleasing(id) | BookError::Reused(id) | BookError::NoSpare(id) => {
                 Self::new(Reason::LedgerError, message).with("lease_id", id)
             }
             BookError::Gone(id) => {

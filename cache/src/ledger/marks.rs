@@ -10,8 +10,9 @@ use rusqlite::{Connection, params};
 use super::schema::FORMAT;
 use crate::image::ImageRef;
 
-/// Which version of the format has brought the tables.
+/// Which version of the format has brought the tables, and the spares.
 const SINCE: i64 = 3;
+const SPARES_SINCE: i64 = 5;
 
 /// Last uses of so many manifests are remembered, those of the latest: more than a host has images.
 const REMEMBERED: usize = 10_000;
@@ -24,6 +25,8 @@ pub struct Pin {
     /// Until when; `None`: until it is taken off. By the wall clock, for it has to outlive boots: one that jumps ends a pin
     /// early or late.
     pub until: Option<UnixMicros>,
+    /// So many spares of it are kept ready, at least.
+    pub spares: u32,
 }
 
 impl Pin {
@@ -52,6 +55,12 @@ impl Marks {
         self.pins.get(image).copied().filter(|pin| pin.holds(now))
     }
 
+    /// The names of which spares are pinned, and how many.
+    pub fn pinned_spares(&self, now: &Moment) -> Vec<(String, u32)> {
+        let pinned = self.pins.iter().filter(|(_, pin)| pin.spares > 0 && pin.holds(now));
+        pinned.map(|(name, pin)| (name.clone(), pin.spares)).collect()
+    }
+
     /// How many pins there are, those that have ended since the last change included.
     pub fn pins(&self) -> usize {
         self.pins.len()
@@ -62,17 +71,20 @@ impl Marks {
         self.uses.get(manifest).copied()
     }
 
-    /// The image gets this pin, unless it has one that holds longer.
+    /// The image gets this pin, unless it has one that holds longer; that gets its spares, if they are more.
     pub(super) fn prolong_pin(&self, image: &str, pin: Pin, now: &Moment) -> Vec<Mark> {
         let holds_longer = |present: &Pin| match (present.until, pin.until) {
             (None, _) => true,
             (Some(_), None) => false,
             (Some(present), Some(until)) => present >= until,
         };
-        if self.pin(image, now).as_ref().is_some_and(holds_longer) {
-            return Vec::new();
-        }
-        self.set_pin(image, Some(pin), now)
+        let longer = match self.pin(image, now) {
+            Some(present) if holds_longer(&present) => {
+                Pin { spares: present.spares.max(pin.spares), ..present }
+            }
+            _ => pin,
+        };
+        self.set_pin(image, Some(longer), now)
     }
 
     /// The image gets this pin, or none. What has ended is forgotten.
@@ -117,15 +129,23 @@ impl Marks {
     pub(super) fn load(connection: &Connection, path: &Path) -> Result<Self, OpenError> {
         let sqlite = |e: rusqlite::Error| FORMAT.sqlite(path, &e);
         let format = connection.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0));
-        if format.map_err(sqlite)? < SINCE {
+        let format = format.map_err(sqlite)?;
+        if format < SINCE {
             return Ok(Self::default());
         }
+        let spares: Vec<(String, u32)> = if format < SPARES_SINCE {
+            Vec::new()
+        } else {
+            rows(connection, "SELECT image, count FROM pinned_spares").map_err(sqlite)?
+        };
+        let spares: BTreeMap<String, u32> = spares.into_iter().collect();
         let pins = rows(connection, "SELECT image, until FROM pins").map_err(sqlite)?;
         if let Some(error) = pins.iter().find_map(|(image, _)| ImageRef::parse(image).err()) {
             return Err(FORMAT.damaged(path, format!("a pin: {error}")));
         }
         let pins = pins.into_iter().map(|(image, until): (_, Option<i64>)| {
-            let pin = Pin { until: until.map(UnixMicros) };
+            let spares = spares.get(&image).copied().unwrap_or_default();
+            let pin = Pin { until: until.map(UnixMicros), spares };
             (image, pin)
         });
         let uses = rows(connection, "SELECT manifest, at FROM uses").map_err(sqlite)?;
@@ -140,11 +160,17 @@ pub(super) fn write(connection: &Connection, mark: &Mark) -> rusqlite::Result<()
         connection.prepare_cached(sql)?.execute(values).map(drop)
     };
     match mark {
-        Mark::Pin(image, Some(pin)) => execute(
-            "INSERT OR REPLACE INTO pins VALUES (?, ?)",
-            params![image, pin.until.map(|until| until.0)],
-        ),
-        Mark::Pin(image, None) => execute("DELETE FROM pins WHERE image = ?", params![image]),
+        Mark::Pin(image, Some(pin)) => {
+            execute(
+                "INSERT OR REPLACE INTO pins VALUES (?, ?)",
+                params![image, pin.until.map(|until| until.0)],
+            )?;
+            execute("INSERT OR REPLACE INTO pinned_spares VALUES (?, ?)", params![image, pin.spares])
+        }
+        Mark::Pin(image, None) => {
+            execute("DELETE FROM pinned_spares WHERE image = ?", params![image])?;
+            execute("DELETE FROM pins WHERE image = ?", params![image])
+        }
         Mark::Use(manifest, Some(at)) => {
             execute("INSERT OR REPLACE INTO uses VALUES (?, ?)", params![manifest, at.0])
         }
@@ -180,7 +206,7 @@ mod tests {
     }
 
     fn until(seconds: i64) -> Option<Pin> {
-        Some(Pin { until: Some(UnixMicros(seconds * SECOND)) })
+        Some(Pin { until: Some(UnixMicros(seconds * SECOND)), spares: 0 })
     }
 
     /// Applies them, and sees that they can be taken back.
@@ -201,14 +227,14 @@ mod tests {
             apply(marks, changes);
         };
         set(&mut marks, "r/short:1", until(10), 0);
-        set(&mut marks, "r/for-good:1", Some(Pin { until: None }), 0);
+        set(&mut marks, "r/for-good:1", Some(Pin { until: None, spares: 0 }), 0);
         let table = [(0, until(10)), (9, until(10)), (10, None), (11, None)];
         for (now, expected) in table {
             assert_eq!(marks.pin("r/short:1", &at(now)), expected, "{now}");
-            assert_eq!(marks.pin("r/for-good:1", &at(now)), Some(Pin { until: None }), "{now}");
+            assert_eq!(marks.pin("r/for-good:1", &at(now)), Some(Pin { until: None, spares: 0 }), "{now}");
         }
         // Its end is replaced, also by an earlier one or none.
-        for pin in [until(30), until(20), Some(Pin { until: None }), until(25)] {
+        for pin in [until(30), until(20), Some(Pin { until: None, spares: 0 }), until(25)] {
             set(&mut marks, "r/short:1", pin, 5);
             assert_eq!(marks.pin("r/short:1", &at(6)), pin);
         }
@@ -221,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_pin_that_holds_longer_stays() {
-        let for_good = Some(Pin { until: None });
+        let for_good = Some(Pin { until: None, spares: 0 });
         let table = [
             (None, until(20), until(20)),
             (until(10), until(20), until(20)),
@@ -235,7 +261,8 @@ mod tests {
             let mut marks = Marks::default();
             let changes = marks.set_pin("r/a:1", present, &at(0));
             apply(&mut marks, changes);
-            let changes = marks.prolong_pin("r/a:1", wanted.unwrap_or(Pin { until: None }), &at(5));
+            let changes =
+                marks.prolong_pin("r/a:1", wanted.unwrap_or(Pin { until: None, spares: 0 }), &at(5));
             apply(&mut marks, changes);
             assert_eq!(marks.pin("r/a:1", &at(5)), expected, "{present:?} {wanted:?}");
         }

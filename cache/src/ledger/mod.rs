@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use cowshed_leases::{
     Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
-    Seen, Ttl, UnixMicros, VmId,
+    Seen, Spec, Ttl, UnixMicros, VmId,
 };
 use cowshed_pool::store::{Batch, Store, again::IfMissing, file::OpenError};
 use rusqlite::Connection;
@@ -112,6 +112,45 @@ impl Ledger {
             Ok(acquisition)
         })
         .await
+    }
+
+    /// Makes the spare that `ask` names the VM's. That its image was used is in the same write. Refused if it was given up by
+    /// then.
+    pub async fn hand_out(&self, ask: Ask, now: Moment, given_up: GivenUp) -> Result<HandedOut> {
+        self.write(move |batch| {
+            if given_up.is_set() {
+                return Err(released(&ask.vm));
+            }
+            // No lease is made, so no id is used.
+            match book(batch).acquire(&ask, LeaseId::from_random(0), &now) {
+                Ok(Acquisition::New { lease, changes }) => {
+                    apply(batch, changes);
+                    let used =
+                        lease.grant().map(|grant| batch.state().marks.used(&grant.image_digest, grant.at));
+                    mark(batch, used.unwrap_or_default());
+                    Ok(HandedOut::Lease(lease))
+                }
+                Ok(Acquisition::Existing(_)) => Ok(HandedOut::Held),
+                Err(BookError::NoSpare(_)) => Ok(HandedOut::NoSpare),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
+    }
+
+    /// Writes the intent of a spare; see [`Book::intend_spare`].
+    pub async fn intend_spare(&self, id: LeaseId, spec: Spec, now: Moment) -> Result<Lease> {
+        self.write(move |batch| {
+            let (lease, changes) = book(batch).intend_spare(id, spec, &now).map_err(Error::from)?;
+            apply(batch, changes);
+            Ok(lease)
+        })
+        .await
+    }
+
+    /// Marks those of `ids` for reclaiming that are spares still; says how many.
+    pub async fn drop_spares(&self, ids: Vec<LeaseId>, now: Moment) -> Result<usize> {
+        self.change_each(ids, move |book, id| Ok(book.drop_spare(id, &now))).await
     }
 
     /// Confirms that the VM has the lease that it was found to hold; see [`Book::keep`].
@@ -272,9 +311,11 @@ impl Ledger {
         .await
     }
 
-    /// Pins the image of this name, until it is unpinned or for so long from `now` on. An earlier pin's end is replaced.
-    pub async fn pin(&self, image: String, hold_for: Option<Ttl>, now: Moment) -> Result<Pin> {
-        let pin = hold_for.map_or(Pin { until: None }, |ttl| pin_for_now(ttl, &now));
+    /// Pins the image of this name, until it is unpinned or for so long from `now` on, with so many spares. An earlier pin is
+    /// replaced.
+    pub async fn pin(&self, image: String, hold_for: Option<Ttl>, spares: u32, now: Moment) -> Result<Pin> {
+        let until = hold_for.map(|ttl| end_of(ttl, &now));
+        let pin = Pin { until, spares };
         self.set_pin(image, Some(pin), now).await?;
         Ok(pin)
     }
@@ -322,7 +363,7 @@ impl Ledger {
             let is_here = matches!(stage, Stage::Here { .. });
             let Some(job) = batch.state().jobs.settle(&id, at, stage, now.wall) else { return Ok(None) };
             if let Some(pin_for) = job.plan.pin_for.filter(|_| is_here) {
-                let pin = pin_for_now(pin_for, &now);
+                let pin = Pin { until: Some(end_of(pin_for, &now)), spares: job.plan.spares };
                 let marks = batch.state().marks.prolong_pin(&job.plan.images[at].image, pin, &now);
                 mark(batch, marks);
             }
@@ -357,6 +398,17 @@ impl Ledger {
     }
 }
 
+/// What handing out a spare has come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HandedOut {
+    /// The VM has it.
+    Lease(Box<Lease>),
+    /// It is no spare any more.
+    NoSpare,
+    /// The VM has a lease, and needs none.
+    Held,
+}
+
 /// The book with all that was decided before.
 fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
     &batch.state().book
@@ -366,10 +418,10 @@ fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
     changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
 }
 
-/// A pin that holds for so long from now on.
-fn pin_for_now(ttl: Ttl, now: &Moment) -> Pin {
+/// When it is over if it begins now, by the wall clock.
+fn end_of(ttl: Ttl, now: &Moment) -> UnixMicros {
     let micros = i64::try_from(ttl.micros()).unwrap_or(i64::MAX);
-    Pin { until: Some(UnixMicros(now.wall.0.saturating_add(micros))) }
+    UnixMicros(now.wall.0.saturating_add(micros))
 }
 
 fn mark(batch: &mut Batch<'_, Records>, marks: Vec<Mark>) {

@@ -14,7 +14,7 @@ use rusqlite::{Connection, params};
 use super::marks::{self, Mark, Marks};
 use crate::prefetch::job::{self, Job, JobId, Jobs};
 
-/// What ledgers of earlier versions lack: of version 3, and of version 4.
+/// What ledgers of earlier versions lack: of version 3, of version 4, and of version 5.
 const LATER_TABLES: &str = "
 CREATE TABLE IF NOT EXISTS pins (
     image TEXT PRIMARY KEY,        -- full reference
@@ -28,12 +28,16 @@ CREATE TABLE IF NOT EXISTS jobs (
     id   TEXT PRIMARY KEY,
     body TEXT NOT NULL             -- the prefetch job, JSON
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pinned_spares (
+    image TEXT PRIMARY KEY,        -- of a pin
+    count INTEGER NOT NULL         -- at least so many are kept ready
+) STRICT, WITHOUT ROWID;
 ";
 
 pub(super) const FORMAT: Format = Format {
     noun: "ledger",
     application_id: 0x434f_5753, // "COWS"
-    version: 4, // 1: without what VMs share; 2: without pins and uses; 3: without prefetch jobs
+    version: 5, // 1: without what VMs share; 2: without pins and uses; 3: without prefetch jobs; 4: without spares
     tables: "
 CREATE TABLE leases (
     id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits

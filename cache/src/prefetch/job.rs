@@ -112,6 +112,9 @@ pub struct Plan {
     pub deadline: Option<Ttl>,
     /// Each is pinned for so long when it is here.
     pub pin_for: Option<Ttl>,
+    /// So many spares of each are kept as long as that pin holds.
+    #[serde(default)]
+    pub spares: u32,
     /// Whose they are.
     pub tenant: Tenant,
     /// Whether its creator has given credentials, which are not written down.
@@ -128,6 +131,7 @@ impl Plan {
             ("concurrency", self.concurrency != other.concurrency),
             ("deadline", self.deadline != other.deadline),
             ("pin_for", self.pin_for != other.pin_for),
+            ("spares", self.spares != other.spares),
             ("tenant", self.tenant != other.tenant),
             ("credentials", self.has_credentials != other.has_credentials),
         ];
@@ -347,6 +351,7 @@ pub(super) mod tests {
             concurrency: NonZeroU32::MIN,
             deadline: None,
             pin_for: None,
+            spares: 0,
             tenant: Tenant::default(),
             has_credentials: false,
         }

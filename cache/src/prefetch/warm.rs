@@ -47,6 +47,8 @@ struct WarmFile {
     deadline: Option<Period>,
     /// How long each is pinned when it is here, such as "7d".
     pin_for: Option<Period>,
+    /// So many spares of each are kept as long as it is pinned.
+    spares: Option<u32>,
     /// Whose they are.
     tenant: Option<Tenant>,
     /// How long after its end the job is begun again, such as "6h".
@@ -117,7 +119,14 @@ impl WarmFile {
         if concurrency.get() > CONCURRENCY_MAX {
             return Err(format!("its concurrency is {concurrency}: {CONCURRENCY_MAX} is the most"));
         }
+        let spares = self.spares.unwrap_or_default();
+        if spares > 0 && self.pin_for.is_none() {
+            return Err(format!(
+                "it has spares = {spares} and no pin_for: they are kept as long as the images are pinned"
+            ));
+        }
         Ok(Plan {
+            spares,
             images,
             class: self.class.unwrap_or(Class::Background),
             bytes_per_second: self.rate.and_then(|rate| NonZeroU64::new(rate.0)),

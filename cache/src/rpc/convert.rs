@@ -168,6 +168,9 @@ pub(super) fn image((image, kept): (ImageInfo, Kept)) -> v1::Image {
         leases: kept.leases,
         disk_bytes: image.on_disk.map(|size| size.bytes),
         exclusive_disk_bytes: image.on_disk.map(|size| size.exclusive),
+        // Whoever knows them adds them.
+        spares: 0,
+        spares_wanted: 0,
     }
 }
 

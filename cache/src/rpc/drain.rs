@@ -28,7 +28,7 @@ impl Rest {
         let leases = self
             .acquirer
             .ledger
-            .read(|book| book.after(None).filter(|l| l.is_held() && !l.vm.is_image()).count());
+            .read(|book| book.after(None).filter(|l| l.is_held() && l.vm.is_vm()).count());
         let (acquires, pulls) = (self.acquirer.under_way(), self.images.pulls_in_flight());
         v1::DrainResponse {
             acquires: count(acquires),

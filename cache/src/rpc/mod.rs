@@ -5,6 +5,7 @@ mod changes;
 mod convert;
 mod drain;
 mod keep_alive;
+mod offer;
 mod page;
 mod parse;
 mod prefetch;
@@ -28,13 +29,15 @@ use crate::{
     audit::{Audited, Repair},
     containerd::Containerd,
     error::{Error, Reason, Result},
-    image::{ImageInfo, Images},
+    image::{Cache, ImageInfo, Images},
     keeping::{self, Keeper, Removed},
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
+    offer::{Latencies, Warmth},
     prefetch::Prefetcher,
     reclaim::{Reclaimer, Waiting},
+    spares::Spares,
     status::StatusSource,
 };
 
@@ -64,6 +67,10 @@ pub struct Api {
     pub status: Arc<StatusSource>,
     /// Why released disks are still there.
     pub waiting: Waiting,
+    /// What is ready to be handed out.
+    pub spares: Spares,
+    /// How long Acquires have taken.
+    pub latencies: Latencies,
     /// Counts calls.
     pub metrics: Metrics,
 }
@@ -81,9 +88,14 @@ impl Cowshed for Api {
             };
             let took = begun.elapsed();
             self.metrics.acquired(&outcome, took);
+            self.compare(&outcome, took);
             Ok(self.acquired(&*outcome?, took))
         })
         .await
+    }
+
+    async fn offer(&self, request: Request<v1::OfferRequest>) -> Result<Response<v1::OfferResponse>, Status> {
+        self.metered("Offer", async |_| offer::offer(self, request.into_inner()).await).await
     }
 
     async fn release(
@@ -298,10 +310,10 @@ impl Cowshed for Api {
         request: Request<v1::PinImageRequest>,
     ) -> Result<Response<v1::PinImageResponse>, Status> {
         self.metered("PinImage", async |_| {
-            let v1::PinImageRequest { image, platform, hold_for } = request.into_inner();
+            let v1::PinImageRequest { image, platform, hold_for, spares } = request.into_inner();
             let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
             let hold_for = hold_for.as_ref().map(parse::hold_for).transpose()?;
-            let pinned = self.keeper.pin(&image, &platform, hold_for).await?;
+            let pinned = self.keeper.pin(&image, &platform, hold_for, spares.unwrap_or_default()).await?;
             Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next() })
         })
         .await
@@ -354,6 +366,23 @@ impl Api {
         outcome.map(Response::new).map_err(Status::from)
     }
 
+    /// What was expected of an Acquire, and what it has come to.
+    fn compare(&self, outcome: &Result<Arc<Acquired>>, took: Duration) {
+        let Ok(done) = outcome else { return };
+        if done.existing {
+            return;
+        }
+        let warmth = match (done.spare, done.cache) {
+            (true, _) => Warmth::Spare,
+            (false, Cache::Hit) => Warmth::Base,
+            (false, Cache::Miss) => Warmth::Cold,
+        };
+        if let Some(expected) = self.latencies.expected(warmth) {
+            self.metrics.expected(warmth, took.as_secs_f64() / expected.p50.as_secs_f64().max(1e-6));
+        }
+        self.latencies.note(warmth, took);
+    }
+
     fn acquired(&self, done: &Acquired, took: Duration) -> v1::AcquireResponse {
         v1::AcquireResponse {
             lease: Some(self.lease(&done.lease)),
@@ -361,6 +390,7 @@ impl Api {
             stages: done.stages.iter().map(convert::stage).collect(),
             total_micros: convert::micros(took),
             existing: done.existing,
+            spare: done.spare,
         }
     }
 
@@ -427,7 +457,7 @@ impl Api {
             })?),
         };
         let wanted = |lease: &&Lease| {
-            (request.shared || !lease.vm.is_image())
+            (request.shared || lease.vm.is_vm())
                 && (request.states.is_empty()
                     || request.states.contains(&i32::from(convert::state(&lease.state))))
         };
@@ -450,7 +480,13 @@ impl Api {
 
     /// The images, with what the ledger knows of them.
     fn kept(&self, images: Vec<ImageInfo>) -> impl Iterator<Item = v1::Image> + use<> {
-        keeping::kept(&self.ledger, images, &self.acquirer.clock.now()).into_iter().map(convert::image)
+        let spares = self.spares.clone();
+        let kept = keeping::kept(&self.ledger, images, &self.acquirer.clock.now());
+        kept.into_iter().map(move |(image, kept)| {
+            let manifest = image.manifest_digest.as_deref().and_then(|digest| digest.parse().ok());
+            let count = manifest.map(|manifest| spares.count(&manifest)).unwrap_or_default();
+            v1::Image { spares: count.ready, spares_wanted: count.wanted, ..convert::image((image, kept)) }
+        })
     }
 
     /// In a task of its own: what is mended is mended to its end, also if the caller goes away.

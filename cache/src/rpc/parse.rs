@@ -35,6 +35,12 @@ pub(super) fn wish(request: v1::AcquireRequest) -> Result<Wish> {
     })
 }
 
+/// What a VM would ask for; which one does not matter.
+pub(super) fn offer(request: v1::OfferRequest) -> Result<Wish> {
+    let v1::OfferRequest { spec, tenant } = request;
+    wish(v1::AcquireRequest { vm_id: "offer".to_owned(), spec, tenant, ..v1::AcquireRequest::default() })
+}
+
 /// Who asks for an image.
 pub(super) fn access(tenant: &str, credentials: Option<v1::RegistryCredentials>) -> Result<Access> {
     let tenant = match tenant {

@@ -61,7 +61,12 @@ pub(super) fn wanted(request: v1::CreatePrefetchRequest) -> Result<(JobId, Plan,
         let what = format!("spec.concurrency is {}: {CONCURRENCY_MAX} is the most", spec.concurrency);
         return Err(wrong("spec.concurrency", what));
     }
+    if spec.spares > 0 && spec.pin_for.is_none() {
+        let what = "spec.spares are kept as long as spec.pin_for says, which is missing".to_owned();
+        return Err(wrong("spec.spares", what));
+    }
     let plan = Plan {
+        spares: spec.spares,
         images,
         class: class(spec.class)?,
         bytes_per_second: NonZeroU64::new(spec.bytes_per_second),
@@ -159,6 +164,7 @@ pub(super) fn message(picture: Picture) -> v1::Prefetch {
         deadline: plan.deadline.map(|ttl| convert::duration(ttl.micros())),
         pin_for: plan.pin_for.map(|ttl| convert::duration(ttl.micros())),
         tenant: plan.tenant.to_string(),
+        spares: plan.spares,
     };
     let images = plan.images.iter().zip(&job.stages).zip(&seen);
     v1::Prefetch {

@@ -123,13 +123,13 @@ fn news(book: &Book, after: Revision, begun: Option<Revision>, clock: &Clock) ->
     let now = clock.now();
     let mut events: Vec<(Revision, Event)> = book
         .changed_after(after)
-        .filter(|lease| !lease.vm.is_image())
+        .filter(|lease| lease.vm.is_vm())
         .take(AT_ONCE)
         .map(|lease| (lease.revision, Event::Lease(convert::lease(lease, None, &now))))
         .collect();
     let complete_changes = events.len() < AT_ONCE;
     if let Some(mirrored) = mirrored {
-        let gone = book.gone_after(mirrored).filter(|gone| !gone.vm.is_image()).take(AT_ONCE).map(|gone| {
+        let gone = book.gone_after(mirrored).filter(|gone| gone.vm.is_vm()).take(AT_ONCE).map(|gone| {
             let event = v1::LeaseGone {
                 lease_id: gone.id.to_string(),
                 vm_id: gone.vm.to_string(),

@@ -32,11 +32,13 @@ use crate::{
     ledger::{Ledger, LedgerSlot},
     making::Making,
     metrics::Metrics,
+    offer::Latencies,
     prefetch::{Permits, Prefetcher},
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
     rescue::Hindrances,
     rpc::Api,
+    spares::{Spares, refill::Refiller},
     status::StatusSource,
     tasks::Tasks,
 };
@@ -95,6 +97,12 @@ impl Ground {
             tracing::warn!(%error, "what the last run has left cannot be marked yet");
         }
         let prefetcher = api.prefetcher.clone();
+        let refiller = Refiller {
+            spares: api.spares.clone(),
+            acquirer: api.acquirer.clone(),
+            metrics: self.metrics.clone(),
+        };
+        tokio::spawn(api.images.clone().follow_changes());
         self.front.open(api);
         prefetcher.resume();
         let warm_set = self.config.prefetch.warm_set.clone();
@@ -107,6 +115,7 @@ impl Ground {
             let (reclaimer, stopped) = (reclaimer.clone(), self.stopped.clone());
             async move { reclaimer.run(stopped).await }
         });
+        tokio::spawn(Arc::new(refiller).run(self.stopped.clone()));
         let stopped = self.stopped.clone();
         tokio::spawn(async move { reclaimer.watch_time(stopped).await });
         // It makes containerd connect to the snapshotter, if nothing else does.
@@ -120,6 +129,8 @@ impl Ground {
         // There is one ledger, and so one of these.
         let _first = self.source.images.set(images.clone());
         let (wake, waiting, making) = (Wake::default(), Waiting::default(), Making::default());
+        let spares = Spares::new(self.config.spares());
+        let _first = self.source.spares.set(spares.clone());
         let snapshots: Arc<dyn Snapshots> = containerd.clone();
         let reclaimer = Reclaimer {
             ledger: ledger.clone(),
@@ -150,6 +161,7 @@ impl Ground {
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
             flights: Flights::default(),
+            spares: spares.clone(),
             sharing: Flights::default(),
         };
         let permits = Permits { drain: drain.clone(), admission: admission.clone(), kernel: kernel.clone() };
@@ -170,6 +182,8 @@ impl Ground {
             hindrances: admission.hindrances.clone(),
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
+            spares: spares.clone(),
+            wake: wake.clone(),
             turn: tokio::sync::Mutex::default(),
         };
         Api {
@@ -185,6 +199,8 @@ impl Ground {
             stopped: self.stopped.clone(),
             status: self.source.clone(),
             waiting,
+            spares,
+            latencies: Latencies::default(),
             metrics: self.metrics.clone(),
         }
     }
@@ -206,6 +222,7 @@ pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served
         drain: Drain::default(),
         images: std::sync::OnceLock::new(),
         prefetcher: std::sync::OnceLock::new(),
+        spares: std::sync::OnceLock::new(),
         connected: plugin.map(Served::connected),
         started_at: SystemTime::now(),
     })

@@ -97,7 +97,7 @@ async fn a_ledger_is_checked_while_it_is_in_use_and_after_and_not_a_byte_is_chan
     acquire(&ledger, 1).await;
     let lease = acquire(&ledger, 2).await;
     release(&ledger, &lease).await;
-    ledger.pin("r.example/app:1".to_owned(), None, now()).await.unwrap();
+    ledger.pin("r.example/app:1".to_owned(), None, 0, now()).await.unwrap();
     let leases = [("preparing".to_owned(), 1), ("releasing".to_owned(), 1)].into();
     let format = format_of(&path);
     let expected = Findings { format, leases, pins: 1, last_generation: 2, problems: Vec::new() };
@@ -345,7 +345,7 @@ async fn pins_and_uses_are_in_a_backup_and_in_what_is_restored_of_it() {
     let (_elsewhere, copy) = place();
     let image = "r.example/app:1".to_owned();
     let ledger = Ledger::open(directory.path()).unwrap();
-    let pin = ledger.pin(image.clone(), Ttl::from_seconds(60).ok(), now()).await.unwrap();
+    let pin = ledger.pin(image.clone(), Ttl::from_seconds(60).ok(), 3, now()).await.unwrap();
     ledger.close().await;
     change(&path, "INSERT INTO uses VALUES ('sha256:a', 7)");
     assert_eq!(backup(&path, &copy, IfThere::Keep).unwrap().pins, 1);
@@ -376,7 +376,7 @@ async fn a_ledger_of_the_version_before_is_checked_as_it_is_and_gets_what_it_lac
 
     fs::copy(&copy, &path).unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();
-    ledger.pin("r.example/app:1".to_owned(), None, now()).await.unwrap();
+    ledger.pin("r.example/app:1".to_owned(), None, 0, now()).await.unwrap();
     ledger.close().await;
     let findings = check(&path).unwrap();
     assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (4, 1, 2));

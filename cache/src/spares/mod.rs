@@ -1,0 +1,331 @@
+//! Spares: disks that are made ahead of need, and handed out by one write.
+//!
+//! ```text
+//!  Acquire ─► take ─► look at its device ─► the ledger makes it the VM's ─► reply
+//!     └─► demand ─► policy ─► refill: intent ─► containerd lease ─► Prepare ─► verify ─► confirm ─► shelf
+//! ```
+//!
+//! A spare is a lease in the ledger, held in its own name: recovery, audit and reclaimer know it as any other disk. Which can be
+//! handed out is remembered here, and no more than that: the ledger decides, in the write that hands one out, whether it is one
+//! still.
+
+pub mod policy;
+pub mod refill;
+
+use std::{
+    collections::{BTreeMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use cowshed_leases::LeaseId;
+use policy::{Demand, Limits, Want};
+use tokio::sync::Notify;
+
+use crate::image::{Digest, ResolvedImage};
+
+/// How long one is thought to take to make before one was made.
+const FIRST_GUESS: Duration = Duration::from_secs(1);
+/// After a failure the next try waits so long, and twice as long after each further one, up to the longest pause.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// `[spares]`, as far as it is not policy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Whether there are any.
+    pub enabled: bool,
+    /// How many there should be.
+    pub limits: Limits,
+    /// So many are made at a time.
+    pub concurrency: u32,
+    /// None are made while the pool's data or metadata is fuller than this, in percent.
+    pub pool_max_percent: u8,
+}
+
+/// Of what a spare is made: a manifest, and so a platform.
+pub type Key = Digest;
+
+/// What is ready, what is asked for. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Spares(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    settings: Settings,
+    state: Mutex<State>,
+    /// Something was handed out, or asked for.
+    wake: Notify,
+    /// What times are measured from.
+    origin: Instant,
+}
+
+#[derive(Debug)]
+struct State {
+    shelves: BTreeMap<Key, Shelf>,
+    /// Taken, and not handed out yet.
+    in_hand: HashSet<LeaseId>,
+    /// How long one takes to make.
+    refill: Duration,
+}
+
+/// Of one image.
+#[derive(Debug, Default)]
+struct Shelf {
+    ready: VecDeque<LeaseId>,
+    making: u32,
+    demand: Demand,
+    pinned: u32,
+    wanted: u32,
+    /// What to make them of; `None` until somebody has asked since the start.
+    source: Option<Arc<ResolvedImage>>,
+    /// Of the last failures, one after the other.
+    pause: Option<(Instant, Duration)>,
+}
+
+/// How many there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// To be handed out.
+    pub ready: u32,
+    /// Being made.
+    pub making: u32,
+    /// That there should be.
+    pub wanted: u32,
+}
+
+impl Spares {
+    /// None yet.
+    pub fn new(settings: Settings) -> Self {
+        let state = State { shelves: BTreeMap::new(), in_hand: HashSet::new(), refill: FIRST_GUESS };
+        Self(Arc::new(Inner {
+            settings,
+            state: Mutex::new(state),
+            wake: Notify::new(),
+            origin: Instant::now(),
+        }))
+    }
+
+    /// A disk of this image is asked for.
+    pub fn asked(&self, image: &ResolvedImage) {
+        if !self.0.settings.enabled {
+            return;
+        }
+        let (now, half_life) = (self.0.origin.elapsed(), self.0.settings.limits.half_life);
+        let mut state = self.state();
+        let shelf = state.shelves.entry(image.manifest.clone()).or_default();
+        shelf.demand.asked(now, half_life);
+        if shelf.source.is_none() {
+            shelf.source = Some(Arc::new(image.clone()));
+        }
+        drop(state);
+        self.0.wake.notify_one();
+    }
+
+    /// The one that is ready for the longest time. It is put back if it is dropped.
+    pub fn take(&self, key: &Key) -> Option<Taken> {
+        let mut state = self.state();
+        let lease = state.shelves.get_mut(key)?.ready.pop_front()?;
+        state.in_hand.insert(lease.clone());
+        Some(Taken { spares: self.clone(), key: key.clone(), lease, is_gone: false })
+    }
+
+    /// How many there are of the manifest.
+    pub fn count(&self, manifest: &Key) -> Count {
+        self.state().shelves.get(manifest).map(Shelf::count).unwrap_or_default()
+    }
+
+    /// How many there are of all.
+    pub fn total(&self) -> Count {
+        self.state().shelves.values().fold(Count::default(), |sum, shelf| {
+            let Count { ready, making, wanted } = shelf.count();
+            Count { ready: sum.ready + ready, making: sum.making + making, wanted: sum.wanted + wanted }
+        })
+    }
+
+    /// Takes all of these manifests off, and makes no more before somebody asks: the image is to go.
+    pub fn clear(&self, manifests: impl IntoIterator<Item = Key>) -> Vec<LeaseId> {
+        let mut state = self.state();
+        manifests
+            .into_iter()
+            .filter_map(|key| state.shelves.remove(&key))
+            .flat_map(|shelf| shelf.ready)
+            .collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that is ready. Not if it is known already.
+    fn put(&self, key: &Key, lease: LeaseId) {
+        let mut state = self.state();
+        if !state.in_hand.contains(&lease) {
+            let shelf = state.shelves.entry(key.clone()).or_default();
+            if !shelf.ready.contains(&lease) {
+                shelf.ready.push_back(lease);
+            }
+        }
+    }
+
+    /// Whether it is on a shelf, or in somebody's hand.
+    fn knows(&self, lease: &LeaseId) -> bool {
+        let state = self.state();
+        state.in_hand.contains(lease) || state.shelves.values().any(|shelf| shelf.ready.contains(lease))
+    }
+
+    /// So many are pinned of these, and of no others.
+    fn pin(&self, pinned: Vec<(ResolvedImage, u32)>) {
+        let mut state = self.state();
+        state.shelves.values_mut().for_each(|shelf| shelf.pinned = 0);
+        for (image, count) in pinned {
+            let shelf = state.shelves.entry(image.manifest.clone()).or_default();
+            // Two names of one image do not add up.
+            shelf.pinned = shelf.pinned.max(count);
+            shelf.source = Some(Arc::new(image));
+        }
+    }
+
+    /// What to do now. `room`: whether any may be made; `at_once`: how many at a time.
+    fn plan(&self, room: Room, at_once: u32) -> Plan {
+        let Settings { limits, enabled, .. } = self.0.settings;
+        let (now, instant) = (self.0.origin.elapsed(), Instant::now());
+        let mut state = self.state();
+        let refill = state.refill;
+        state.shelves.retain(|_, shelf| !shelf.is_over(now, &limits));
+        let wants: Vec<Want> = state.shelves.values().map(|shelf| shelf.want(now, refill, &limits)).collect();
+        let none = !enabled || room == Room::Short;
+        let allotted = if none { vec![0; wants.len()] } else { policy::allot(&wants, &limits) };
+        let mut free = at_once.saturating_sub(state.shelves.values().map(|shelf| shelf.making).sum());
+        let mut plan = Plan::default();
+        for (shelf, wanted) in state.shelves.values_mut().zip(allotted) {
+            shelf.wanted = wanted;
+            let surplus = policy::surplus(shelf.count().ready, wanted);
+            plan.drop.extend((0..surplus).filter_map(|_| shelf.ready.pop_back()));
+        }
+        if room != Room::Ample {
+            return plan;
+        }
+        // One of each in turn, so that no image waits for another's crowd.
+        loop {
+            let before = free;
+            for (key, shelf) in &mut state.shelves {
+                let Count { ready, making, wanted } = shelf.count();
+                let waits = shelf.pause.is_some_and(|(until, _)| until > instant);
+                if let (true, Some(source)) = (ready + making < wanted && !waits && free > 0, &shelf.source) {
+                    plan.make.push((key.clone(), source.clone()));
+                    shelf.making += 1;
+                    free -= 1;
+                }
+            }
+            if free == before {
+                return plan;
+            }
+        }
+    }
+
+    /// What has become of one that was made in this time.
+    fn made(&self, key: &Key, outcome: Result<(LeaseId, Duration), MakeError>) {
+        let mut state = self.state();
+        if let Ok((_, took)) = &outcome {
+            state.refill = (state.refill * 7 + *took) / 8;
+        }
+        // If the image was given up meanwhile, what is ready is known to the ledger, and comes here for nobody.
+        if let Some(shelf) = state.shelves.get_mut(key) {
+            shelf.making = shelf.making.saturating_sub(1);
+            match outcome {
+                Ok((lease, _)) => {
+                    shelf.pause = None;
+                    shelf.ready.push_back(lease);
+                }
+                Err(MakeError::NoImage) => shelf.source = None,
+                Err(MakeError::Other) => {
+                    let last = shelf.pause.map_or(Duration::ZERO, |(_, pause)| pause);
+                    let pause = (last * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+                    shelf.pause = Some((Instant::now() + pause, pause));
+                }
+            }
+        }
+        drop(state);
+        self.0.wake.notify_one();
+    }
+}
+
+/// Why one could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MakeError {
+    /// The image has gone.
+    NoImage,
+    /// Something else, which may pass.
+    Other,
+}
+
+/// Whether there is room for spares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Ample,
+    /// For those that there are.
+    Tight,
+    /// For VMs only.
+    Short,
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    make: Vec<(Key, Arc<ResolvedImage>)>,
+    drop: Vec<LeaseId>,
+}
+
+impl Shelf {
+    fn count(&self) -> Count {
+        let ready = u32::try_from(self.ready.len()).unwrap_or(u32::MAX);
+        Count { ready, making: self.making, wanted: self.wanted }
+    }
+
+    fn want(&self, now: Duration, refill: Duration, limits: &Limits) -> Want {
+        Want { pinned: self.pinned, demanded: self.demand.wants(now, refill, limits) }
+    }
+
+    fn is_over(&self, now: Duration, limits: &Limits) -> bool {
+        let is_empty = self.ready.is_empty() && self.making == 0 && self.pinned == 0;
+        is_empty && self.demand.is_over(now, limits.half_life)
+    }
+}
+
+/// A spare that somebody is about to hand out.
+#[derive(Debug)]
+pub struct Taken {
+    spares: Spares,
+    key: Key,
+    lease: LeaseId,
+    is_gone: bool,
+}
+
+impl Taken {
+    /// Which.
+    pub fn lease(&self) -> &LeaseId {
+        &self.lease
+    }
+
+    /// It is a spare no more.
+    pub fn gone(mut self) {
+        self.is_gone = true;
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let mut state = self.spares.state();
+        state.in_hand.remove(&self.lease);
+        if !self.is_gone
+            && let Some(shelf) = state.shelves.get_mut(&self.key)
+        {
+            shelf.ready.push_front(self.lease.clone());
+        }
+        drop(state);
+        self.spares.0.wake.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests;
