@@ -20,6 +20,7 @@ mod rescue;
 mod service;
 mod shared;
 mod snapshotter;
+mod spares;
 mod stampede;
 mod support;
 mod terms;
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 25] = [
+    let groups: [(&str, &[Test]); 26] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         ("pulls", pulls::TESTS),
         ("pins", pins::TESTS),
         ("prefetch", prefetch::TESTS),
+        ("spares", spares::TESTS),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),

@@ -50,6 +50,13 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
 
 async fn ask(command: Command) -> Result<(), Failure> {
     match command {
+        Command::Offer { image, platform, tenant, mode, reach } => {
+            let mode = disk_mode(mode).into();
+            let spec = Some(v1::DiskSpec { image: image.clone(), platform, mode, scratch: None });
+            let request = v1::OfferRequest { spec, tenant };
+            let reply = connect(&reach.socket).await?.offer(request).await.map_err(|s| refused(&s))?;
+            print(&show::offer(&image, &reply.into_inner(), reach.output))
+        }
         Command::Acquire {
             vm,
             image,

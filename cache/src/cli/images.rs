@@ -20,6 +20,7 @@ pub(super) fn images(images: &[v1::Image], output: Output) -> String {
         "ON DISK",
         "OWN",
         "LEASES",
+        "SPARES",
         "LAST USED",
         "PINNED",
         "MANIFEST",
@@ -35,6 +36,7 @@ pub(super) fn images(images: &[v1::Image], output: Output) -> String {
             image.disk_bytes.map_or_else(|| "-".to_owned(), bytes),
             image.exclusive_disk_bytes.map_or_else(|| "-".to_owned(), bytes),
             image.leases.to_string(),
+            spares(image),
             image.last_used_at.as_ref().map_or_else(|| "-".to_owned(), minute),
             match &image.pinned_until {
                 Some(until) => format!("until {}", minute(until)),
@@ -62,6 +64,8 @@ pub(super) fn image_json(image: &v1::Image) -> Value {
         "leases": image.leases,
         "disk_bytes": image.disk_bytes,
         "exclusive_disk_bytes": image.exclusive_disk_bytes,
+        "spares": image.spares,
+        "spares_wanted": image.spares_wanted,
     })
 }
 
@@ -91,6 +95,15 @@ pub(super) fn removed(image: &str, reply: v1::RemoveImageResponse, output: Outpu
             format!("image {image} is gone; it has other names, so nothing was freed\n")
         }
         Output::Text => format!("image {image} is gone\n"),
+    }
+}
+
+/// "3", or "3 of 5" while more are wanted.
+fn spares(image: &v1::Image) -> String {
+    if image.spares < image.spares_wanted {
+        format!("{} of {}", image.spares, image.spares_wanted)
+    } else {
+        image.spares.to_string()
     }
 }
 

@@ -155,6 +155,22 @@ enum Command {
         #[arg(long, short)]
         config: Option<PathBuf>,
     },
+    /// Say whether this host would give a VM a disk now, and how soon; changes nothing.
+    Offer {
+        /// Image reference, as in acquire.
+        image: String,
+        /// os/architecture[/variant]; the host's if absent.
+        #[arg(long)]
+        platform: Option<String>,
+        /// Whose VM it would be; the default tenant's if absent.
+        #[arg(long, default_value = "")]
+        tenant: String,
+        /// What the VM may do with the image's disk.
+        #[arg(long, value_enum, default_value = "copy-on-write")]
+        mode: DiskMode,
+        #[command(flatten)]
+        reach: Reach,
+    },
     /// Give a VM a root disk, and print its device.
     Acquire {
         /// The VM's id.

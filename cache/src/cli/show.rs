@@ -27,10 +27,15 @@ pub(super) fn acquired(reply: &v1::AcquireResponse, output: Output) -> String {
             "stages": stages,
             "total_micros": reply.total_micros,
             "existing": reply.existing,
+            "spare": reply.spare,
         }));
     }
     let mut text = lease_text(&lease);
-    let kind = if reply.existing { "held already" } else { cache };
+    let kind = match (reply.existing, reply.spare) {
+        (true, _) => "held already",
+        (false, true) => "spare",
+        (false, false) => cache,
+    };
     let stages = reply.stages.iter().map(|s| format!("{} {}", s.stage, millis(s.micros))).collect::<Vec<_>>();
     let _ = writeln!(text, "time      {} ({kind}: {})", millis(reply.total_micros), stages.join(", "));
     text
@@ -110,6 +115,10 @@ pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
             leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
         ),
     };
+    let _ = match status.spares_in_the_making {
+        0 => writeln!(text, "spares      {} ready", status.spares),
+        making => writeln!(text, "spares      {} ready, {making} being made", status.spares),
+    };
     let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
     let _ = writeln!(text, "prefetch    {} jobs run", status.prefetch_jobs);
     for problem in &status.warm_set_problems {
@@ -144,11 +153,62 @@ fn status_json(status: &v1::GetStatusResponse) -> Value {
             "releasing": leases.releasing,
             "failed": leases.failed,
         })),
+        "spares": status.spares,
+        "spares_in_the_making": status.spares_in_the_making,
         "pulls_in_flight": status.pulls_in_flight,
         "prefetch_jobs": status.prefetch_jobs,
         "warm_set_problems": status.warm_set_problems,
         "started_at": status.started_at.map(|at| at.to_string()),
     })
+}
+
+pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> String {
+    let warmth = match offer.warmth() {
+        v1::Warmth::Spare => "spare",
+        v1::Warmth::Base => "base",
+        v1::Warmth::Partial => "partial",
+        v1::Warmth::Cold | v1::Warmth::Unspecified => "cold",
+    };
+    let micros = |time: &Option<prost_types::Duration>| {
+        time.as_ref().map(|time| time.seconds * 1_000_000 + i64::from(time.nanos) / 1_000)
+    };
+    let (p50, p99) = (micros(&offer.expected), micros(&offer.expected_p99));
+    if output == Output::Json {
+        return line(&json!({
+            "accepted": offer.accepted,
+            "refusal": offer.refusal.as_ref().map(|why| json!({ "reason": why.reason, "message": why.message })),
+            "warmth": warmth,
+            "missing_bytes": offer.missing_bytes,
+            "expected_micros": p50,
+            "expected_p99_micros": p99,
+            "samples": offer.samples,
+            "data_free_bytes": offer.data_free_bytes,
+            "metadata_free_bytes": offer.metadata_free_bytes,
+            "spares": offer.spares,
+        }));
+    }
+    let mut text = match &offer.refusal {
+        Some(why) => format!("{image}: not now: [{}] {}\n", why.reason, why.message),
+        None => format!("{image}: {warmth}\n"),
+    };
+    if offer.spares > 0 {
+        let _ = writeln!(text, "  spares    {}", offer.spares);
+    }
+    if let Some(missing) = offer.missing_bytes.filter(|missing| *missing > 0) {
+        let _ = writeln!(text, "  missing   {}", bytes(missing));
+    }
+    let _ = match (p50, p99) {
+        (Some(p50), Some(p99)) => writeln!(
+            text,
+            "  expected  {:.1} ms, rarely more than {:.1} ms (of {} acquires)",
+            p50 as f64 / 1e3,
+            p99 as f64 / 1e3,
+            offer.samples
+        ),
+        _ => writeln!(text, "  expected  unknown: none like it was acquired yet"),
+    };
+    let _ = writeln!(text, "  pool      {} of data are free", bytes(offer.data_free_bytes));
+    text
 }
 
 fn lease_json(lease: &v1::Lease) -> Value {

@@ -38,7 +38,7 @@ pub struct Refiller {
 
 /// What it remembers from one round to the next.
 #[derive(Default)]
-struct Round {
+pub(super) struct Round {
     pins: Option<Instant>,
     search: Option<Instant>,
 }
@@ -57,7 +57,7 @@ impl Refiller {
         }
     }
 
-    async fn round(self: &Arc<Self>, round: &mut Round) {
+    pub(super) async fn round(self: &Arc<Self>, round: &mut Round) {
         let is_due = |at: Option<Instant>, every: Duration| at.is_none_or(|at| at.elapsed() >= every);
         if is_due(round.search, SEARCH) {
             // What cannot be told yet is looked at again in the next round.

@@ -365,21 +365,24 @@ async fn a_ledger_of_the_version_before_is_checked_as_it_is_and_gets_what_it_lac
     let (directory, path) = place();
     let (_elsewhere, copy) = place();
     ledger_with(directory.path(), 1..3).await;
-    change(&path, "DROP TABLE pins; DROP TABLE uses; DROP TABLE jobs; PRAGMA user_version = 2");
+    change(
+        &path,
+        "DROP TABLE pins; DROP TABLE uses; DROP TABLE jobs; DROP TABLE pinned_spares; PRAGMA user_version = 2",
+    );
     let before = files(directory.path());
     assert_eq!(check(&path).unwrap().format, 2);
     backup(&path, &copy, IfThere::Keep).unwrap();
     assert!(files(directory.path()) == before, "it was changed");
     assert_eq!(check(&copy).unwrap().format, 2);
     restore(directory.path(), &copy, NOW).unwrap();
-    assert_eq!(check(&path).unwrap().format, 4, "what is restored is as this version writes it");
+    assert_eq!(check(&path).unwrap().format, 5, "what is restored is as this version writes it");
 
     fs::copy(&copy, &path).unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();
     ledger.pin("r.example/app:1".to_owned(), None, 0, now()).await.unwrap();
     ledger.close().await;
     let findings = check(&path).unwrap();
-    assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (4, 1, 2));
+    assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (5, 1, 2));
     assert_eq!(vms(directory.path()).await, ["vm-1", "vm-2"]);
 }
 
