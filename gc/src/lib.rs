@@ -4,6 +4,7 @@
 //! of which the kernel did not tell, is waited for. Recovery after a crash is this plan's first pass.
 
 mod audit;
+pub mod evict;
 
 use std::{collections::BTreeSet, fmt};
 
