@@ -22,10 +22,11 @@ use crate::{
     admission::Admission,
     clock::Clock,
     containerd::Snapshots,
+    crowd::Crowd,
     disks::in_name_of,
     drain::Drain,
     error::{Error, Reason, Result},
-    flights::{Arrival, Flights, GivenUp},
+    flights::{Arrival, Flights, GivenUp, Landing},
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
     kernel::Devices,
     ledger::{HandedOut, Ledger},
@@ -148,6 +149,8 @@ pub struct Acquirer {
     pub tasks: Tasks,
     /// Work under way, so that equal wishes share it.
     pub(crate) flights: Flights<Outcome>,
+    /// Who makes a disk, and who waits.
+    pub crowd: Crowd,
     /// What is ready to be handed out.
     pub spares: Spares,
     /// Looks at what is shared, and its making.
@@ -241,7 +244,7 @@ impl Acquirer {
                 tracing::info_span!("acquire", vm = %wish.vm, image = %wish.image, lease = tracing::field::Empty);
             let this = Arc::clone(self);
             let work = async move {
-                let outcome = this.run(&wish, landing.given_up()).await.map(Arc::new);
+                let outcome = this.run_for(&wish, &landing).await.map(Arc::new);
                 log(&outcome);
                 landing.land(outcome);
             };
@@ -250,14 +253,33 @@ impl Acquirer {
         (arrival, seat)
     }
 
-    async fn run(self: &Arc<Self>, wish: &Wish, given_up: GivenUp) -> Result<Acquired, Refusal> {
+    /// Until there is nobody who waits for it, or it is done.
+    async fn run_for(self: &Arc<Self>, wish: &Wish, landing: &Landing<Outcome>) -> Result<Acquired, Refusal> {
+        loop {
+            if let Some(acquired) = self.run(wish, landing).await? {
+                return Ok(acquired);
+            }
+            if !landing.is_awaited() {
+                let message = format!("nobody waits for the disk of VM {} any more; acquire again", wish.vm);
+                return Err(Error::new(Reason::NotReady, message).with("vm_id", &wish.vm).into());
+            }
+        }
+    }
+
+    /// `None`: nobody waits for it, so that the disk was not made, or is a spare.
+    async fn run(
+        self: &Arc<Self>,
+        wish: &Wish,
+        landing: &Landing<Outcome>,
+    ) -> Result<Option<Acquired>, Refusal> {
+        let given_up = landing.given_up();
         let mut stages = Stages::start();
         let ask = wish.ask();
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
         let known =
             self.ledger.read(|book| book.acquire(&ask, fresh(), &self.clock.now())).map_err(Error::from)?;
         if let Acquisition::Existing(lease) = known {
-            return Ok(self.existing(ask, *lease, stages).await?);
+            return Ok(Some(self.existing(ask, *lease, stages).await?));
         }
         self.drain.admit()?;
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
@@ -268,7 +290,7 @@ impl Acquirer {
             self.spares.asked(image);
             if let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await? {
                 tracing::Span::current().record("lease", lease.id.as_str());
-                return Ok(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true });
+                return Ok(Some(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true }));
             }
         }
         self.admission.admit(&self.kernel).await?;
@@ -276,6 +298,12 @@ impl Acquirer {
             Some(image) => (image, Cache::Hit),
             None => self.pulled(wish, &mut stages).await?,
         };
+        let lane = (wish.access.tenant.to_string(), image.manifest.to_string());
+        let (_seat, waited) = self.crowd.enter(lane).await?;
+        stages.done(Stage::Queue);
+        if waited && !landing.is_awaited() {
+            return Ok(None);
+        }
         let id = fresh();
         let maker = self.making.begin(id.clone());
         let share = match wish.mode {
@@ -286,13 +314,19 @@ impl Acquirer {
         let _shared = share.as_ref().map(|share| self.making.begin(share.fresh.clone()));
         let ask = Ask { share, ..ask };
         let lease = match self.ledger.acquire(ask.clone(), id, self.clock.now(), given_up).await? {
-            Acquisition::Existing(lease) => return Ok(self.existing(ask, *lease, stages).await?),
+            Acquisition::Existing(lease) => return Ok(Some(self.existing(ask, *lease, stages).await?)),
             Acquisition::New { lease, .. } => *lease,
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
-        match self.make(wish, &lease, image, &mut stages).await {
-            Ok(lease) => Ok(Acquired { lease, cache, stages, existing: false, spare: false }),
+        let manifest = image.manifest.clone();
+        match self.make(wish, &lease, image, &mut stages, || landing.is_awaited()).await {
+            Ok(lease) if lease.vm.is_spare() => {
+                tracing::info!("nobody waits for it any more: it is a spare");
+                self.spares.put(&manifest, lease.id);
+                Ok(None)
+            }
+            Ok(lease) => Ok(Some(Acquired { lease, cache, stages, existing: false, spare: false })),
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
     }

@@ -256,6 +256,10 @@ pub struct Leases {
     /// A lease of an earlier boot of the host is kept for so long after the boot, and as long as its device is open, in
     /// seconds.
     pub boot_grace_seconds: u64,
+    /// So many disks are made at a time.
+    pub parallel: usize,
+    /// So many Acquires wait for that at the most; further ones are refused at once.
+    pub waiting_max: usize,
 }
 
 /// `[reclaim]`
@@ -394,7 +398,7 @@ impl Default for Spares {
 
 impl Default for Leases {
     fn default() -> Self {
-        Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400 }
+        Self { expired_grace_seconds: 300, boot_grace_seconds: 86_400, parallel: 32, waiting_max: 4096 }
     }
 }
 
@@ -484,6 +488,8 @@ impl Config {
             ("verification", "timeout_seconds", self.verification.timeout_seconds),
             ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
             ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
+            ("leases", "parallel", self.leases.parallel as u64),
+            ("leases", "waiting_max", self.leases.waiting_max as u64),
             ("spares", "half_life_seconds", self.spares.half_life_seconds),
             ("spares", "concurrency", self.spares.concurrency.into()),
         ] {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use cowshed_leases::{
-    DeviceIdentity, Failure, Grant, Lease, LeaseId, Process, Scratch, ScratchGrant, State, VmId,
+    DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Process, Scratch, ScratchGrant, State, VmId,
 };
 use tracing::Instrument as _;
 
@@ -38,6 +38,7 @@ impl Acquirer {
         lease: &Lease,
         image: ResolvedImage,
         stages: &mut Stages,
+        is_awaited: impl Fn() -> bool,
     ) -> Result<Lease> {
         let grant = match &lease.shares {
             None => self.image_disk(Some(wish), lease, image, stages).await?,
@@ -51,7 +52,13 @@ impl Acquirer {
                 Grant { scratch, at: crate::clock::wall(), ..shared }
             }
         };
-        let granted = self.ledger.grant(lease.id.clone(), grant, self.clock.now()).await?;
+        let (id, now) = (lease.id.clone(), self.clock.now());
+        let is_plain = wish.mode == Mode::CopyOnWrite && wish.scratch.is_none();
+        let granted = if is_plain && self.spares.are_kept() && !is_awaited() {
+            self.ledger.shelve(id, grant, now).await?
+        } else {
+            self.ledger.grant(id, grant, now).await?
+        };
         stages.done(Stage::Confirm);
         Ok(granted)
     }

@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     sync::Arc,
+    time::Duration,
 };
 
 use tonic::{Code, Status};
@@ -65,6 +66,7 @@ pub enum Reason {
     PoolFull,
     StateDirectoryFull,
     ContainerdFull,
+    Overloaded,
     ContainerdUnavailable,
     RegistryUnavailable,
     RegistryConfiguration,
@@ -114,7 +116,9 @@ impl Reason {
             | Self::DeviceMismatch => Code::FailedPrecondition,
             Self::Released | Self::RequestOver | Self::PrefetchCancelled => Code::Aborted,
             Self::RevisionCompacted => Code::OutOfRange,
-            Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull => Code::ResourceExhausted,
+            Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull | Self::Overloaded => {
+                Code::ResourceExhausted
+            }
             Self::ContainerdUnavailable
             | Self::RegistryUnavailable
             | Self::SnapshotterMissing
@@ -173,6 +177,7 @@ impl Reason {
             Self::PrefetchCancelled => "PREFETCH_CANCELLED",
             Self::RevisionCompacted => "REVISION_COMPACTED",
             Self::PoolFull => "POOL_FULL",
+            Self::Overloaded => "OVERLOADED",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
             Self::ContainerdFull => "CONTAINERD_FULL",
             Self::ContainerdUnavailable => "CONTAINERD_UNAVAILABLE",
@@ -200,12 +205,18 @@ struct Inner {
     reason: Reason,
     message: String,
     metadata: BTreeMap<&'static str, String>,
+    retry_after: Option<Duration>,
 }
 
 impl Error {
     /// `message` is a sentence without a full stop: what is wrong with which thing, and the way out.
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { reason, message: message.into(), metadata: BTreeMap::new() }))
+        Self(Arc::new(Inner {
+            reason,
+            message: message.into(),
+            metadata: BTreeMap::new(),
+            retry_after: None,
+        }))
     }
 
     /// Adds a field, id or path by name, for programs.
@@ -213,6 +224,14 @@ impl Error {
     pub fn with(self, key: &'static str, value: impl fmt::Display) -> Self {
         let mut inner = Arc::unwrap_or_clone(self.0);
         inner.metadata.insert(key, value.to_string());
+        Self(Arc::new(inner))
+    }
+
+    /// Adds how long to wait before the next try.
+    #[must_use]
+    pub fn retry_after(self, after: Duration) -> Self {
+        let mut inner = Arc::unwrap_or_clone(self.0);
+        inner.retry_after = Some(after);
         Self(Arc::new(inner))
     }
 
@@ -229,11 +248,14 @@ impl Error {
         self.0.reason
     }
 
-    /// The same as a gRPC status with `google.rpc.ErrorInfo`, bounded whatever went into it.
+    /// The same as a gRPC status with `google.rpc.ErrorInfo`, and `RetryInfo` if it says when to try again; bounded whatever went into it.
     pub fn to_status(&self) -> Status {
         let value = |(key, value): (&&str, &String)| ((*key).to_owned(), shown(value, VALUE_MAX_BYTES));
         let metadata: HashMap<_, _> = self.0.metadata.iter().map(value).collect();
-        let details = ErrorDetails::with_error_info(self.0.reason.as_str(), ERROR_DOMAIN, metadata);
+        let mut details = ErrorDetails::with_error_info(self.0.reason.as_str(), ERROR_DOMAIN, metadata);
+        if let Some(after) = self.0.retry_after {
+            details.set_retry_info(Some(after));
+        }
         Status::with_error_details(self.0.reason.code(), self.to_string(), details)
     }
 }

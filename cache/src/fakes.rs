@@ -505,6 +505,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         clock: clock.clone(),
         tasks: Tasks::default(),
         flights: Flights::default(),
+        crowd: crate::crowd::Crowd::new(32, 1024),
         spares: crate::spares::Spares::new(crate::config::Config::default().spares()),
         sharing: Flights::default(),
     };

@@ -118,6 +118,14 @@ impl<T> Landing<T> {
         self.given_up.clone()
     }
 
+    /// Whether anybody waits for it.
+    pub(crate) fn is_awaited(&self) -> bool {
+        let flights = self.flights.lock();
+        // One is the map's own.
+        let others = |flight: &Flight<T>| flight.arrival.strong_count().is_some_and(|count| count > 1);
+        flights.get(&self.key).is_some_and(others)
+    }
+
     /// Tells everybody who has joined.
     pub(crate) fn land(mut self, outcome: T) {
         // Off the map first: who finds no flight finds the ledger as this one has left it.

@@ -16,6 +16,8 @@ pub enum Stage {
     Pull,
     /// Making a spare the VM's.
     Spare,
+    /// Waiting until it may be made.
+    Queue,
     /// Writing the intent down.
     Intent,
     /// containerd's lease.
@@ -38,6 +40,7 @@ impl Stage {
             Self::Resolve => "resolve",
             Self::Pull => "pull",
             Self::Spare => "spare",
+            Self::Queue => "queue",
             Self::Intent => "intent",
             Self::Lease => "lease",
             Self::Share => "share",

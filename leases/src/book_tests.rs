@@ -538,6 +538,26 @@ fn a_spare_outlives_boots_and_goes_when_it_is_dropped_or_cannot_be_made() {
     assert_eq!(book.after(None).count(), 0);
 }
 
+#[test]
+fn what_nobody_waits_for_any_more_becomes_a_spare() {
+    let mut book = Book::default();
+    let now = at(1, 0);
+    let wish = Ask { ttl: Some(ttl(9)), request: Some(request(1)), ..ask(1, 1) };
+    let lease = acquired(&mut book, &wish, id(1), &now);
+    let (spare, changes) = book.shelve(&lease.id, grant(1), &now).unwrap();
+    apply(&mut book, changes);
+    assert!(spare.is_ready_spare(&at(1, 99)) && book.held_by(&vm(1)).is_none());
+    assert_eq!(book.request(&request(1)), None, "it may come again");
+    assert_eq!(book.drop_spare(&id(7), &now), Vec::new());
+    // The VM that comes back gets it, as anybody would.
+    let back = acquired(&mut book, &Ask { request: Some(request(1)), ..ask_for(1, &spare) }, id(2), &now);
+    assert_eq!(back.id, lease.id);
+    assert_eq!(book.shelve(&back.id, grant(1), &now), Err(BookError::NotPreparing(back.id)));
+    let shared = acquired(&mut book, &ask(2, SHARED), id(3), &now);
+    assert_eq!(book.shelve(&shared.id, grant(3), &now), Err(BookError::NoSpare(shared.id)));
+    assert_eq!(Book::load(stored(&book)), Ok(book));
+}
+
 fn acquired_id(book: &Book, ask: &Ask) -> Result<LeaseId, BookError> {
     Ok(match book.acquire(ask, id(99), &at(1, 0))? {
         Acquisition::New { lease, .. } | Acquisition::Existing(lease) => lease.id,

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    Book, Change, Failure, Generation, Grant, Lease, LeaseId, Moment, RequestId, Revision, Seen, Spec, State,
-    Suspicion, Term, Ttl, VmId, draft::Draft,
+    Book, Change, Failure, Generation, Grant, Lease, LeaseId, Mode, Moment, RequestId, Revision, Seen, Spec,
+    State, Suspicion, Tenant, Term, Ttl, VmId, draft::Draft,
 };
 
 /// So many failures that nobody has seen are kept, the latest ones.
@@ -401,6 +401,33 @@ impl Book {
         let mut draft = Draft::on(self);
         let begun = Lease { term: lease.term.begun(now), ..lease.clone() };
         let lease = draft.put(&begun, State::Granted(Box::new(grant)));
+        Ok((lease, draft.changes))
+    }
+
+    /// Preparing → a spare that is Granted: nobody is there any more to be told of it. Its request may be made again.
+    ///
+    /// # Errors
+    /// As [`Self::grant`]; and if it is no disk that could be anybody's.
+    pub fn shelve(
+        &self,
+        id: &LeaseId,
+        grant: Grant,
+        now: &Moment,
+    ) -> Result<(Lease, Vec<Change>), BookError> {
+        let (granted, _) = self.grant(id, grant, now)?;
+        let is_plain =
+            granted.vm.is_vm() && granted.shares.is_none() && granted.spec.mode == Mode::CopyOnWrite;
+        if !is_plain {
+            return Err(BookError::NoSpare(id.clone()));
+        }
+        let mut draft = Draft::on(self);
+        let spec = Spec { tenant: Tenant::default(), ..granted.spec.clone() };
+        let term = Term { ttl: None, boot: now.boot, until: None };
+        let spare = Lease { vm: VmId::of_spare(id), spec, term, ..granted.clone() };
+        let lease = draft.put(&spare, granted.state.clone());
+        if let Some(request) = self.request_of(id) {
+            draft.changes.push(Change::Request(request.clone(), None));
+        }
         Ok((lease, draft.changes))
     }
 

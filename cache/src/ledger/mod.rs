@@ -220,6 +220,16 @@ impl Ledger {
         .await
     }
 
+    /// Confirms that the lease's device is there, for whoever comes next: see [`Book::shelve`].
+    pub async fn shelve(&self, id: LeaseId, grant: Grant, now: Moment) -> Result<Lease> {
+        self.write(move |batch| {
+            let (lease, changes) = book(batch).shelve(&id, grant, &now).map_err(Error::from)?;
+            apply(batch, changes);
+            Ok(lease)
+        })
+        .await
+    }
+
     /// Writes down why the lease could not be made. Nothing if it was released meanwhile.
     pub async fn fail(&self, id: LeaseId, failure: Failure, now: Moment) -> Result<()> {
         self.fail_all(vec![id], failure, now).await.map(drop)

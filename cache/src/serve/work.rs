@@ -23,6 +23,7 @@ use crate::{
     clock::Clock,
     config::Config,
     containerd::{Containerd, Snapshots},
+    crowd::Crowd,
     drain::Drain,
     flights::Flights,
     image::{Images, PullLimits},
@@ -161,6 +162,7 @@ impl Ground {
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
             flights: Flights::default(),
+            crowd: Crowd::new(self.config.leases.parallel, self.config.leases.waiting_max),
             spares: spares.clone(),
             sharing: Flights::default(),
         };

@@ -122,6 +122,11 @@ impl Spares {
         self.0.wake.notify_one();
     }
 
+    /// Whether there are any at all.
+    pub fn are_kept(&self) -> bool {
+        self.0.settings.enabled
+    }
+
     /// The one that is ready for the longest time. It is put back if it is dropped.
     pub fn take(&self, key: &Key) -> Option<Taken> {
         let mut state = self.state();
@@ -158,7 +163,7 @@ impl Spares {
     }
 
     /// One that is ready. Not if it is known already.
-    fn put(&self, key: &Key, lease: LeaseId) {
+    pub(crate) fn put(&self, key: &Key, lease: LeaseId) {
         let mut state = self.state();
         if !state.in_hand.contains(&lease) {
             let shelf = state.shelves.entry(key.clone()).or_default();
