@@ -19,6 +19,7 @@ mod release;
 mod rescue;
 mod service;
 mod shared;
+mod signatures;
 mod snapshotter;
 mod stampede;
 mod support;
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 25] = [
+    let groups: [(&str, &[Test]); 26] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         ("odd_registries", odd_registries::TESTS),
         ("private_registry", private_registry::TESTS),
         ("verification", verification::TESTS),
+        ("signatures", signatures::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
         ("rescue", rescue::TESTS),
