@@ -15,7 +15,8 @@ use serde::Deserialize;
 use thiserror::Error as ThisError;
 
 use crate::{
-    image::{PullLimits, Unpacker, Verifiers},
+    cosign::Policy,
+    image::{Checks, Others, PullLimits, Signatures, Unpacker, Verifiers},
     spares::{Settings, policy::Limits},
 };
 
@@ -216,6 +217,10 @@ pub struct Verification {
     pub directory: PathBuf,
     /// A program that has not ended within this time refuses the image, in seconds.
     pub timeout_seconds: u64,
+    /// Whether images that no entry of `cosign` is about are refused.
+    pub signed_only: bool,
+    /// Which images have to be signed by whom.
+    pub cosign: Vec<Policy>,
 }
 
 /// `[prefetch]`
@@ -372,7 +377,7 @@ impl Default for Images {
 
 impl Default for Verification {
     fn default() -> Self {
-        Self { directory: PathBuf::new(), timeout_seconds: 10 }
+        Self { directory: PathBuf::new(), timeout_seconds: 10, signed_only: false, cosign: Vec::new() }
     }
 }
 
@@ -570,10 +575,28 @@ impl Config {
     }
 
     /// Who has to agree before an image is used.
-    pub fn verifiers(&self) -> Option<Verifiers> {
-        let Verification { directory, timeout_seconds } = &self.verification;
+    pub fn checks(&self) -> Checks {
+        let Verification { directory, timeout_seconds, signed_only, cosign } = &self.verification;
+        let others = if *signed_only { Others::Refused } else { Others::Allowed };
+        let signs = *signed_only || !cosign.is_empty();
+        let signatures = signs.then(|| Signatures::new(cosign.clone(), others));
+        let timeout = Duration::from_secs(*timeout_seconds);
         let is_on = !directory.as_os_str().is_empty();
-        is_on.then(|| Verifiers::new(directory.clone(), Duration::from_secs(*timeout_seconds)))
+        let verifiers = is_on.then(|| Verifiers::new(directory.clone(), timeout));
+        Checks { signatures, verifiers }
+    }
+
+    /// The same, if the keys and certificates that it names can be used.
+    ///
+    /// # Errors
+    /// Names the field and the file.
+    pub fn with_files(self) -> Result<Self, ConfigError> {
+        for policy in &self.verification.cosign {
+            policy
+                .trust()
+                .map_err(|unusable| value("[verification.cosign]", unusable.field, unusable.what))?;
+        }
+        Ok(self)
     }
 
     /// How long leases are kept that nobody may want any more.
@@ -605,12 +628,15 @@ mod tests {
         // What is commented out there is an option whose default is to be absent.
         let mut all = String::new();
         for line in shipped.lines() {
-            let option = line.strip_prefix("# ").filter(|rest| rest.contains(" = ") && !rest.contains(": "));
+            let is_option =
+                |rest: &&str| rest.starts_with("[[") || rest.contains(" = ") && !rest.contains(": ");
+            let option = line.strip_prefix("# ").filter(is_option);
             all.push_str(option.unwrap_or(line));
             all.push('\n');
         }
         let with_all = Config::parse(&all, "shipped, all on").unwrap();
         assert!(with_all.server.tcp.is_some());
+        assert_eq!(with_all.verification.cosign.len(), 2);
         for field in FIELDS {
             let named = |l: &str| l.trim_start_matches("# ").starts_with(&format!("{field} = "));
             assert!(shipped.lines().any(named), "{field} is not in deploy/cowshed.toml");
@@ -639,6 +665,14 @@ mod tests {
         "connect_timeout_seconds",
         "read_timeout_seconds",
         "timeout_seconds",
+        "signed_only",
+        "images",
+        "keys",
+        "roots",
+        "rekor_key",
+        "identity",
+        "identity_regex",
+        "issuer",
         "warm_set",
         "expired_grace_seconds",
         "boot_grace_seconds",
@@ -665,6 +699,10 @@ mod tests {
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
             ("[leases]\nboot_grace_seconds = 0", "[leases] boot_grace_seconds"),
             ("[verification]\ndirectory = \"v\"", "[verification] directory"),
+            ("[[verification.cosign]]\nimages = [\"*\"]", "nobody is trusted"),
+            ("[[verification.cosign]]\nkeys = [\"/k\"]", "images"),
+            ("[[verification.cosign]]\nimages = [\"app:1\"]\nkeys = [\"/k\"]", "app:1"),
+            ("[verification]\ncosign = true", "cosign"),
             ("[prefetch]\nwarm_set = \"warm.d\"", "[prefetch] warm_set"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
@@ -674,6 +712,13 @@ mod tests {
             let error = Config::parse(text, "c.toml").unwrap_err().to_string();
             assert!(error.contains(expected), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn keys_that_cannot_be_used_are_named() {
+        let text = "[[verification.cosign]]\nimages = [\"*\"]\nkeys = [\"/nonexistent/team.pub\"]";
+        let error = Config::parse(text, "c.toml").unwrap().with_files().unwrap_err().to_string();
+        assert!(error.contains("[[verification.cosign]] keys is wrong: /nonexistent/team.pub"), "{error}");
     }
 
     #[test]

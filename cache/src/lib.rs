@@ -8,6 +8,7 @@ pub mod cli;
 mod clock;
 pub mod config;
 pub mod containerd;
+pub mod cosign;
 pub mod crowd;
 mod disks;
 pub mod drain;

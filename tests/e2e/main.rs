@@ -19,6 +19,7 @@ mod release;
 mod rescue;
 mod service;
 mod shared;
+mod signatures;
 mod snapshotter;
 mod spares;
 mod stampede;
@@ -47,7 +48,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 26] = [
+    let groups: [(&str, &[Test]); 27] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         ("odd_registries", odd_registries::TESTS),
         ("private_registry", private_registry::TESTS),
         ("verification", verification::TESTS),
+        ("signatures", signatures::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
         ("rescue", rescue::TESTS),

@@ -33,7 +33,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("of_several_tenants_without_kept_layers", of_tenants_without_layers),
 ];
 
-const AUTHORITY: &str = "127.0.0.1:5443";
+pub(crate) const AUTHORITY: &str = "127.0.0.1:5443";
 const HOSTS: &str = "/etc/containerd/certs.d/127.0.0.1:5443";
 /// Of "moo", by bcrypt.
 const HASH: &str = "$2b$05$abcdefghijklmnopqrstuuIvcImCbNWZEFMZ474.P3nceHvzH/JUO";
@@ -41,18 +41,18 @@ const HASH: &str = "$2b$05$abcdefghijklmnopqrstuuIvcImCbNWZEFMZ474.P3nceHvzH/JUO
 const RIGHT: &str = "Y293Om1vbw==";
 const WRONG: &str = "Y293Om9pbms=";
 /// As `--credentials` takes it.
-const COW: &str = r#"{"username":"cow","password":"moo"}"#;
+pub(crate) const COW: &str = r#"{"username":"cow","password":"moo"}"#;
 const WRONG_COW: &str = r#"{"username":"cow","password":"oink"}"#;
 const HELPER: &str = "/usr/local/bin/docker-credential-e2e";
 
 /// Has the images of the host's own. Stopped when dropped.
-struct Private {
+pub(crate) struct Private {
     directory: TempDir,
     process: Child,
 }
 
 impl Private {
-    fn start() -> Outcome<Self> {
+    pub(crate) fn start() -> Outcome<Self> {
         let directory = tempfile::Builder::new().prefix("private").tempdir_in("/tmp")?;
         let at = directory.path().display();
         sh(&format!(
@@ -96,7 +96,7 @@ impl Private {
         answers()
     }
 
-    fn docker_config(&self) -> PathBuf {
+    pub(crate) fn docker_config(&self) -> PathBuf {
         self.directory.path().join("config.json")
     }
 

@@ -409,7 +409,7 @@ fn run_service<F: Future<Output = Result<(), ServeError>>>(
     check: bool,
     serve: impl FnOnce(Config) -> F,
 ) -> ExitCode {
-    let config = match Config::read(path.as_deref()) {
+    let config = match Config::read(path.as_deref()).and_then(Config::with_files) {
         Ok(config) => config,
         Err(error) => return stopped(&ServeError::from(error)),
     };

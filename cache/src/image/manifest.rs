@@ -31,6 +31,9 @@ const LAYERS: [&str; 5] = [
 /// What we ask registries for.
 pub(crate) const ACCEPTED: [&str; 4] = [OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST];
 
+/// The same of what cannot be an index.
+pub(super) const MANIFESTS: [&str; 2] = [OCI_MANIFEST, DOCKER_MANIFEST];
+
 /// A reference to a blob or document.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -189,6 +192,17 @@ pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageCon
 /// Whether this is the media type of an index.
 pub(super) fn is_index(media_type: &str) -> bool {
     [OCI_INDEX, DOCKER_INDEX].contains(&media_type)
+}
+
+/// The digest of the platform's manifest in an index, as far as the index itself says that it is one.
+pub(super) fn in_index(document: &Document, platform: &Platform) -> Option<Digest> {
+    match document {
+        Document::Index(entries) => {
+            let entry = pick(entries, platform).ok().filter(|entry| !entry.may_be_index())?;
+            Some(entry.digest.clone())
+        }
+        Document::Manifest(_) => None,
+    }
 }
 
 /// The entry of an index that is best for `platform`; the first of several.

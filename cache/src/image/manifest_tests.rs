@@ -156,3 +156,21 @@ fn what_the_process_is_told_is_bounded() {
         }
     }
 }
+
+#[test]
+fn what_an_index_says_is_the_platforms_manifest() {
+    let here = Platform::parse("linux/amd64").unwrap();
+    let of = |media_type: &str, architecture: &str| {
+        let mut entry = descriptor(media_type, 7);
+        entry["platform"] = json!({ "os": "linux", "architecture": architecture });
+        let index = json!({ "schemaVersion": 2, "manifests": [entry] });
+        in_index(&parsed(&index).unwrap().1, &here)
+    };
+    assert_eq!(of(OCI_MANIFEST, "amd64"), Some(digest(7)));
+    // What is further in is not known yet.
+    for (media_type, architecture) in [(OCI_INDEX, "amd64"), ("", "amd64"), (OCI_MANIFEST, "arm64")] {
+        assert_eq!(of(media_type, architecture), None, "{media_type} {architecture}");
+    }
+    let single = parsed(&manifest(None, &[LAYERS[0]])).unwrap().1;
+    assert_eq!(in_index(&single, &here), None);
+}

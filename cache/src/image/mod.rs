@@ -18,9 +18,11 @@ mod platform;
 mod progress;
 mod pull;
 mod reference;
+mod signatures;
 mod store;
 mod tap;
 mod unpack;
+mod verdicts;
 mod verify;
 mod window;
 
@@ -46,6 +48,7 @@ pub use on_disk::OnDisk;
 pub use platform::Platform;
 pub use progress::{LayerProgress, LayerStage, Progress, PullStage};
 pub use reference::ImageRef;
+pub use signatures::{Others, Signatures};
 pub use verify::Verifiers;
 
 use crate::{
@@ -243,6 +246,15 @@ const SIDE_ROOM: u64 = 12 << 20;
 /// A registry that is asked what a tag means by now answers within this time, or what is there is taken.
 const REVALIDATION: Duration = Duration::from_secs(10);
 
+/// Who has to agree before an image is used.
+#[derive(Debug, Default)]
+pub struct Checks {
+    /// Those who sign.
+    pub signatures: Option<Signatures>,
+    /// An operator's programs, asked about what is signed.
+    pub verifiers: Option<Verifiers>,
+}
+
 /// The images of one containerd. Clones share everything.
 #[derive(Clone)]
 pub struct Images(Arc<Shared>);
@@ -253,8 +265,7 @@ struct Shared {
     journal: Arc<dyn PullJournal>,
     observer: Arc<dyn PullObserver>,
     limits: PullLimits,
-    /// Who has to agree before an image is used.
-    verifiers: Option<Verifiers>,
+    checks: Checks,
     /// What names meant a moment ago; not used before somebody tells of changes.
     known: known::Known,
     follows: AtomicBool,
@@ -284,14 +295,14 @@ struct Shared {
 }
 
 impl Images {
-    /// Of this containerd, from these registries; used if the verifiers agree.
+    /// Of this containerd, from these registries; used if the checks do not object.
     pub fn new(
         containerd: Arc<Containerd>,
         registries: Registries,
         journal: Arc<dyn PullJournal>,
         observer: Arc<dyn PullObserver>,
         limits: PullLimits,
-        verifiers: Option<Verifiers>,
+        checks: Checks,
     ) -> Self {
         Self(Arc::new(Shared {
             containerd,
@@ -299,7 +310,7 @@ impl Images {
             journal,
             observer,
             limits,
-            verifiers,
+            checks,
             known: known::Known::default(),
             follows: AtomicBool::new(false),
             standing: glance::Standing::default(),
@@ -551,7 +562,9 @@ impl Images {
         // Whoever has pulled it.
         let size = record.target.size.try_into().unwrap_or_default();
         let media_type = &record.target.media_type;
-        shared.verify(image, Target { digest: &target, media_type, size, is_here: true }).await?;
+        let found = Target { digest: &target, media_type, size, is_here: true };
+        shared.expect_signed(image, found, Some(&facts.manifest), access).await?;
+        shared.verify(image, found).await?;
         let resolved = facts.resolved(image.clone(), target, record.created_at);
         if shared.follows.load(Ordering::SeqCst) {
             shared.known.note(access, &resolved, begun);

@@ -54,9 +54,10 @@ pub(super) async fn run(
     let source = shared.registries.source(image, access.credential.as_ref()).await?;
     let asker = Asker { shared, image, source: &source, access };
     let (bytes, digest) = asker.top().await?;
-    let (media_type, _) = manifest::parse(&bytes)?;
+    let (media_type, document) = manifest::parse(&bytes)?;
     let target =
         Target { digest: &digest, media_type: &media_type, size: bytes.len() as u64, is_here: false };
+    shared.expect_signed(image, target, manifest::in_index(&document, platform).as_ref(), access).await?;
     shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.layers(sizes(&manifest));

@@ -13,13 +13,11 @@
 //! started or does not end in time, each refuse the image. What is granted already stays granted.
 
 use std::{
-    collections::{HashMap, HashSet},
     fs, io,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     pin::pin,
     process::{ExitStatus, Stdio},
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,15 +28,13 @@ use tokio::{
     sync::Semaphore,
 };
 
-use super::{Digest, ImageRef, Shared};
+use super::{Digest, ImageRef, Shared, verdicts::Verdicts};
 use crate::error::{Error, Reason, Result, shown};
 
 /// Of what a program says, so much is read, in bytes.
 const REASON_MAX_BYTES: u64 = 16 << 10;
 /// So much of it is told, in bytes.
 const TOLD_MAX_BYTES: usize = 500;
-/// So many images that have passed are remembered; more than a host has.
-const REMEMBERED: usize = 10_000;
 /// Programs that run at the same time.
 const AT_ONCE: usize = 4;
 /// For what one has said before its end and is not read yet.
@@ -71,44 +67,14 @@ type Key = (ImageRef, Digest);
 pub struct Verifiers {
     directory: PathBuf,
     timeout: Duration,
-    /// Names, and what they point to, that all programs have agreed to since this service started.
-    passed: Mutex<HashSet<Key>>,
-    /// Those to which one has not, and when that was asked, for those who were waiting.
-    refused: Mutex<HashMap<Key, (Instant, Error)>>,
+    verdicts: Verdicts<Key, Key>,
     room: Semaphore,
 }
 
 impl Verifiers {
     /// All programs in `directory`; each has so much time.
     pub fn new(directory: PathBuf, timeout: Duration) -> Self {
-        let (passed, refused) = (Mutex::default(), Mutex::default());
-        Self { directory, timeout, passed, refused, room: Semaphore::new(AT_ONCE) }
-    }
-
-    fn has_passed(&self, key: &Key) -> bool {
-        self.passed.lock().unwrap_or_else(PoisonError::into_inner).contains(key)
-    }
-
-    fn note(&self, key: Key) {
-        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        if passed.len() >= REMEMBERED {
-            passed.clear();
-        }
-        passed.insert(key);
-    }
-
-    /// The last refusal, if it was asked for no earlier than `since`.
-    fn refused_since(&self, key: &Key, since: Instant) -> Option<Error> {
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.get(key).filter(|(asked, _)| *asked >= since).map(|(_, error)| error.clone())
-    }
-
-    fn note_refused(&self, key: Key, asked: Instant, error: Error) {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if refused.len() >= REMEMBERED {
-            refused.clear();
-        }
-        refused.insert(key, (asked, error));
+        Self { directory, timeout, verdicts: Verdicts::default(), room: Semaphore::new(AT_ONCE) }
     }
 
     async fn ask_all(&self, image: &ImageRef, target: Target<'_>) -> Result<()> {
@@ -168,29 +134,30 @@ impl No {
 impl Shared {
     /// Fails unless all verifiers agree that the image is used, or have done so before.
     pub(super) async fn verify(&self, image: &ImageRef, target: Target<'_>) -> Result<()> {
-        let Some(verifiers) = &self.verifiers else { return Ok(()) };
+        let Some(verifiers) = &self.checks.verifiers else { return Ok(()) };
         let key = (image.clone(), target.digest.clone());
-        if verifiers.has_passed(&key) {
+        let verdicts = &verifiers.verdicts;
+        if verdicts.has_passed(&key) {
             return Ok(());
         }
         // A hundred VMs that start at once need one answer, whichever it is.
         let came = Instant::now();
         let _turn = self.locks.turn(&format!("verify {image} {}", target.digest), "", None).await;
-        if verifiers.has_passed(&key) {
+        if verdicts.has_passed(&key) {
             return Ok(());
         }
-        if let Some(refused) = verifiers.refused_since(&key, came) {
+        if let Some(refused) = verdicts.refused_since(&key, came) {
             return Err(refused);
         }
         let asked = Instant::now();
         match verifiers.ask_all(image, target).await {
             Ok(()) => {
-                verifiers.note(key);
+                verdicts.note(key);
                 tracing::info!(%image, digest = %target.digest, "verified");
                 Ok(())
             }
             Err(error) => {
-                verifiers.note_refused(key, asked, error.clone());
+                verdicts.note_refused(key, asked, error.clone());
                 Err(error)
             }
         }
@@ -378,22 +345,5 @@ mod tests {
         script(directory.path(), "talks", "yes | head -c 1000000");
         script(directory.path(), "leaves", "sleep 30 & exit 0");
         verdict(directory.path()).await.unwrap();
-    }
-
-    #[test]
-    fn what_was_answered_is_for_those_who_were_waiting() {
-        let verifiers = Verifiers::new("/nowhere".into(), Duration::from_secs(1));
-        let key = |name: &str, bytes: &[u8]| (ImageRef::parse(name).unwrap(), Digest::of(bytes));
-        let (it, moved, renamed) =
-            (key("r.example/cow:1", b"1"), key("r.example/cow:1", b"2"), key("r.example/cow:2", b"1"));
-        verifiers.note(it.clone());
-        assert!(
-            verifiers.has_passed(&it) && !verifiers.has_passed(&moved) && !verifiers.has_passed(&renamed)
-        );
-        let (before, asked) = (Instant::now(), Instant::now());
-        verifiers.note_refused(moved.clone(), asked, Error::new(Reason::ImageUnverified, "no"));
-        assert!(verifiers.refused_since(&moved, before).is_some());
-        assert!(verifiers.refused_since(&moved, asked + Duration::from_millis(1)).is_none());
-        assert!(verifiers.refused_since(&renamed, before).is_none());
     }
 }

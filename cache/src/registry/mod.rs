@@ -268,11 +268,57 @@ impl Source {
     }
 
     async fn hash(&self, digest: &Digest, size: u64, failed: u32) -> Result<Digest> {
+        let (mut hash, mut left) = (Sha256::new(), size);
+        let take = |part: &[u8]| {
+            hash.update(part);
+            let rest = left.checked_sub(part.len() as u64);
+            left = rest.unwrap_or_default();
+            // If there is more, it is something else, however it goes on.
+            rest.is_some()
+        };
+        self.receive(digest, failed, take).await?;
+        Ok(Digest::of_hash(&hash.finalize()))
+    }
+
+    /// A blob of `limit` bytes at the most, checked.
+    ///
+    /// # Errors
+    /// `IMAGE_NOT_FOUND`: there is none. `IMAGE_CORRUPT`: what is sent is something else.
+    pub async fn small_blob(&self, digest: &Digest, limit: usize) -> Result<Vec<u8>> {
+        let mut outcome = Err(self.nowhere());
+        for failed in 0..self.endpoints() {
+            outcome = self.read(digest, limit, failed).await;
+            match &outcome {
+                Err(error) if error.reason() != Reason::ImageNotFound => {}
+                _ => break,
+            }
+        }
+        outcome
+    }
+
+    async fn read(&self, digest: &Digest, limit: usize, failed: u32) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let take = |part: &[u8]| {
+            bytes.extend_from_slice(part);
+            bytes.len() <= limit
+        };
+        self.receive(digest, failed, take).await?;
+        let sent = Digest::of(&bytes);
+        if bytes.len() <= limit && sent == *digest {
+            return Ok(bytes);
+        }
+        let what = if bytes.len() > limit { format!("more than {limit} bytes") } else { sent.to_string() };
+        let message = format!("{}: the registry served {what} for {digest}", self.image);
+        Err(Error::new(Reason::ImageCorrupt, message).with("digest", digest))
+    }
+
+    /// Hands the bytes of a blob to `take` as they arrive, until it wants no more.
+    async fn receive(&self, digest: &Digest, failed: u32, mut take: impl FnMut(&[u8]) -> bool) -> Result<()> {
         let mut blob = self.blob(digest, 0, failed).await?;
-        let (mut hash, mut left, mut pace) = (Sha256::new(), size, Pace::default());
+        let mut pace = Pace::default();
         loop {
             let asked = Instant::now();
-            let Some(part) = blob.bytes.next().await else { break };
+            let Some(part) = blob.bytes.next().await else { return Ok(()) };
             let broken = |what: &dyn fmt::Display| {
                 let message =
                     format!("registry {} broke off while serving {digest}: {what}; repeat", blob.endpoint);
@@ -282,14 +328,10 @@ impl Source {
             if !pace.keeps(part.len(), asked.elapsed()) {
                 return Err(broken(&"it is too slow"));
             }
-            hash.update(&part);
-            match left.checked_sub(part.len() as u64) {
-                Some(rest) => left = rest,
-                // It is something else, however it goes on.
-                None => break,
+            if !take(&part) {
+                return Ok(());
             }
         }
-        Ok(Digest::of_hash(&hash.finalize()))
     }
 
     /// How many endpoints there are.

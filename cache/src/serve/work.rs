@@ -264,7 +264,7 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         ..PullLimits::default()
     };
     let (journal, observer) = (Arc::new(ledger.clone()), Arc::new(metrics.clone()));
-    Images::new(containerd.clone(), registries, journal, observer, limits, config.verifiers())
+    Images::new(containerd.clone(), registries, journal, observer, limits, config.checks())
 }
 
 /// Has containerd connect to the snapshotter, which it does when it is asked for what only that knows. The sweep does so
