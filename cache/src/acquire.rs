@@ -13,8 +13,8 @@
 use std::sync::Arc;
 
 use cowshed_leases::{
-    Acquisition, Ask, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId, Scratch, Seen,
-    Share, Spare, Spec, Ttl, VmId,
+    Acquisition, Ask, BookError, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
+    Scratch, Seen, Share, Spare, Spec, Ttl, VmId,
 };
 use tracing::Instrument as _;
 
@@ -28,7 +28,7 @@ use crate::{
     error::{Error, Reason, Result},
     flights::{Arrival, Flights, GivenUp, Landing},
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
-    kernel::Devices,
+    kernel::{Devices, KernelError},
     ledger::{HandedOut, Ledger},
     making::{Maker, Making},
     reclaim::Wake,
@@ -228,6 +228,10 @@ impl Acquirer {
     /// Lets a lease hold for its time from now on, if its device still is what was granted.
     pub async fn renew(&self, id: LeaseId, ttl: Option<Ttl>) -> Result<Lease> {
         let lease = self.ledger.read(|book| book.get(&id).cloned());
+        if lease.as_ref().is_some_and(|lease| lease.vm.is_spare()) {
+            // Nobody has it.
+            return Err(BookError::Gone(id).into());
+        }
         let seen = match &lease {
             Some(lease) if lease.is_held() && lease.grant().is_some() => Some(self.seen(lease).await?),
             // Why not is the book's to say.
@@ -284,14 +288,13 @@ impl Acquirer {
         self.drain.admit()?;
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
         stages.done(Stage::Resolve);
-        if let Some(image) =
-            found.as_ref().filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none())
+        let plain = found.as_ref().filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none());
+        if let Some(image) = plain
+            && let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await?
         {
             self.spares.asked(image);
-            if let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await? {
-                tracing::Span::current().record("lease", lease.id.as_str());
-                return Ok(Some(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true }));
-            }
+            tracing::Span::current().record("lease", lease.id.as_str());
+            return Ok(Some(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true }));
         }
         self.admission.admit(&self.kernel).await?;
         let (image, cache) = match found {
@@ -319,14 +322,18 @@ impl Acquirer {
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
-        let manifest = image.manifest.clone();
+        let plain = Some(image.clone()).filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none());
         match self.make(wish, &lease, image, &mut stages, || landing.is_awaited()).await {
             Ok(lease) if lease.vm.is_spare() => {
                 tracing::info!("nobody waits for it any more: it is a spare");
-                self.spares.put(&manifest, lease.id);
+                let manifest = lease.grant().and_then(|grant| grant.image_digest.parse().ok());
+                manifest.into_iter().for_each(|manifest| self.spares.put(&manifest, lease.id.clone()));
                 Ok(None)
             }
-            Ok(lease) => Ok(Some(Acquired { lease, cache, stages, existing: false, spare: false })),
+            Ok(lease) => {
+                plain.iter().for_each(|image| self.spares.asked(image));
+                Ok(Some(Acquired { lease, cache, stages, existing: false, spare: false }))
+            }
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
     }
@@ -361,7 +368,19 @@ impl Acquirer {
             };
             let now = match self.kernel.inspect(&granted.path).await {
                 Ok(now) if granted.differs_from(&now).is_none() && !now.read_only => now,
-                seen => {
+                // It may be there in a moment: it is looked at again, by whoever has the time.
+                Err(KernelError::Missing(_)) => {
+                    spare.gone();
+                    self.spares.look_again();
+                    continue;
+                }
+                Err(
+                    error @ (KernelError::Slow { .. } | KernelError::Refused { .. } | KernelError::NoPool(_)),
+                ) => {
+                    tracing::warn!(lease = %id, %error, "whether a spare is well cannot be told");
+                    return Ok(None);
+                }
+                seen @ (Ok(_) | Err(KernelError::NotThin { .. })) => {
                     tracing::warn!(lease = %id, ?seen, "a spare is not what it was; it is given up");
                     spare.gone();
                     self.ledger.drop_spares(vec![id], self.clock.now()).await?;
@@ -380,8 +399,16 @@ impl Acquirer {
                     spare.gone();
                     return Ok(Some(*lease));
                 }
-                // Somebody has dropped it.
-                HandedOut::NoSpare => spare.gone(),
+                HandedOut::NoSpare => {
+                    let now = self.clock.now();
+                    if self.ledger.read(|book| book.get(&id).is_some_and(|lease| lease.is_ready_spare(&now)))
+                    {
+                        // It does not fit this wish, and no other one does.
+                        return Ok(None);
+                    }
+                    // Somebody has dropped it.
+                    spare.gone();
+                }
                 HandedOut::Held => return Ok(None),
             }
         }

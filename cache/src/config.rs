@@ -517,6 +517,10 @@ impl Config {
         ] {
             Ttl::from_seconds(seconds).map_err(|e| value("leases", field, format!("{seconds}: {e}")))?;
         }
+        if self.spares.pool_max_percent > 90 {
+            let what = format!("{} is more than 90: VMs need the rest", self.spares.pool_max_percent);
+            return Err(value("spares", "pool_max_percent", what));
+        }
         for (field, percent) in [
             ("data_headroom_percent", self.pool.data_headroom_percent),
             ("metadata_headroom_percent", self.pool.metadata_headroom_percent),

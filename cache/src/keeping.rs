@@ -169,7 +169,12 @@ impl Keeper {
         self.ledger.drop_spares(there, self.clock.now()).await?;
         self.wake.now();
         let mut changes = self.ledger.changes();
-        let gone = changes.wait_for(|()| all().is_empty());
+        // Not wait_for: its look would hold up the writer that it waits for.
+        let gone = async {
+            while !all().is_empty() && changes.changed().await.is_ok() {
+                changes.borrow_and_update();
+            }
+        };
         // The image goes all the same, and its layers after the spares.
         let _in_time = tokio::time::timeout(SPARES_GO, gone).await;
         Ok(())

@@ -102,6 +102,8 @@ pub fn audit(inventory: &Inventory, held: &[Held]) -> Vec<Finding> {
     of_held.chain(plan(inventory).into_iter().filter_map(of_step)).collect()
 }
 
+const SPARE: &str = "it is a spare, and will be given up instead of handed out";
+
 /// The worst that is wrong with a lease that is held.
 fn judge(held: &Held, leased: bool, snapshot: bool) -> Option<(String, Remedy)> {
     let Held { id, vm, device } = held;
@@ -114,7 +116,11 @@ fn judge(held: &Held, leased: bool, snapshot: bool) -> Option<(String, Remedy)> 
         };
         return Some((
             format!("VM {vm} holds it, containerd does not know its snapshot, the device {there}"),
-            Remedy::Advice(format!("{advice}; then release it")),
+            Remedy::Advice(if vm.is_spare() {
+                SPARE.to_owned()
+            } else {
+                format!("{advice}; then release it")
+            }),
         ));
     }
     if !leased {
@@ -128,7 +134,11 @@ fn judge(held: &Held, leased: bool, snapshot: bool) -> Option<(String, Remedy)> 
         }
         Sight::Wrong(what) => Some((
             format!("VM {vm} holds it, and its device is not what was granted: {what}"),
-            Remedy::Advice("look at it before it is used; then release it and acquire again".to_owned()),
+            Remedy::Advice(if vm.is_spare() {
+                SPARE.to_owned()
+            } else {
+                "look at it before it is used; then release it and acquire again".to_owned()
+            }),
         )),
         Sight::Unknown(why) => Some((
             format!("it cannot be told what its device is: {why}"),

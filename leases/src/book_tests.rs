@@ -547,6 +547,8 @@ fn what_nobody_waits_for_any_more_becomes_a_spare() {
     let (spare, changes) = book.shelve(&lease.id, grant(1), &now).unwrap();
     apply(&mut book, changes);
     assert!(spare.is_ready_spare(&at(1, 99)) && book.held_by(&vm(1)).is_none());
+    let gone: Vec<_> = book.gone_after(Revision::default()).map(|gone| (&gone.id, &gone.vm)).collect();
+    assert_eq!(gone, [(&lease.id, &vm(1))], "who has followed it is told");
     assert_eq!(book.request(&request(1)), None, "it may come again");
     assert_eq!(book.drop_spare(&id(7), &now), Vec::new());
     // The VM that comes back gets it, as anybody would.

@@ -95,6 +95,10 @@ impl<'a> Draft<'a> {
 
     pub(crate) fn delete(&mut self, lease: &Lease, now: &Moment) {
         self.unshare(lease, now);
+        self.bury(lease);
+    }
+
+    pub(crate) fn bury(&mut self, lease: &Lease) {
         let tombstone = Tombstone {
             id: lease.id.clone(),
             vm: lease.vm.clone(),

@@ -161,7 +161,7 @@ pub enum BookError {
         /// Who was to get it.
         asked: LeaseId,
     },
-    /// It is no spare of that manifest and platform (any more).
+    /// It is no spare of that manifest (any more).
     #[error("lease {0} is not the spare that it was")]
     NoSpare(LeaseId),
     /// The same random id came twice, or a stored id is used again.
@@ -252,8 +252,8 @@ impl Book {
     /// The spare, if it can be handed out for this.
     fn spare(&self, spare: &Spare, spec: &Spec, now: &Moment) -> Option<&Lease> {
         let lease = self.get(&spare.lease).filter(|lease| lease.is_ready_spare(now))?;
-        let is_alike =
-            lease.spec.platform == spec.platform && lease.spec.mode == spec.mode && spec.scratch.is_none();
+        // A manifest is for one platform, by whatever name.
+        let is_alike = lease.spec.mode == spec.mode && spec.scratch.is_none();
         let grant = lease.grant().filter(|grant| grant.image_digest == spare.image_digest);
         grant.filter(|grant| is_alike && grant.device.dm_name == spare.seen.root.dm_name).map(|_| lease)
     }
@@ -421,6 +421,8 @@ impl Book {
             return Err(BookError::NoSpare(id.clone()));
         }
         let mut draft = Draft::on(self);
+        // To whoever knows it as the VM's, it has gone.
+        draft.bury(self.get(id).unwrap_or(&granted));
         let spec = Spec { tenant: Tenant::default(), ..granted.spec.clone() };
         let term = Term { ttl: None, boot: now.boot, until: None };
         let spare = Lease { vm: VmId::of_spare(id), spec, term, ..granted.clone() };

@@ -155,7 +155,7 @@ impl Answers {
 
 impl Shared {
     /// Whose it is that is in the content store. What is not there is nobody's.
-    async fn owner(&self, digest: &Digest) -> Result<Option<Owner>> {
+    pub(super) async fn owner(&self, digest: &Digest) -> Result<Option<Owner>> {
         if let Some(owner) = self.owners.get(digest) {
             return Ok(owner);
         }
@@ -164,6 +164,25 @@ impl Shared {
         let owner = Owner::of(&labels);
         self.owners.note_read(digest, owner.clone());
         Ok(owner)
+    }
+
+    /// For whom it need not be asked whose the image is, if there is anybody; `None` in it: for whomever.
+    pub(super) async fn plain_owner(
+        &self,
+        target: &Digest,
+        (facts, top): (&Facts, &Labels),
+        access: &Access,
+    ) -> Result<Option<Option<Tenant>>> {
+        let mut owners = vec![Owner::of(top)];
+        for digest in [target, &facts.manifest, &facts.config] {
+            owners.push(self.owner(digest).await?);
+        }
+        let owners: Vec<Owner> = owners.into_iter().flatten().collect();
+        Ok(match owners.iter().all(|owner| owner.is(&access.tenant)) {
+            true if owners.is_empty() => Some(None),
+            true => Some(Some(access.tenant.clone())),
+            false => None,
+        })
     }
 
     /// Whether this, which is in the content store, is another tenant's.

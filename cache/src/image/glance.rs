@@ -34,7 +34,7 @@ impl Images {
     /// How far the image is there, without asking anybody.
     pub fn glance(&self, image: &ImageRef, platform: &Platform, access: &Access) -> Glance {
         let shared = &self.0;
-        if let Some(known) = shared.known.peek(image, platform, access) {
+        if let Some(known) = shared.known.peek(image, platform, &access.tenant) {
             return Glance::Unpacked(known.manifest.clone());
         }
         let standing = shared.standing.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,7 +72,9 @@ impl Images {
             // One that cannot be read is not there.
             let Ok(Some(facts)) = shared.facts(&target, &Platform::host()).await else { continue };
             if let Some(labels) = shared.snapshot_labels(&facts.chain_id).await? {
-                standing.insert(name, (facts.manifest.clone(), Owner::of(&labels)));
+                let owners =
+                    [Owner::of(&labels), shared.owner(&target).await?, shared.owner(&facts.manifest).await?];
+                standing.insert(name, (facts.manifest.clone(), owners.into_iter().flatten().next()));
             }
         }
         *shared.standing.0.lock().unwrap_or_else(PoisonError::into_inner) = standing;

@@ -1,7 +1,8 @@
 //! What image names meant a moment ago, so that an Acquire need not ask containerd for it.
 //!
 //! containerd tells of each change of an image's record, and what was known of the name is forgotten then. Since a
-//! subscription can miss what happens while it is made, nothing is believed for long either.
+//! subscription can miss what happens while it is made, nothing is believed for long either. Only what needs no registry's word is
+//! remembered: images that are nobody's, and for a tenant those that are its own.
 
 use std::{
     collections::HashMap,
@@ -12,7 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Access, ImageRef, Platform, ResolvedImage};
+use cowshed_leases::Tenant;
+
+use super::{ImageRef, Platform, ResolvedImage};
 
 /// From this age on it is looked up again, behind the answer …
 const FRESH: Duration = Duration::from_secs(15);
@@ -21,9 +24,10 @@ const STALE: Duration = Duration::from_secs(60);
 /// So many names are remembered.
 const REMEMBERED: usize = 10_000;
 
-type Key = (ImageRef, Platform, Access);
+/// As it was asked for; `None`: by whomever.
+type Key = (ImageRef, Platform, Option<Tenant>);
 
-/// Names that were resolved, by who has asked.
+/// Names that were resolved.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     entries: Mutex<HashMap<Key, Entry>>,
@@ -56,20 +60,15 @@ pub(super) enum Answer {
 }
 
 impl Known {
-    /// What is known, if no answer may be older than `most`.
-    pub(super) fn get(
-        &self,
-        image: &ImageRef,
-        platform: &Platform,
-        access: &Access,
-        most: Duration,
-    ) -> Answer {
+    /// What is known.
+    pub(super) fn get(&self, image: &ImageRef, platform: &Platform, tenant: &Tenant) -> Answer {
         let mut entries = self.entries();
-        let key = (image.clone(), platform.clone(), access.clone());
-        let Some(entry) = entries.get_mut(&key) else { return Answer::Nothing };
+        let keys = keys(image, platform, tenant);
+        let Some(key) = keys.iter().find(|key| entries.contains_key(*key)) else { return Answer::Nothing };
+        let Some(entry) = entries.get_mut(key) else { return Answer::Nothing };
         let age = entry.at.elapsed();
-        if age >= most.min(STALE) {
-            entries.remove(&key);
+        if age >= STALE {
+            entries.remove(key);
             return Answer::Nothing;
         }
         if age < FRESH || std::mem::replace(&mut entry.renewing, true) {
@@ -83,10 +82,10 @@ impl Known {
         &self,
         image: &ImageRef,
         platform: &Platform,
-        access: &Access,
+        tenant: &Tenant,
     ) -> Option<Arc<ResolvedImage>> {
         let entries = self.entries();
-        let entry = entries.get(&(image.clone(), platform.clone(), access.clone()))?;
+        let entry = keys(image, platform, tenant).iter().find_map(|key| entries.get(key))?;
         (entry.at.elapsed() < STALE).then(|| entry.image.clone())
     }
 
@@ -96,7 +95,13 @@ impl Known {
     }
 
     /// What a look-up has come to, unless something has changed since it began.
-    pub(super) fn note(&self, access: &Access, image: &ResolvedImage, begun: Begun) {
+    pub(super) fn note(
+        &self,
+        platform: &Platform,
+        owner: Option<Tenant>,
+        image: &ResolvedImage,
+        begun: Begun,
+    ) {
         let mut entries = self.entries();
         if self.forgotten.load(Ordering::SeqCst) != begun.forgotten {
             return;
@@ -105,10 +110,16 @@ impl Known {
             entries.retain(|_, entry| entry.at.elapsed() < STALE);
         }
         if entries.len() < REMEMBERED {
-            let key = (image.name.clone(), image.platform.clone(), access.clone());
+            let key = (image.name.clone(), platform.clone(), owner);
             let entry = Entry { image: Arc::new(image.clone()), at: begun.at, renewing: false };
             entries.insert(key, entry);
         }
+    }
+
+    /// A look-up has come to nothing.
+    pub(super) fn drop_of(&self, image: &ImageRef, platform: &Platform, tenant: &Tenant) {
+        let mut entries = self.entries();
+        keys(image, platform, tenant).iter().for_each(|key| drop(entries.remove(key)));
     }
 
     /// The image of this name, or any, has changed.
@@ -123,5 +134,44 @@ impl Known {
 
     fn entries(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Under what it may be known to a tenant.
+fn keys(image: &ImageRef, platform: &Platform, tenant: &Tenant) -> [Key; 2] {
+    let key = |tenant| (image.clone(), platform.clone(), tenant);
+    [key(None), key(Some(tenant.clone()))]
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::fakes::image;
+
+    #[test]
+    fn what_was_noted_is_known_to_whom_it_concerns_until_it_is_forgotten() {
+        let (known, image) = (Known::default(), image());
+        let asked = Platform::parse("linux/amd64/v3").unwrap();
+        let (mine, other) = (Tenant::default(), "other".parse::<Tenant>().unwrap());
+        let knows = |platform: &Platform, tenant: &Tenant| {
+            known.get(&image.name, platform, tenant) != Answer::Nothing
+        };
+        known.note(&asked, Some(mine.clone()), &image, known.begin());
+        assert!(knows(&asked, &mine));
+        assert!(!knows(&asked, &other), "another's is asked for at its registry");
+        assert!(!knows(&image.platform, &mine), "as it was asked for, not as the configuration says");
+        known.note(&image.platform, None, &image, known.begin());
+        assert!(knows(&image.platform, &other));
+        known.drop_of(&image.name, &image.platform, &other);
+        assert!(!knows(&image.platform, &mine));
+        // Something else was forgotten while this one was looked up: it may be this one.
+        let begun = known.begin();
+        known.forget(Some("r.example/another:1"));
+        assert!(knows(&asked, &mine), "that is of another name");
+        known.note(&image.platform, None, &image, begun);
+        assert!(!knows(&image.platform, &mine));
+        known.forget(Some(&image.name.to_string()));
+        assert!(!knows(&asked, &mine));
     }
 }

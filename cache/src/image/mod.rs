@@ -499,15 +499,20 @@ impl ImageCache for Images {
             return Ok(None);
         }
         let shared = &self.0;
-        let most = if shared.limits.revalidate.is_zero() { Duration::MAX } else { shared.limits.revalidate };
-        match shared.known.get(image, platform, access, most) {
+        // Its registry may have to be asked.
+        if !shared.limits.revalidate.is_zero() && image.digest().is_none() {
+            return self.look_up(image, platform, access).await;
+        }
+        match shared.known.get(image, platform, &access.tenant) {
             known::Answer::Fresh(known) => Ok(Some(ResolvedImage::clone(&known))),
             known::Answer::Old(known) => {
                 let (this, image, platform, access) =
                     (self.clone(), image.clone(), platform.clone(), access.clone());
                 tokio::spawn(async move {
-                    // Whoever asks when it is too old is told of it.
-                    let _later = this.look_up(&image, &platform, &access).await;
+                    // Whoever asks next looks for himself, and is told.
+                    if !matches!(this.look_up(&image, &platform, &access).await, Ok(Some(_))) {
+                        this.0.known.drop_of(&image, &platform, &access.tenant);
+                    }
                 });
                 Ok(Some(ResolvedImage::clone(&known)))
             }
@@ -567,7 +572,10 @@ impl Images {
         shared.verify(image, found).await?;
         let resolved = facts.resolved(image.clone(), target, record.created_at);
         if shared.follows.load(Ordering::SeqCst) {
-            shared.known.note(access, &resolved, begun);
+            let owner = shared.plain_owner(&resolved.target, (&facts, &top), access).await?;
+            if let Some(owner) = owner {
+                shared.known.note(platform, owner, &resolved, begun);
+            }
         }
         Ok(Some(resolved))
     }

@@ -88,7 +88,12 @@ impl Devices {
     pub async fn pool(&self) -> Result<PoolUsage, KernelError> {
         let what = "looking at the thin pool".to_owned();
         let usage = self.ask(&self.pool_turn, POOL_LIMIT, what, |kernel| kernel.pool()).await;
-        self.lately().known = usage.as_ref().ok().map(|usage| (Instant::now(), usage.clone()));
+        match &usage {
+            Ok(usage) => self.lately().known = Some((Instant::now(), usage.clone())),
+            // It is busy, and hardly another one than a moment ago.
+            Err(KernelError::Slow { .. }) => {}
+            Err(_) => self.lately().known = None,
+        }
         usage
     }
 

@@ -148,6 +148,24 @@ impl Ledger {
         .await
     }
 
+    /// Notes that these spares, with their devices as they are now, can be handed out; returns those that are spares still.
+    pub async fn confirm_spares(&self, seen: Vec<(LeaseId, Seen)>, now: Moment) -> Result<Vec<LeaseId>> {
+        self.write(move |batch| {
+            let mut confirmed = Vec::with_capacity(seen.len());
+            for (id, seen) in &seen {
+                if !book(batch).get(id).is_some_and(|lease| lease.vm.is_spare()) {
+                    continue;
+                }
+                // One that is being dropped is no spare any more.
+                let Ok((_, changes)) = book(batch).renew(id, None, Some(seen), &now) else { continue };
+                apply(batch, changes);
+                confirmed.push(id.clone());
+            }
+            Ok(confirmed)
+        })
+        .await
+    }
+
     /// Marks those of `ids` for reclaiming that are spares still; says how many.
     pub async fn drop_spares(&self, ids: Vec<LeaseId>, now: Moment) -> Result<usize> {
         self.change_each(ids, move |book, id| Ok(book.drop_spare(id, &now))).await

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use cowshed_leases::{Lease, LeaseId};
+use cowshed_leases::{BookError, Lease, LeaseId};
 use cowshed_proto::v1;
 use futures_util::stream::{self, StreamExt as _};
 use tokio::sync::{mpsc, watch};
@@ -59,6 +59,10 @@ async fn renew_all(acquirer: &Acquirer, request: v1::KeepAliveRequest) -> Result
     }
     let mut outcomes: HashMap<LeaseId, Result<Lease>> = HashMap::new();
     let valid: Vec<LeaseId> = ids.iter().filter_map(|id| parse::lease_id(id).ok()).collect();
+    let is_spare = |id: &LeaseId| acquirer.ledger.read(|book| book.get(id).is_some_and(|l| l.vm.is_spare()));
+    let (spares, valid): (Vec<LeaseId>, Vec<LeaseId>) = valid.into_iter().partition(is_spare);
+    // Nobody has them.
+    outcomes.extend(spares.into_iter().map(|id| (id.clone(), Err(Error::from(BookError::Gone(id))))));
     // The disk of one that was doubtful is looked at before it counts again; the others do not wait for that.
     let now = acquirer.clock.now();
     let (doubtful, sure): (Vec<LeaseId>, Vec<LeaseId>) = acquirer.ledger.read(|book| {

@@ -13,7 +13,7 @@ pub mod policy;
 pub mod refill;
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -22,7 +22,7 @@ use cowshed_leases::LeaseId;
 use policy::{Demand, Limits, Want};
 use tokio::sync::Notify;
 
-use crate::image::{Digest, ResolvedImage};
+use crate::image::{Digest, ImageRef, ResolvedImage};
 
 /// How long one is thought to take to make before one was made.
 const FIRST_GUESS: Duration = Duration::from_secs(1);
@@ -67,6 +67,12 @@ struct State {
     in_hand: HashSet<LeaseId>,
     /// How long one takes to make.
     refill: Duration,
+    /// What each name meant when it was last asked for.
+    names: HashMap<ImageRef, Key>,
+    /// Whether it is known what is pinned.
+    pins_known: bool,
+    /// Whether somebody has found one that is to be looked at again.
+    look_again: bool,
 }
 
 /// Of one image.
@@ -97,7 +103,14 @@ pub struct Count {
 impl Spares {
     /// None yet.
     pub fn new(settings: Settings) -> Self {
-        let state = State { shelves: BTreeMap::new(), in_hand: HashSet::new(), refill: FIRST_GUESS };
+        let state = State {
+            shelves: BTreeMap::new(),
+            in_hand: HashSet::new(),
+            refill: FIRST_GUESS,
+            names: HashMap::new(),
+            pins_known: false,
+            look_again: false,
+        };
         Self(Arc::new(Inner {
             settings,
             state: Mutex::new(state),
@@ -106,13 +119,14 @@ impl Spares {
         }))
     }
 
-    /// A disk of this image is asked for.
+    /// A disk of this image was given to a VM.
     pub fn asked(&self, image: &ResolvedImage) {
         if !self.0.settings.enabled {
             return;
         }
         let (now, half_life) = (self.0.origin.elapsed(), self.0.settings.limits.half_life);
         let mut state = self.state();
+        state.mean(&image.name, &image.manifest);
         let shelf = state.shelves.entry(image.manifest.clone()).or_default();
         shelf.demand.asked(now, half_life);
         if shelf.source.is_none() {
@@ -125,6 +139,12 @@ impl Spares {
     /// Whether there are any at all.
     pub fn are_kept(&self) -> bool {
         self.0.settings.enabled
+    }
+
+    /// One is not on the shelf any more, and may come back.
+    pub(crate) fn look_again(&self) {
+        self.state().look_again = true;
+        self.0.wake.notify_one();
     }
 
     /// The one that is ready for the longest time. It is put back if it is dropped.
@@ -173,17 +193,36 @@ impl Spares {
         }
     }
 
-    /// Whether it is on a shelf, or in somebody's hand.
-    fn knows(&self, lease: &LeaseId) -> bool {
+    /// Those on shelves and in hands.
+    fn known(&self) -> HashSet<LeaseId> {
         let state = self.state();
-        state.in_hand.contains(lease) || state.shelves.values().any(|shelf| shelf.ready.contains(lease))
+        let ready = state.shelves.values().flat_map(|shelf| &shelf.ready);
+        ready.chain(&state.in_hand).cloned().collect()
+    }
+
+    /// So many of the manifest are there of a run before: they are wanted as if they had been asked for.
+    fn inherit(&self, key: &Key, count: u32) {
+        let (now, half_life) = (self.0.origin.elapsed(), self.0.settings.limits.half_life);
+        self.state().shelves.entry(key.clone()).or_default().demand.inherited(count, now, half_life);
+    }
+
+    /// Whether somebody has found one that is to be looked at again; asked once.
+    fn is_to_look_again(&self) -> bool {
+        std::mem::take(&mut self.state().look_again)
+    }
+
+    /// Whether anybody has asked for the manifest, or pinned it, lately.
+    fn has_shelf(&self, key: &Key) -> bool {
+        self.state().shelves.contains_key(key)
     }
 
     /// So many are pinned of these, and of no others.
     fn pin(&self, pinned: Vec<(ResolvedImage, u32)>) {
         let mut state = self.state();
+        state.pins_known = true;
         state.shelves.values_mut().for_each(|shelf| shelf.pinned = 0);
         for (image, count) in pinned {
+            state.mean(&image.name, &image.manifest);
             let shelf = state.shelves.entry(image.manifest.clone()).or_default();
             // Two names of one image do not add up.
             shelf.pinned = shelf.pinned.max(count);
@@ -198,6 +237,10 @@ impl Spares {
         let mut state = self.state();
         let refill = state.refill;
         state.shelves.retain(|_, shelf| !shelf.is_over(now, &limits));
+        let State { names, shelves, .. } = &mut *state;
+        names.retain(|_, key| shelves.contains_key(key));
+        // What there is of the run before may be pinned.
+        let may_drop = !enabled || room == Room::Short || (room == Room::Ample && state.pins_known);
         let wants: Vec<Want> = state.shelves.values().map(|shelf| shelf.want(now, refill, &limits)).collect();
         let none = !enabled || room == Room::Short;
         let allotted = if none { vec![0; wants.len()] } else { policy::allot(&wants, &limits) };
@@ -205,6 +248,9 @@ impl Spares {
         let mut plan = Plan::default();
         for (shelf, wanted) in state.shelves.values_mut().zip(allotted) {
             shelf.wanted = wanted;
+            if !may_drop {
+                continue;
+            }
             let surplus = policy::surplus(shelf.count().ready, wanted);
             plan.drop.extend((0..surplus).filter_map(|_| shelf.ready.pop_back()));
         }
@@ -231,6 +277,11 @@ impl Spares {
 
     /// What has become of one that was made in this time.
     fn made(&self, key: &Key, outcome: Result<(LeaseId, Duration), MakeError>) {
+        let later = |pause: Option<(Instant, Duration)>| {
+            let last = pause.map_or(Duration::ZERO, |(_, pause)| pause);
+            let pause = (last * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            Some((Instant::now() + pause, pause))
+        };
         let mut state = self.state();
         if let Ok((_, took)) = &outcome {
             state.refill = (state.refill * 7 + *took) / 8;
@@ -241,18 +292,33 @@ impl Spares {
             match outcome {
                 Ok((lease, _)) => {
                     shelf.pause = None;
-                    shelf.ready.push_back(lease);
+                    if !shelf.ready.contains(&lease) {
+                        shelf.ready.push_back(lease);
+                    }
                 }
-                Err(MakeError::NoImage) => shelf.source = None,
-                Err(MakeError::Other) => {
-                    let last = shelf.pause.map_or(Duration::ZERO, |(_, pause)| pause);
-                    let pause = (last * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-                    shelf.pause = Some((Instant::now() + pause, pause));
+                Err(MakeError::NoImage) => {
+                    shelf.source = None;
+                    shelf.pause = later(shelf.pause);
                 }
+                Err(MakeError::Other) => shelf.pause = later(shelf.pause),
             }
         }
         drop(state);
         self.0.wake.notify_one();
+    }
+}
+
+impl State {
+    /// The name means this from now on: what it meant before is not wanted any more, unless another name means it.
+    fn mean(&mut self, name: &ImageRef, key: &Key) {
+        let Some(before) = self.names.insert(name.clone(), key.clone()).filter(|before| before != key) else {
+            return;
+        };
+        if !self.names.values().any(|other| *other == before)
+            && let Some(shelf) = self.shelves.get_mut(&before)
+        {
+            shelf.demand = Demand::default();
+        }
     }
 }
 

@@ -50,6 +50,13 @@ impl Demand {
         self.peak = self.peak.max(self.crowd.into());
     }
 
+    /// So many are there of a run before, when it was asked for as often.
+    pub fn inherited(&mut self, count: u32, now: Duration, half_life: Duration) {
+        *self = self.at(now, half_life);
+        self.level = self.level.max(count.into());
+        self.peak = self.peak.max(count.into());
+    }
+
     /// What is left of it.
     fn at(self, now: Duration, half_life: Duration) -> Self {
         let passed = now.saturating_sub(self.at).as_secs_f64() / half_life.as_secs_f64().max(1.0);

@@ -1,11 +1,12 @@
 //! Makes spares, finds those of the run before, and gives up those that nobody wants.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use cowshed_leases::{Failure, Lease, LeaseId, Mode, Spec, State, Tenant};
+use cowshed_leases::{Failure, Lease, LeaseId, Mode, Seen, Spec, State, Tenant};
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
@@ -23,8 +24,11 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// How often what pinned names mean is looked up; the same after a failure.
 const PINS: Duration = Duration::from_secs(5);
-/// How often the ledger is searched for spares that nobody knows of.
+/// How often the ledger is searched for spares that nobody knows of; and while there are some that cannot be told …
 const SEARCH: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_secs(5);
+/// … which are given up after this time.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Fills the shelves.
 pub struct Refiller {
@@ -41,6 +45,8 @@ pub struct Refiller {
 pub(super) struct Round {
     pins: Option<Instant>,
     search: Option<Instant>,
+    /// Those of which it cannot be told whether they are well, and since when.
+    untold: HashMap<LeaseId, Instant>,
 }
 
 impl Refiller {
@@ -59,9 +65,10 @@ impl Refiller {
 
     pub(super) async fn round(self: &Arc<Self>, round: &mut Round) {
         let is_due = |at: Option<Instant>, every: Duration| at.is_none_or(|at| at.elapsed() >= every);
-        if is_due(round.search, SEARCH) {
-            // What cannot be told yet is looked at again in the next round.
-            round.search = self.adopt().await.then(Instant::now);
+        let every = if round.untold.is_empty() { SEARCH } else { AGAIN };
+        if self.spares.is_to_look_again() || is_due(round.search, every) {
+            self.adopt(round).await;
+            round.search = Some(Instant::now());
         }
         if self.spares.0.settings.enabled && is_due(round.pins, PINS) {
             round.pins = Some(Instant::now());
@@ -84,7 +91,7 @@ impl Refiller {
 
     async fn room(&self) -> Room {
         let Acquirer { kernel, admission, drain, .. } = &*self.acquirer;
-        let pool = kernel.pool().await;
+        let pool = kernel.pool_lately().await;
         match &pool {
             Ok(usage) if admission.judge(&pool).is_err() && usage.mode == PoolMode::ReadWrite => Room::Short,
             Ok(usage) if !drain.is_on() && admission.hindrances.admit().is_ok() => {
@@ -99,39 +106,77 @@ impl Refiller {
         }
     }
 
-    /// Spares of the run before, and such as got lost: those whose device is what it was can be handed out. Returns whether
-    /// all could be told.
-    async fn adopt(&self) -> bool {
-        let Acquirer { ledger, clock, .. } = &*self.acquirer;
+    /// Spares of the run before, and such as got lost: those whose device is what it was, and that nobody has open, can be handed
+    /// out.
+    async fn adopt(&self, round: &mut Round) {
+        let ledger = &self.acquirer.ledger;
+        // Before the ledger: what is made meanwhile is known to its maker.
+        let known = self.spares.known();
         let lost: Vec<Lease> = ledger.read(|book| {
             let is_spare = |lease: &&Lease| lease.vm.is_spare() && matches!(lease.state, State::Granted(_));
-            let lost = book.after(None).filter(is_spare).filter(|lease| !self.spares.knows(&lease.id));
+            let lost = book.after(None).filter(is_spare).filter(|lease| !known.contains(&lease.id));
             lost.cloned().collect()
         });
-        let mut told = true;
-        let mut wrong = Vec::new();
+        let mut untold = HashMap::new();
+        let (mut right, mut wrong) = (Vec::new(), Vec::new());
         for lease in lost {
             let key = lease.grant().and_then(|grant| grant.image_digest.parse::<Key>().ok());
-            match (self.acquirer.seen(&lease).await, key) {
-                (Ok(seen), Some(key)) => {
-                    let renewed = ledger.renew(lease.id.clone(), None, Some(seen), clock.now()).await;
-                    match renewed {
-                        Ok(_) => self.spares.put(&key, lease.id),
-                        Err(_) => told = false,
-                    }
-                }
+            match (self.look_at(&lease).await, key) {
+                (Ok(seen), Some(key)) if self.spares.are_kept() => right.push((lease.id, seen, key)),
                 (Err(error), _) if error.reason() != Reason::DeviceMismatch => {
                     tracing::debug!(lease = %lease.id, %error, "whether a spare is well cannot be told yet");
-                    told = false;
+                    let since = round.untold.get(&lease.id).copied().unwrap_or_else(Instant::now);
+                    if since.elapsed() < PATIENCE {
+                        untold.insert(lease.id, since);
+                    } else {
+                        wrong.push(lease.id);
+                    }
                 }
                 (_, _) => wrong.push(lease.id),
             }
         }
+        round.untold = untold;
+        self.take_over(right).await;
         if !wrong.is_empty() {
-            tracing::warn!(count = wrong.len(), "spares are not what they were; they are given up");
+            tracing::warn!(
+                count = wrong.len(),
+                "spares are not what they were, or not wanted; they are given up"
+            );
             self.drop_all(wrong, "lost").await;
         }
-        told
+    }
+
+    /// Puts those on the shelves that are spares still.
+    async fn take_over(&self, right: Vec<(LeaseId, Seen, Key)>) {
+        let Acquirer { ledger, clock, .. } = &*self.acquirer;
+        if right.is_empty() {
+            return;
+        }
+        let seen = right.iter().map(|(id, seen, _)| (id.clone(), seen.clone())).collect();
+        match ledger.confirm_spares(seen, clock.now()).await {
+            Ok(confirmed) => {
+                let mut counts: HashMap<&Key, u32> = HashMap::new();
+                for (id, _, key) in right.iter().filter(|(id, ..)| confirmed.contains(id)) {
+                    *counts.entry(key).or_default() += 1;
+                    self.spares.put(key, id.clone());
+                }
+                counts.into_iter().for_each(|(key, count)| self.spares.inherit(key, count));
+            }
+            Err(error) => tracing::warn!(%error, "spares of the run before cannot be taken over yet"),
+        }
+    }
+
+    /// Its device as it is, if that is what was made, and it is nobody's.
+    async fn look_at(&self, lease: &Lease) -> Result<Seen> {
+        let seen = self.acquirer.seen(lease).await?;
+        match self.acquirer.kernel.open_count(&seen.root.dm_name).await {
+            Ok(Some(0)) => Ok(seen),
+            Ok(open) => {
+                let message = format!("its device {} is open ({open:?})", seen.root.path);
+                Err(Error::new(Reason::DeviceMismatch, message).with("lease_id", &lease.id))
+            }
+            Err(error) => Err(Error::new(Reason::NotReady, error.to_string())),
+        }
     }
 
     /// What the names with pinned spares mean now.
@@ -161,8 +206,10 @@ impl Refiller {
         let work = async move {
             let begun = Instant::now();
             let made = Made { spares: &this.spares, key: &key, outcome: Err(MakeError::Other) };
+            let mut orphan = None;
             made.tell(match this.acquirer.make_spare(&image).await {
                 Ok(lease) => {
+                    orphan = Some(lease.clone());
                     let took = begun.elapsed();
                     this.metrics.spare_made(took);
                     tracing::debug!(%lease, ?took, "a spare is ready");
@@ -174,6 +221,10 @@ impl Refiller {
                     Err(MakeError::Other)
                 }
             });
+            // Its image was removed meanwhile.
+            if let Some(lease) = orphan.filter(|_| !this.spares.has_shelf(&key)) {
+                this.drop_all(vec![lease], "surplus").await;
+            }
         };
         if !self.acquirer.tasks.spawn(work.instrument(span)) {
             // The service is stopping.

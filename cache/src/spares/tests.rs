@@ -90,7 +90,7 @@ async fn a_hit_takes_one_write_and_nothing_of_containerd() {
     host.process.acquirer.release(back("a")).await.unwrap();
     host.fill().await;
     host.process.settle().await;
-    assert_eq!(host.count().ready, 4, "as many as were asked for at once");
+    assert_eq!(host.count().ready, 3, "as many as were given out at once");
     host.process.audit(&world, "filled again");
 }
 
@@ -122,17 +122,17 @@ async fn what_is_not_what_it_was_is_given_up_and_nobody_notices() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let mut host = host(&world, directory.path());
     host.pin(2).await;
-    // One of the devices has gone: somebody has removed it by hand.
+    // One of the devices has become another: the kernel refuses writes to it.
     let [lost, _] = &host.spares_in_the_ledger()[..] else { panic!("not two") };
     let device = lost.grant().unwrap().device.dm_name.clone();
-    world.state.lock().unwrap().devices.remove(&device);
+    world.state.lock().unwrap().read_only.insert(device.clone());
     let mut devices = BTreeSet::new();
     for vm in ["a", "b"] {
         let got = host.process.acquirer.acquire(wish(vm)).await.unwrap();
         devices.insert(got.lease.grant().unwrap().device.dm_name.clone());
     }
     assert!(devices.len() == 2 && !devices.contains(&device), "{devices:?}");
-    assert!(!host.spares().knows(&lost.id));
+    assert!(!host.spares().known().contains(&lost.id));
     host.process.settle().await;
     host.process.audit(&world, "without it");
 }
@@ -163,6 +163,74 @@ async fn spares_are_found_again_by_the_next_process() {
         }
         next.process.acquirer.ledger.close().await;
     }
+}
+
+/// Without any pin they are wanted as if they had been asked for.
+#[tokio::test]
+async fn a_restart_gives_up_no_spare_that_was_there_by_demand() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let mut first = host(&world, directory.path());
+    (0..4).for_each(|_| first.spares().asked(&image()));
+    first.fill().await;
+    assert_eq!(first.count().ready, 4);
+    first.process.acquirer.ledger.close().await;
+    let mut next = host(&world, directory.path());
+    next.fill().await;
+    assert_eq!(next.count(), Count { ready: 4, making: 0, wanted: 4 });
+    next.process.audit(&world, "found again");
+    next.process.acquirer.ledger.close().await;
+    // One that a VM has open, whatever the ledger says, is nobody's to hand out.
+    let device = next.spares_in_the_ledger()[0].grant().unwrap().device.dm_name.clone();
+    world.set_open(&device, 1);
+    let mut last = host(&world, directory.path());
+    last.fill().await;
+    for vm in ["a", "b", "c"] {
+        let got = last.process.acquirer.acquire(wish(vm)).await.unwrap();
+        assert_ne!(got.lease.grant().unwrap().device.dm_name, device);
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_is_not_there_yet_is_looked_at_again() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let mut host = host(&world, directory.path());
+    host.pin(1).await;
+    let device = host.spares_in_the_ledger()[0].grant().unwrap().device.dm_name.clone();
+    world.state.lock().unwrap().devices.remove(&device);
+    assert!(!host.process.acquirer.acquire(wish("a")).await.unwrap().spare, "it gets one of its own");
+    world.set_open(&device, 0);
+    host.spares().look_again();
+    host.fill().await;
+    let mut got = Vec::new();
+    while host.count().ready > 0 {
+        let vm = format!("vm-{}", got.len());
+        got.push(
+            host.process
+                .acquirer
+                .acquire(wish(&vm))
+                .await
+                .unwrap()
+                .lease
+                .grant()
+                .unwrap()
+                .device
+                .dm_name
+                .clone(),
+        );
+    }
+    assert!(got.contains(&device), "{got:?}");
+}
+
+#[tokio::test]
+async fn a_moved_tag_makes_the_old_ones_unwanted() {
+    let spares = Spares::new(crate::config::Config::default().spares());
+    let (old, new) = (image(), ResolvedImage { manifest: Digest::of(b"another"), ..image() });
+    (0..3).for_each(|_| spares.asked(&old));
+    spares.plan(Room::Tight, 0);
+    assert_eq!(spares.count(&old.manifest).wanted, 3);
+    spares.asked(&new);
+    spares.plan(Room::Tight, 0);
+    assert_eq!((spares.count(&old.manifest).wanted, spares.count(&new.manifest).wanted), (0, 1));
 }
 
 #[tokio::test]
@@ -278,7 +346,7 @@ async fn one_that_is_taken_and_not_handed_out_is_put_back() {
     let mut host = host(&world, directory.path());
     host.pin(1).await;
     let taken = host.spares().take(&image().manifest).unwrap();
-    assert!(host.spares().take(&image().manifest).is_none() && host.spares().knows(taken.lease()));
+    assert!(host.spares().take(&image().manifest).is_none() && host.spares().known().contains(taken.lease()));
     let lease = taken.lease().clone();
     drop(taken);
     assert_eq!(host.spares().take(&image().manifest).unwrap().lease(), &lease);

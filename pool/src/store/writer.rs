@@ -173,6 +173,9 @@ impl<S: Stored> Shared<S> {
         let mut published = self.published.write().unwrap_or_else(PoisonError::into_inner);
         let above = book.queued.iter().filter(|decided| decided.shows == Shows::AtOnce);
         durable.iter().chain(above).for_each(|decided| show(&mut *published, decided));
+        // Whoever is told may look at once.
+        drop(published);
+        drop(book);
         self.shown.send_replace(());
     }
 
@@ -186,6 +189,7 @@ impl<S: Stored> Shared<S> {
             }
         }
         *self.published.write().unwrap_or_else(PoisonError::into_inner) = book.state.clone();
+        drop(book);
         self.shown.send_replace(());
         failed
     }

@@ -50,6 +50,8 @@ impl Plan {
         for (section, line) in [
             ("[containerd]", format!("snapshotter = {:?}", snapshotter())),
             ("[snapshotter]", "serve = \"never\"".to_owned()),
+            // Whoever counts disks counts those of VMs.
+            ("[spares]", "enabled = false".to_owned()),
         ] {
             if !self.extra.contains(section) {
                 text.push_str(&format!("\n{section}\n{line}\n"));

@@ -260,6 +260,9 @@ fn raise(connection: &Connection, known: &Counters, restored_at: i64) -> rusqlit
         transaction.execute(raise, params![name, value])?;
     }
     transaction.execute("UPDATE counters SET value = value + ?", [MARGIN])?;
+    // What was a spare when the backup was made may have been handed out since: like all that was acquired since, it is nobody's
+    // that is known, and is left alone.
+    transaction.execute("DELETE FROM leases WHERE vm LIKE '+%'", [])?;
     // Revisions are spent quickly, and watchers that know some of another history have to begin anew.
     transaction.execute("UPDATE counters SET value = value + ? WHERE name = 'last_revision'", [REVISIONS])?;
     let horizon = "UPDATE counters SET value = (SELECT value FROM counters WHERE name = 'last_revision') WHERE name = 'horizon'";
