@@ -11,6 +11,7 @@ mod devices;
 mod execs;
 mod images;
 mod memory;
+mod pictures;
 mod plot;
 mod prepare;
 mod reclaim;

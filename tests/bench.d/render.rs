@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    Outcome, catalogue,
+    Outcome, catalogue, pictures,
     plot::{self, Bar},
 };
 
@@ -33,8 +33,22 @@ pub(crate) fn render(results: &Path, page: &Path, plots: &Path) -> Outcome {
         fs::write(&plot, plot::svg(&format!("{name}: measured against what it must be"), &bars(figures)))?;
         let shown = plot.strip_prefix(page.parent().unwrap_or(Path::new(""))).unwrap_or(&plot);
         section(&mut text, &name, figures, &meta, shown)?;
+        show_pictures(&mut text, &meta, &plot, shown)?;
     }
     Ok(fs::write(page, text)?)
+}
+
+/// The benchmark's other pictures, each beside its plot.
+fn show_pictures(text: &mut String, meta: &Value, plot: &Path, shown: &Path) -> Outcome {
+    for (name, picture) in meta["pictures"].as_object().into_iter().flatten() {
+        let beside = |plot: &Path| {
+            let benchmark = plot.file_stem().unwrap_or_default().to_string_lossy();
+            plot.with_file_name(format!("{benchmark}-{name}.svg"))
+        };
+        fs::write(beside(plot), pictures::svg(picture)?)?;
+        write!(text, "\n![{}]({})\n", string(&picture["title"]), beside(shown).display())?;
+    }
+    Ok(())
 }
 
 /// Names and files of all results, by name.
@@ -99,7 +113,7 @@ fn explain(text: &mut String, benchmark: &str, figures: &[Value], meta: &Value) 
     }
     text.push_str("\nConditions:\n\n");
     for (name, value) in meta.as_object().into_iter().flatten() {
-        if !["sample_units", "conditions", "failed"].contains(&name.as_str()) {
+        if !["sample_units", "conditions", "failed", "pictures"].contains(&name.as_str()) {
             writeln!(text, "- {}: {}", name.replace('_', " "), plain(value))?;
         }
     }
