@@ -21,7 +21,7 @@ use crate::{
 pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
     let (rounds, each) = bench.of((8, 6), (2, 4));
     meta(&json!({ "conditions": { BASE.name: format!("{rounds} rounds of {each}, spares being off") } }));
-    bench.ours.keep(Spares::Off, 0).await?;
+    bench.ours.keep_none().await?;
     let ours = Ours::new(&bench.ours, Spares::Off);
     let (mut base, mut stock) = (Samples::default(), Samples::default());
     for round in 0..rounds {

@@ -54,7 +54,7 @@ pub(crate) async fn of_hits(bench: &Bench) -> Outcome<Value> {
     let mut refill = Samples::default();
     for size in sizes(bench) {
         for _ in 0..rounds {
-            bench.ours.keep(Spares::Kept, SHELF).await?;
+            bench.ours.keep(SHELF).await?;
             bench.ours.full(SHELF).await?;
             let (disks, took) = ours.launch_at_once(size).await?;
             let refilled = bench.ours.full(SHELF).await?;
@@ -83,7 +83,7 @@ pub(crate) async fn of_hits(bench: &Bench) -> Outcome<Value> {
 /// Without any spare.
 pub(crate) async fn of_misses(bench: &Bench) -> Outcome<Value> {
     let rounds = bench.of(2, 1);
-    bench.ours.keep(Spares::Off, 0).await?;
+    bench.ours.keep_none().await?;
     let ours = Ours::new(&bench.ours, Spares::Off);
     let (mut bases, mut stock) = (Curve::default(), Curve::default());
     for size in sizes(bench) {

@@ -20,7 +20,7 @@ use crate::{
     acquire::{
         Bench,
         disks::{Disk, all_different},
-        service::{SHELF, Service, Spares},
+        service::{SHELF, Service},
     },
     catalogue::CROWD,
     samples::{Samples, rounded},
@@ -53,7 +53,7 @@ pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
          whole block; one hit every {} ms; idle: {idle} hits, the {count} disks being there; reclaiming: from the first Release until all blocks are free",
         WRITTEN >> 20, block >> 10, PACE.as_millis()
     ) } }));
-    service.keep(Spares::Kept, SHELF).await?;
+    service.keep(SHELF).await?;
     let before = service.pool().used_blocks()?;
     let begun = Instant::now();
     let crowd = acquire(service, count).await?;

@@ -49,7 +49,7 @@ pub(crate) async fn measure(bench: &Bench) -> Outcome<Vec<Value>> {
         HIT.name: how, HIT_P99.name: how, HIT_TO_REFLINK.name: how,
         OFFER.name: format!("{rounds} rounds of {}", bench.of(200, 50)),
     } }));
-    bench.ours.keep(Spares::Kept, SHELF).await?;
+    bench.ours.keep(SHELF).await?;
     let ours = Ours::new(&bench.ours, Spares::Kept);
     let by_call = bench.reflink.by_call();
     let mut measured = Measured::default();
@@ -173,7 +173,7 @@ fn tell_of_the_sides(bench: &Bench, measured: &Measured, ours: &'static str) {
 
 /// Hits one after the other, while what they take is being made again; how long until the shelf is full.
 async fn back_to_back(service: &Service) -> Outcome<Value> {
-    service.keep(Spares::Kept, BACK_TO_BACK).await?;
+    service.keep(BACK_TO_BACK).await?;
     let (mut samples, mut disks) = (Samples::default(), Vec::new());
     for _ in 0..BACK_TO_BACK {
         let acquired = service.hit().await?;

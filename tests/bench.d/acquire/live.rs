@@ -10,10 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Outcome,
-    acquire::{
-        Bench,
-        service::{Service, Spares},
-    },
+    acquire::{Bench, service::Service},
     catalogue::{LIVE, LIVE_MEMORY},
     memory::{megabytes, pid_of},
     prepare::ratio,
@@ -28,7 +25,7 @@ const ROUND: usize = 20;
 pub(crate) async fn measure(bench: &Bench) -> Outcome<Vec<Value>> {
     let (levels, count) = bench.of((vec![10, 100, 1_000, 3_000], 100), (vec![10, 50, 100], 10));
     let service = &bench.ours;
-    service.keep(Spares::Kept, SHELF).await?;
+    service.keep(SHELF).await?;
     let serve = pid_of("cowshed", Some("serve"))?;
     let (mut by_level, mut memory) = (BTreeMap::new(), BTreeMap::new());
     let begun = Instant::now();

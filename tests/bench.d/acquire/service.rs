@@ -40,16 +40,6 @@ pub(crate) enum Spares {
     Off,
 }
 
-impl Spares {
-    /// What is added to the configuration.
-    fn section(self) -> &'static str {
-        match self {
-            Self::Kept => "\n[spares]\nenabled = true\nimage_max = 128\n",
-            Self::Off => "\n[spares]\nenabled = false\n",
-        }
-    }
-}
-
 /// A disk that Acquire has given.
 pub(crate) struct Acquired {
     pub(crate) disk: Disk,
@@ -66,10 +56,10 @@ pub(crate) struct Service {
     made: AtomicU64,
     bytes: u64,
     pool: Pool,
-    /// The configuration without spares.
+    /// The configuration without its section on spares.
     configuration: String,
-    spares: Cell<Option<Spares>>,
-    pinned: Cell<Option<u32>>,
+    /// What that section has now: how many spares of an image at the most, if any.
+    kept: Cell<Option<Option<u32>>>,
 }
 
 impl Service {
@@ -82,9 +72,8 @@ impl Service {
             made: AtomicU64::new(0),
             bytes: 0,
             pool: Pool { name: String::new() },
-            configuration: fs::read_to_string(CONFIGURATION)?,
-            spares: Cell::new(None),
-            pinned: Cell::new(None),
+            configuration: without_spares(&fs::read_to_string(CONFIGURATION)?),
+            kept: Cell::new(None),
         };
         let pull = PullImageRequest { image: image.to_owned(), ..PullImageRequest::default() };
         let mut pictures = service.client().pull_image(pull).await?.into_inner();
@@ -196,36 +185,42 @@ impl Service {
         image.ok_or_else(|| format!("{} is not there", self.image).into())
     }
 
-    /// From now on so many spares are kept, or, with spares off, none. Waits until they are there.
-    pub(crate) async fn keep(&self, spares: Spares, count: u32) -> Outcome {
-        self.restart_with(spares).await?;
-        if spares == Spares::Off {
-            return self.wait_for("the spares do not go", async || Ok(self.image().await?.spares == 0)).await;
-        }
-        if self.pinned.get() != Some(count) {
-            let request = PinImageRequest {
-                image: self.image.clone(),
-                spares: Some(count),
-                ..PinImageRequest::default()
-            };
-            self.client().pin_image(request).await?;
-            self.pinned.set(Some(count));
+    /// From now on so many spares are kept, whatever the demand. Waits until they are there.
+    pub(crate) async fn keep(&self, count: u32) -> Outcome {
+        if self.configure(Some(count)).await? {
+            let image = self.image.clone();
+            let pin = PinImageRequest { image, spares: Some(count), ..PinImageRequest::default() };
+            self.client().pin_image(pin).await?;
         }
         self.full(count).await.map(drop)
     }
 
-    /// A service with that in its configuration, started anew if it has something else.
-    async fn restart_with(&self, spares: Spares) -> Outcome {
-        if self.spares.get() == Some(spares) {
-            return Ok(());
+    /// From now on there are none. Waits until those that there were are gone.
+    pub(crate) async fn keep_none(&self) -> Outcome {
+        self.configure(None).await?;
+        let none = async || Ok(self.image().await?.spares == 0 && self.status().await?.spares == 0);
+        self.wait_for("the spares do not go", none).await?;
+        self.pool.wait_at_rest().await
+    }
+
+    /// The service has that in its configuration: so many spares of an image at the most, if any. It is started anew if that
+    /// was otherwise; whether it was.
+    async fn configure(&self, most: Option<u32>) -> Outcome<bool> {
+        if self.kept.get() == Some(most) {
+            return Ok(false);
         }
-        fs::write(CONFIGURATION, format!("{}{}", self.configuration, spares.section()))?;
+        let section = match most {
+            Some(most) => format!("[spares]\nenabled = true\nimage_max = {most}\n"),
+            None => "[spares]\nenabled = false\n".to_owned(),
+        };
+        fs::write(CONFIGURATION, format!("{}\n{section}", self.configuration))?;
         run("cowshed-host", &["restart", "cowshed"]).await?;
-        self.spares.set(Some(spares));
+        self.kept.set(Some(most));
         let serves = async || {
             Ok(self.status().await.is_ok_and(|status| status.serving && status.containerd.is_some()))
         };
-        self.wait_for("the service does not serve", serves).await
+        self.wait_for("the service does not serve", serves).await?;
+        Ok(true)
     }
 
     /// Waits until so many spares are ready; for how long.
@@ -266,6 +261,18 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// A configuration without its section on spares.
+fn without_spares(text: &str) -> String {
+    let mut is_on_spares = false;
+    let kept = text.lines().filter(|line| {
+        if line.starts_with('[') {
+            is_on_spares = *line == "[spares]";
+        }
+        !is_on_spares
+    });
+    kept.collect::<Vec<_>>().join("\n")
 }
 
 fn device_of(reply: &AcquireResponse) -> Outcome<cowshed_proto::v1::Device> {

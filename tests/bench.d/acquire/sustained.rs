@@ -14,7 +14,7 @@ use crate::{
     acquire::{
         Bench,
         disks::{Disk, Launcher as _},
-        service::{SHELF, Service, Spares},
+        service::{SHELF, Service},
         stock::Stock,
     },
     catalogue::SUSTAINED,
@@ -101,7 +101,7 @@ impl Round {
 pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
     let time = Duration::from_secs(bench.of(60, 10));
     let trial = Duration::from_secs(bench.of(8, 3));
-    bench.ours.keep(Spares::Kept, SHELF).await?;
+    bench.ours.keep(SHELF).await?;
     let cycles = OfOurs { service: &bench.ours, spares: AtomicUsize::new(0) };
     let our_workers = best(&cycles, trial).await?;
     let stock_workers = best(&bench.stock, trial).await?;
