@@ -106,7 +106,7 @@ fn result(figure: &Figure, bench: &Bench, ours: &Curve, stock: &Curve, rounds: u
 }
 
 fn sizes(bench: &Bench) -> Vec<usize> {
-    bench.of(SIZES.to_vec(), vec![1, 20])
+    bench.of(SIZES.to_vec(), vec![1, 10])
 }
 
 fn largest(bench: &Bench) -> usize {

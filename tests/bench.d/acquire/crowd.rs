@@ -45,7 +45,7 @@ struct Paced {
 }
 
 pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
-    let (count, idle) = bench.of((500, 200), (20, 20));
+    let (count, idle) = bench.of((500, 200), (10, 20));
     let service = &bench.ours;
     let block = service.pool().block_bytes()?;
     meta(&json!({ "conditions": { CROWD.name: format!(

@@ -174,6 +174,9 @@ async fn one_by_one(launcher: &impl Launcher, count: usize) -> Outcome<Samples> 
 /// Samples by what they are of, for a picture of how they are distributed, and for the page.
 fn distributions(of: &BTreeMap<&str, &Samples>) -> Value {
     let rows: BTreeMap<_, _> = of.iter().map(|(name, samples)| (name, samples.values())).collect();
+    for (name, samples) in of {
+        eprintln!("  {name}: {}", samples.distribution());
+    }
     let told: BTreeMap<_, _> = of.iter().map(|(name, samples)| (name, samples.distribution())).collect();
     json!({
         "pictures": { "latency": {

@@ -24,6 +24,8 @@ use crate::{
 
 /// Workers that are tried; each side has those that are best for it.
 const WORKERS: [usize; 3] = [2, 4, 8];
+/// Of both sides, if there is no time to try.
+const USUAL: [usize; 1] = [4];
 
 /// Whose cycles they are.
 trait Cycles {
@@ -103,10 +105,11 @@ pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
     let trial = Duration::from_secs(bench.of(8, 3));
     bench.ours.keep(SHELF).await?;
     let cycles = OfOurs { service: &bench.ours, spares: AtomicUsize::new(0) };
-    let our_workers = best(&cycles, trial).await?;
-    let stock_workers = best(&bench.stock, trial).await?;
+    let tried = bench.of(WORKERS.as_slice(), USUAL.as_slice());
+    let our_workers = best(&cycles, tried, trial).await?;
+    let stock_workers = best(&bench.stock, tried, trial).await?;
     meta(&json!({ "conditions": { SUSTAINED.name: format!(
-        "{} s by {our_workers} workers of ours and {stock_workers} of the peer's, the best of {WORKERS:?} for each in \
+        "{} s by {our_workers} workers of ours and {stock_workers} of the peer's, the best of {tried:?} for each in \
          {} s; the shelf having {SHELF} spares at the start", time.as_secs(), trial.as_secs()
     ) } }));
     let ours = round(&cycles, our_workers, time).await?;
@@ -122,9 +125,9 @@ pub(crate) async fn measure(bench: &Bench) -> Outcome<Value> {
 }
 
 /// The number of workers with the most cycles a second.
-async fn best(cycles: &impl Cycles, time: Duration) -> Outcome<usize> {
+async fn best(cycles: &impl Cycles, tried: &[usize], time: Duration) -> Outcome<usize> {
     let mut rates = BTreeMap::new();
-    for workers in WORKERS {
+    for workers in tried.iter().copied() {
         cycles.ready().await?;
         rates.insert(workers, round(cycles, workers, time).await?.rate());
     }
