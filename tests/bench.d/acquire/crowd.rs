@@ -117,23 +117,29 @@ async fn while_reclaimed(service: &Service, crowd: &[Disk], free_again: u64) -> 
         reclaimed.map(|()| begun.elapsed())
     });
     let hits = pin!(paced(service, |_| over.load(Ordering::Relaxed)));
-    match select(reclaim, hits).await {
-        Either::Left((took, hits)) => Ok((hits.await?, took?)),
+    let (hits, took) = match select(reclaim, hits).await {
+        Either::Left((took, hits)) => (hits.await?, took?),
         // they end before it only when they fail
-        Either::Right((hits, reclaim)) => Ok((hits?, reclaim.await?)),
-    }
+        Either::Right((hits, reclaim)) => (hits?, reclaim.await?),
+    };
+    service.gone(crowd).await?;
+    Ok((hits, took))
 }
 
 async fn reclaim(service: &Service, crowd: &[Disk], free_again: u64) -> Outcome {
     service.release_all(crowd).await?;
     let begun = Instant::now();
-    while service.pool().used_blocks()? > free_again {
+    loop {
+        // the pool may let whoever asks wait: not on the thread that measures
+        let pool = service.pool().clone();
+        if tokio::task::spawn_blocking(move || pool.used_blocks()).await?? <= free_again {
+            return Ok(());
+        }
         if begun.elapsed() > PATIENCE {
             return Err("the blocks of the released disks do not become free".into());
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    service.gone(crowd).await
 }
 
 /// Has the pool give each disk as many blocks as would be written.
