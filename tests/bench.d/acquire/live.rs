@@ -23,7 +23,7 @@ const SHELF: u32 = 20;
 const ROUND: usize = 20;
 
 pub(crate) async fn measure(bench: &Bench) -> Outcome<Vec<Value>> {
-    let (levels, count) = bench.of((vec![10, 100, 1_000, 3_000], 100), (vec![10, 30, 60], 10));
+    let (levels, count) = bench.of((vec![10, 100, 1_000, 3_000], 60), (vec![10, 30, 60], 10));
     let service = &bench.ours;
     service.keep(SHELF).await?;
     let serve = pid_of("cowshed", Some("serve"))?;
