@@ -166,6 +166,84 @@ pub(crate) const LARGE_MEMORY: Figure = lower(
     "the most resident memory (VmHWM, 10^6 bytes) of `cowshed serve` while it pulled one gzip layer of 2 GB, inflated",
 );
 
+pub(crate) const HIT: Figure = ratio(
+    "acquire_spare_p50",
+    "ms",
+    25.0,
+    100.0,
+    "one Acquire at a time that a spare is handed out for, as its caller sees it, against a launcher that uses containerd \
+     alone: a lease, Prepare of the image's snapshot under it, Mounts, and a look at the device; the p50s' ratio",
+);
+pub(crate) const HIT_P99: Figure =
+    ratio("acquire_spare_p99", "ms", 12.0, 40.0, "the p99s' ratio of the same samples");
+pub(crate) const HIT_TO_REFLINK: Figure = ratio(
+    "acquire_spare_p50_to_reflink",
+    "ms",
+    3.0,
+    10.0,
+    "the same against `cp --reflink` of a file with the image's disk on XFS, fsync of the clone and of its directory, \
+     `losetup` of it, and a look at the device; the p50s' ratio",
+);
+pub(crate) const OFFER: Figure = lower(
+    "offer_p99_to_acquire_spare_p50",
+    "ratio",
+    "ms",
+    1.0,
+    1.0,
+    "p99 of one Offer at a time against the p50 of an Acquire that a spare is handed out for",
+);
+pub(crate) const BASE: Figure = ratio(
+    "acquire_base_p50",
+    "ms",
+    3.0,
+    6.0,
+    "one Acquire at a time of an image that is there, without a spare, against the launcher that uses containerd alone; \
+     the p50s' ratio",
+);
+pub(crate) const HITS_AT_ONCE: Figure = ratio(
+    "acquire_100_at_once_100_spares_makespan",
+    "ms",
+    20.0,
+    50.0,
+    "100 Acquires of as many VMs sent at once, 100 spares being there, until the last disk is there and was looked at, \
+     against as many launches by containerd alone; the p50s' ratio, a sample being a round",
+);
+pub(crate) const BASES_AT_ONCE: Figure =
+    ratio("acquire_100_at_once_no_spare_makespan", "ms", 4.0, 10.0, "the same without any spare");
+pub(crate) const SUSTAINED: Figure = ratio(
+    "acquire_release_per_second",
+    "1/s",
+    4.0,
+    10.0,
+    "Acquire, then Release, by some workers for some time, against launches by containerd alone, each followed by Remove \
+     and the lease's end. The time ends when the last disk is gone from the kernel",
+);
+pub(crate) const CROWD: Figure = lower(
+    "acquire_spare_p99_while_reclaiming_500",
+    "ratio",
+    "ms",
+    2.0,
+    1.2,
+    "p99 of an Acquire that a spare is handed out for while 500 written disks, all released at once, are reclaimed, against \
+     the p99 just before",
+);
+pub(crate) const LIVE: Figure = lower(
+    "acquire_spare_p50_with_3000_live",
+    "ratio",
+    "ms",
+    1.3,
+    1.1,
+    "p50 of one Acquire at a time that a spare is handed out for, with 3,000 leases held against with 10",
+);
+pub(crate) const LIVE_MEMORY: Figure = lower(
+    "serve_memory_3000_live",
+    "MB",
+    "MB",
+    80.0,
+    40.0,
+    "resident memory (VmRSS, 10^6 bytes) of `cowshed serve` with 3,000 leases held; the p50",
+);
+
 /// Of the benchmark `snapshots`, in the order in which they are told.
 pub(crate) const ALL: [&Figure; 8] =
     [&PREPARE, &AT_ONCE, &CYCLES, &RECLAIM, &UNPACK, &PREPARE_STARTS, &REMOVE_STARTS, &MEMORY];
@@ -174,11 +252,27 @@ pub(crate) const ALL: [&Figure; 8] =
 pub(crate) const IMAGES: [&Figure; 7] =
     [&LAYERS_30, &PYTHON, &LARGE, &SECOND, &CALLERS_BYTES, &CALLERS_TIME, &LARGE_MEMORY];
 
+/// Of the benchmark `acquire`.
+pub(crate) const ACQUIRE: [&Figure; 11] = [
+    &HIT,
+    &HIT_P99,
+    &HIT_TO_REFLINK,
+    &BASE,
+    &HITS_AT_ONCE,
+    &BASES_AT_ONCE,
+    &SUSTAINED,
+    &CROWD,
+    &LIVE,
+    &LIVE_MEMORY,
+    &OFFER,
+];
+
 /// Of a benchmark by its name.
 pub(crate) fn of(benchmark: &str) -> &'static [&'static Figure] {
     match benchmark {
         "snapshots" => &ALL,
         "images" => &IMAGES,
+        "acquire" => &ACQUIRE,
         _ => &[],
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path, process::Command, thread};
 
+use cowshed_proto::v1::GetStatusResponse;
 use serde_json::{Value, json};
 
 use crate::{
@@ -47,6 +48,23 @@ pub(crate) fn of_images(effort: Effort) -> Outcome<Value> {
             "containerd": String::from_utf8_lossy(&version.stdout).split_whitespace().nth(2),
             "igzip": if igzip.is_ok() { "installed" } else { "not installed" },
             "peer_configuration": "async_remove, discard_blocks, ext4; the blobs' registry is the host's own",
+        }),
+    )
+}
+
+/// `status` is the service's.
+pub(crate) fn of_acquire(effort: Effort, status: &GetStatusResponse, standing: usize) -> Outcome<Value> {
+    let containerd = status.containerd.as_ref().ok_or("the service has no containerd")?;
+    merged(
+        of_machine()?,
+        json!({
+            "sides": { "ours": "Acquire on the cowshed snapshotter", "peer": "containerd alone, devmapper" },
+            "effort": format!("{effort:?}").to_lowercase(),
+            "containerd": containerd.version,
+            "standing_disks_per_side": standing,
+            "peer_configuration": "devmapper: async_remove, discard_blocks, base_image_size 1GB, ext4; lvcreate: a thin pool \
+                of its own, LVM2's defaults, the origin not active; reflink: mkfs.xfs with reflink=1 on a logical volume, \
+                loop devices with direct I/O",
         }),
     )
 }

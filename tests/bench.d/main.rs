@@ -1,6 +1,7 @@
 //! The benchmarks' load generator, run in the test host by `tests/bench`, and what makes BENCHMARKS.md of its results.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program whose output is its purpose")]
 
+mod acquire;
 mod catalogue;
 mod conditions;
 #[path = "../support/cowshed.rs"]
@@ -10,6 +11,7 @@ mod devices;
 mod execs;
 mod images;
 mod memory;
+mod pictures;
 mod plot;
 mod prepare;
 mod reclaim;
@@ -40,6 +42,8 @@ enum Verb {
     Snapshots(snapshots::Options),
     /// Pulls, by Cowshed and by `ctr`.
     Images(images::Options),
+    /// Disks for VMs, by Cowshed and by other means.
+    Acquire(acquire::Options),
     /// Writes BENCHMARKS.md and its plots from results.
     Render {
         /// Where the results NAME.json and NAME.meta.json are.
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().verb {
         Verb::Snapshots(options) => snapshots::run(options),
         Verb::Images(options) => images::run(options),
+        Verb::Acquire(options) => acquire::run(options),
         Verb::Render { results, page, plots } => render::render(&results, &page, &plots),
     };
     match done {

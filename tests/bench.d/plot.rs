@@ -91,7 +91,7 @@ fn row(bar: &Bar, y: f64) -> String {
     row
 }
 
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 

@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    Outcome, catalogue,
+    Outcome, catalogue, pictures,
     plot::{self, Bar},
 };
 
@@ -32,9 +32,22 @@ pub(crate) fn render(results: &Path, page: &Path, plots: &Path) -> Outcome {
         let plot = plots.join(format!("{name}.svg"));
         fs::write(&plot, plot::svg(&format!("{name}: measured against what it must be"), &bars(figures)))?;
         let shown = plot.strip_prefix(page.parent().unwrap_or(Path::new(""))).unwrap_or(&plot);
-        section(&mut text, &name, figures, &meta, shown)?;
+        let pictures = pictures(&meta, &plot, shown)?;
+        section(&mut text, &name, figures, &meta, &pictures)?;
     }
     Ok(fs::write(page, text)?)
+}
+
+/// The benchmark's pictures, for the page: its plot, and what it has told others of, which are written beside it.
+fn pictures(meta: &Value, plot: &Path, shown: &Path) -> Outcome<String> {
+    let benchmark = plot.file_stem().unwrap_or_default().to_string_lossy();
+    let mut text = format!("![{benchmark}]({})\n\n", shown.display());
+    for (name, picture) in meta["pictures"].as_object().into_iter().flatten() {
+        let beside = |plot: &Path| plot.with_file_name(format!("{benchmark}-{name}.svg"));
+        fs::write(beside(plot), pictures::svg(picture)?)?;
+        write!(text, "![{}]({})\n\n", string(&picture["title"]), beside(shown).display())?;
+    }
+    Ok(text)
 }
 
 /// Names and files of all results, by name.
@@ -52,10 +65,10 @@ fn benchmarks(results: &Path) -> Outcome<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot: &Path) -> Outcome {
+fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, pictures: &str) -> Outcome {
     let sides = [&meta["sides"]["ours"], &meta["sides"]["peer"]].map(string);
     write!(text, "\n## {name}\n\nOurs: `{}`, peer: `{}`.\n\n", sides[0], sides[1])?;
-    write!(text, "![{name}]({})\n\n", plot.display())?;
+    text.push_str(pictures);
     text.push_str("| figure | value | must | aim | | ours p50 / p99 (n) | peer p50 / p99 (n) |\n|---|---|---|---|---|---|---|\n");
     for figure in figures {
         let figure_name = string(&figure["figure"]);
@@ -81,7 +94,24 @@ fn section(text: &mut String, name: &str, figures: &[Value], meta: &Value, plot:
     {
         writeln!(text, "| {} | not measured | | | **miss** | | |", missing.name)?;
     }
+    distributions(text, &meta["distributions_in_ms"])?;
     explain(text, name, figures, meta)
+}
+
+/// What was measured of each kind, the quickest first.
+fn distributions(text: &mut String, of: &Value) -> Outcome {
+    let mut rows: Vec<(&String, &Value)> = of.as_object().into_iter().flatten().collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let p50 = |row: &Value| row["p50"].as_f64().unwrap_or(f64::INFINITY);
+    rows.sort_by(|one, other| p50(one.1).total_cmp(&p50(other.1)));
+    text.push_str("\n| in ms, one at a time | p50 | p90 | p99 | most | n |\n|---|---|---|---|---|---|\n");
+    for (name, row) in rows {
+        let columns = ["p50", "p90", "p99", "most", "n"].map(|column| number(&row[column]));
+        writeln!(text, "| {name} | {} |", columns.join(" | "))?;
+    }
+    Ok(())
 }
 
 /// What was measured, what was not, and where.
@@ -99,7 +129,9 @@ fn explain(text: &mut String, benchmark: &str, figures: &[Value], meta: &Value) 
     }
     text.push_str("\nConditions:\n\n");
     for (name, value) in meta.as_object().into_iter().flatten() {
-        if !["sample_units", "conditions", "failed"].contains(&name.as_str()) {
+        if !["sample_units", "conditions", "failed", "pictures", "distributions_in_ms"]
+            .contains(&name.as_str())
+        {
             writeln!(text, "- {}: {}", name.replace('_', " "), plain(value))?;
         }
     }

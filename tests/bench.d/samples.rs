@@ -57,6 +57,23 @@ impl Samples {
         Some(self.0.iter().sum::<f64>() / f64::from(count))
     }
 
+    /// All of them, in the order in which they were measured.
+    pub(crate) fn values(&self) -> Vec<f64> {
+        self.0.iter().copied().map(rounded).collect()
+    }
+
+    /// `{p50, p90, p99, most, n}`
+    pub(crate) fn distribution(&self) -> Value {
+        let percentile = |percent| self.percentile(percent).map(rounded);
+        json!({
+            "p50": self.median().map(rounded),
+            "p90": percentile(90),
+            "p99": percentile(99),
+            "most": percentile(100),
+            "n": self.len(),
+        })
+    }
+
     /// `{p50, p99, n}`
     pub(crate) fn summary(&self) -> Value {
         json!({

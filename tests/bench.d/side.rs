@@ -12,8 +12,8 @@ use containerd_client::{
         CreateRequest, DeleteRequest,
         leases_client::LeasesClient,
         snapshots::{
-            CommitSnapshotRequest, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-            snapshots_client::SnapshotsClient,
+            CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+            RemoveSnapshotRequest, snapshots_client::SnapshotsClient,
         },
         version_client::VersionClient,
     },
@@ -78,14 +78,7 @@ pub(crate) struct Side {
 impl Side {
     /// Connects, makes the parent snapshot and `standing` disks of it that stay.
     pub(crate) async fn new(tag: &'static str, snapshotter: &str, standing: usize) -> Outcome<Self> {
-        let mut side = Self {
-            snapshotter: snapshotter.to_owned(),
-            tag,
-            channel: connect(SOCKET).await?,
-            made: AtomicU64::new(0),
-            parent: String::new(),
-            pool: None,
-        };
+        let mut side = Self::connected(tag, snapshotter).await?;
         let (first, _) = side.prepare().await?;
         side.pool = Some(devices::pool_of(&first.device)?);
         let parent = format!("bench-{tag}-parent");
@@ -102,6 +95,35 @@ impl Side {
             side.prepare().await?;
         }
         Ok(side)
+    }
+
+    async fn connected(tag: &'static str, snapshotter: &str) -> Outcome<Self> {
+        Ok(Self {
+            snapshotter: snapshotter.to_owned(),
+            tag,
+            channel: connect(SOCKET).await?,
+            made: AtomicU64::new(0),
+            parent: String::new(),
+            pool: None,
+        })
+    }
+
+    /// Connects; the parent is the image that was pulled into this snapshotter, the only one there.
+    pub(crate) async fn of_images(tag: &'static str, snapshotter: &str) -> Outcome<Self> {
+        let mut side = Self::connected(tag, snapshotter).await?;
+        let all = side.list().await?;
+        let tops = all.iter().filter(|one| all.iter().all(|other| other.parent != one.name));
+        match tops.collect::<Vec<_>>().as_slice() {
+            [top] if top.kind() == Kind::Committed => side.parent = top.name.clone(),
+            tops => {
+                return Err(format!("{} images are unpacked in {snapshotter}, not one", tops.len()).into());
+            }
+        }
+        Ok(side)
+    }
+
+    pub(crate) fn set_pool(&mut self, pool: Pool) {
+        self.pool = Some(pool);
     }
 
     fn snapshots(&self) -> SnapshotsClient<Channel> {
@@ -134,11 +156,33 @@ impl Side {
     /// The call alone.
     async fn call_prepare(&self, holder: Holder<'_>) -> Outcome<(Prepared, Duration)> {
         let key = format!("bench-{}-{}", self.tag, self.made.fetch_add(1, Ordering::Relaxed));
+        let labels = if matches!(holder, Holder::Itself) { root_label() } else { HashMap::new() };
+        let (path, took) = self.call_prepare_of(&key, holder, labels).await?;
+        Ok((Prepared { key, path }, took))
+    }
+
+    /// The call alone, the key and the labels being the caller's: the device's path.
+    pub(crate) async fn prepare_labelled(
+        &self,
+        key: &str,
+        holder: Holder<'_>,
+        labels: &[(&str, &str)],
+    ) -> Outcome<String> {
+        let labels = labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Ok(self.call_prepare_of(key, holder, labels).await?.0)
+    }
+
+    async fn call_prepare_of(
+        &self,
+        key: &str,
+        holder: Holder<'_>,
+        labels: HashMap<String, String>,
+    ) -> Outcome<(String, Duration)> {
         let message = PrepareSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
-            key: key.clone(),
+            key: key.to_owned(),
             parent: self.parent.clone(),
-            labels: if matches!(holder, Holder::Itself) { root_label() } else { HashMap::new() },
+            labels,
         };
         let request = request(message, holder)?;
         let mut client = self.snapshots();
@@ -146,8 +190,15 @@ impl Side {
         let reply = client.prepare(request).await;
         let took = begun.elapsed();
         let mounts = reply.map_err(told("Prepare"))?.into_inner().mounts;
-        let path = mounts.into_iter().next().ok_or("Prepare returned no mount")?.source;
-        Ok((Prepared { key, path }, took))
+        Ok((mounts.into_iter().next().ok_or("Prepare returned no mount")?.source, took))
+    }
+
+    /// Where a snapshot's device is.
+    pub(crate) async fn mounts(&self, key: &str) -> Outcome<String> {
+        let message = MountsRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
+        let reply =
+            self.snapshots().mounts(request(message, Holder::Itself)?).await.map_err(told("Mounts"))?;
+        Ok(reply.into_inner().mounts.into_iter().next().ok_or("Mounts returned no mount")?.source)
     }
 
     /// Makes disks all at once, and says how long it took until the last reply. Their devices are opened after that.
@@ -161,7 +212,11 @@ impl Side {
 
     /// One call of Remove. Its device goes at a later collection.
     pub(crate) async fn remove(&self, disk: &Disk) -> Outcome {
-        let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: disk.key.clone() };
+        self.remove_key(&disk.key).await
+    }
+
+    pub(crate) async fn remove_key(&self, key: &str) -> Outcome {
+        let message = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
         self.snapshots().remove(request(message, Holder::Itself)?).await.map_err(told("Remove"))?;
         Ok(())
     }
@@ -177,7 +232,16 @@ impl Side {
 
     /// Deletes a lease, and waits for the collection of all that only it held.
     pub(crate) async fn end_lease(&self, id: &str) -> Outcome {
-        let message = DeleteRequest { id: id.to_owned(), sync: true };
+        self.delete_lease(id, true).await
+    }
+
+    /// Deletes a lease. What only it held is collected when containerd gets to it.
+    pub(crate) async fn drop_lease(&self, id: &str) -> Outcome {
+        self.delete_lease(id, false).await
+    }
+
+    async fn delete_lease(&self, id: &str, sync: bool) -> Outcome {
+        let message = DeleteRequest { id: id.to_owned(), sync };
         self.leases().delete(request(message, Holder::Itself)?).await.map_err(told("Leases.Delete"))?;
         Ok(())
     }
@@ -212,14 +276,18 @@ impl Side {
 
     /// How many snapshots this snapshotter has in our namespace.
     pub(crate) async fn count(&self) -> Outcome<usize> {
+        Ok(self.list().await?.len())
+    }
+
+    async fn list(&self) -> Outcome<Vec<Info>> {
         let message = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters: Vec::new() };
         let listed = self.snapshots().list(request(message, Holder::Itself)?).await.map_err(told("List"))?;
         let mut listed = listed.into_inner();
-        let mut count = 0;
+        let mut all = Vec::new();
         while let Some(page) = listed.message().await.map_err(told("List"))? {
-            count += page.info.len();
+            all.extend(page.info);
         }
-        Ok(count)
+        Ok(all)
     }
 }
 
