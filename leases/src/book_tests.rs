@@ -28,6 +28,8 @@ pub(crate) fn spec(n: u8) -> Spec {
 pub(crate) const SHARED: u8 = 10;
 /// In whose name what is shared is held, among VMs.
 pub(crate) const IMAGE: u8 = 200;
+/// In whose name a spare is held, among VMs.
+const SPARE: u8 = 201;
 
 pub(crate) fn id(n: u64) -> LeaseId {
     LeaseId::from_random(u128::from(n))
@@ -480,6 +482,8 @@ fn a_spare_is_handed_out_once_and_is_then_a_lease_like_any_other() {
     let twice = book.acquire(&ask_for(2, &made), id(8), &now);
     assert_eq!(twice, Err(BookError::NoSpare(made.id.clone())));
     assert_eq!(book.drop_spare(&made.id, &now), Vec::new());
+    let adopted = book.adopt_spare(&made.id, &seen(1, 1), &at(1, 6));
+    assert_eq!(adopted, Err(BookError::NoSpare(made.id.clone())), "only its VM renews it");
     // The request again, the wish again: the same lease.
     assert_eq!(acquired(&mut book, &wish, id(7), &now).id, made.id);
     assert_eq!(acquired(&mut book, &ask(1, 1), id(7), &now).id, made.id);
@@ -522,12 +526,19 @@ fn a_spare_outlives_boots_and_goes_when_it_is_dropped_or_cannot_be_made() {
     let ready = spare(&mut book, 1, &at(1, 0));
     suspected(&mut book, &at(2, 1_000));
     assert_eq!(book.get(&ready.id), Some(&ready), "nobody has to ask after it");
-    let (again, changes) = book.renew(&ready.id, Some(ttl(5)), None, &at(2, 0)).unwrap();
+    let (unseen, changes) = book.renew(&ready.id, None, None, &at(2, 0)).unwrap();
+    assert!(!unseen.is_ready_spare(&at(2, 0)) && changes.is_empty(), "nobody has looked at it");
+    let (again, changes) = book.adopt_spare(&ready.id, &seen(1, 77), &at(2, 0)).unwrap();
     apply(&mut book, changes);
     assert!(again.is_ready_spare(&at(2, 9)) && again.term.ttl.is_none());
+    assert_eq!(again.grant().unwrap().device, seen(1, 77).root);
+    let (renewed, _) = book.renew(&ready.id, Some(ttl(5)), Some(&seen(1, 77)), &at(2, 0)).unwrap();
+    assert_eq!(renewed, again, "whoever asks, it does not expire");
     let (half, changes) = book.intend_spare(id(2), spec(1), &at(2, 0)).unwrap();
     apply(&mut book, changes);
     assert_eq!(book.drop_spare(&half.id, &at(2, 0)), Vec::new(), "it has a maker");
+    let early = book.adopt_spare(&half.id, &seen(2, 2), &at(2, 0));
+    assert_eq!(early, Err(BookError::NoSpare(half.id.clone())));
     failed(&mut book, &half.id, &at(2, 0));
     let changes = book.drop_spare(&ready.id, &at(2, 0));
     apply(&mut book, changes);
@@ -625,6 +636,8 @@ struct Entry {
     spec: u8,
     ttl: Option<u64>,
     shares: Option<u64>,
+    /// The number of a spare's device, when it was looked at last.
+    number: Option<u32>,
     stand: Stand,
 }
 
@@ -642,6 +655,31 @@ struct Oracle {
     wall: i64,
 }
 
+/// A spare that somebody has chosen, rightly or not.
+#[derive(Clone, Copy, Debug)]
+struct Chosen {
+    lease: u64,
+    /// Whose device was looked at.
+    seen: u64,
+    /// The number of that device now.
+    number: u32,
+    /// Of which image it has to be; spares are of 0.
+    image: u8,
+}
+
+impl Chosen {
+    fn spare(self) -> Spare {
+        let (lease, image_digest) = (id(self.lease), format!("sha256:{}", self.image));
+        Spare { lease, image_digest, seen: seen(self.seen, self.number) }
+    }
+}
+
+/// The device of this lease, which has this number now.
+fn seen(lease: u64, number: u32) -> Seen {
+    let number = DeviceNumber { major: 253, minor: number };
+    Seen { root: DeviceIdentity { number, ..grant(lease as u32).device }, scratch: None }
+}
+
 #[derive(Clone, Debug)]
 enum Command {
     Acquire {
@@ -650,7 +688,12 @@ enum Command {
         ttl: Option<u64>,
         fresh: bool,
         request: Option<u8>,
+        spare: Option<Chosen>,
     },
+    IntendSpare(u8),
+    /// With its device, which has this number now.
+    AdoptSpare(u64, u32),
+    DropSpare(u64),
     Grant(u64),
     Fail(u64),
     See(u64),
@@ -676,9 +719,23 @@ fn command() -> impl Strategy<Value = Command> {
     let spec = || prop_oneof![3 => 0..2u8, 2 => SHARED..SHARED + 2];
     let request = || prop::option::weighted(0.3, 0..6u8);
     let time = || prop::option::of(1..40u64);
+    let number = || 100..104u32;
+    // Mostly the right device and image.
+    let chosen = (0..24u64, prop::option::weighted(0.1, 0..24u64), number(), prop::bool::weighted(0.1))
+        .prop_map(|(lease, other, number, wrong)| Chosen {
+            lease,
+            seen: other.unwrap_or(lease),
+            number,
+            image: u8::from(wrong),
+        });
     prop_oneof![
-        6 => (0..3u8, spec(), time(), any::<bool>(), request())
-            .prop_map(|(vm, spec, ttl, fresh, request)| Command::Acquire { vm, spec, ttl, fresh, request }),
+        6 => (0..3u8, spec(), time(), any::<bool>(), request(), prop::option::weighted(0.4, chosen))
+            .prop_map(|(vm, spec, ttl, fresh, request, spare)| {
+                Command::Acquire { vm, spec, ttl, fresh, request, spare }
+            }),
+        3 => (0..2u8).prop_map(Command::IntendSpare),
+        2 => (n(), number()).prop_map(|(lease, number)| Command::AdoptSpare(lease, number)),
+        1 => n().prop_map(Command::DropSpare),
         5 => n().prop_map(Command::Grant),
         1 => n().prop_map(Command::Fail),
         1 => n().prop_map(Command::See),
@@ -724,8 +781,25 @@ impl Oracle {
             return self.entries[base].lease;
         }
         let (lease, vm, spec) = (BASES + fresh_id, IMAGE, SHARED);
-        self.entries.push(Entry { lease, vm, spec, ttl: None, shares: None, stand: Stand::Preparing });
+        self.intend(lease, vm, spec, (None, None));
         lease
+    }
+
+    fn intend(&mut self, lease: u64, vm: u8, spec: u8, (ttl, shares): (Option<u64>, Option<u64>)) {
+        self.entries.push(Entry { lease, vm, spec, ttl, shares, number: None, stand: Stand::Preparing });
+    }
+
+    fn spare(&mut self, lease: u64) -> Option<&mut Entry> {
+        let is_spare = |e: &&mut Entry| e.vm == SPARE && matches!(e.stand, Stand::Granted { .. });
+        self.entry(lease).filter(is_spare)
+    }
+
+    /// Whether this spare can be handed out for that.
+    fn can_hand_out(&mut self, chosen: Chosen, spec: u8) -> bool {
+        let this_boot = self.boot;
+        let is_seen = |e: &mut Entry| matches!(e.stand, Stand::Granted { boot, .. } if boot == this_boot);
+        let is_right = chosen.seen == chosen.lease && chosen.image == 0 && spec < SHARED;
+        is_right && self.spare(chosen.lease).is_some_and(is_seen)
     }
 
     fn see(&mut self, lease: u64) {
@@ -748,7 +822,7 @@ impl Oracle {
 
     /// Whether the lease is the VM's then; `None`: refused.
     fn acquire(&mut self, command: &Command, fresh_id: u64) -> Option<u64> {
-        let Command::Acquire { vm, spec, ttl, fresh, request } = *command else { panic!() };
+        let Command::Acquire { vm, spec, ttl, fresh, request, spare } = *command else { panic!() };
         if let Some((_, acquired, of, lease)) =
             request.and_then(|r| self.requests.iter().find(|k| k.0 == r)).copied()
         {
@@ -761,6 +835,9 @@ impl Oracle {
             let entry = self.entries[holder].clone();
             let known = request.is_some_and(|r| self.requests.iter().any(|known| known.0 == r));
             if fresh && !known && self.is_doubtful(&entry.stand) {
+                if spare.is_some_and(|chosen| !self.can_hand_out(chosen, spec)) {
+                    return None;
+                }
                 self.entries[holder].stand = Stand::Releasing;
             } else if entry.spec != spec || entry.stand == Stand::Preparing {
                 // One that is being made is found, and not kept yet.
@@ -771,6 +848,9 @@ impl Oracle {
                 return Some(entry.lease);
             }
         }
+        if spare.is_some_and(|chosen| !self.can_hand_out(chosen, spec)) {
+            return None;
+        }
         let failed: Vec<u64> = self
             .entries
             .iter()
@@ -778,10 +858,17 @@ impl Oracle {
             .map(|e| e.lease)
             .collect();
         failed.into_iter().for_each(|lease| self.see(lease));
-        let shares = (spec >= SHARED).then(|| self.share(fresh_id));
-        self.entries.push(Entry { lease: fresh_id, vm, spec, ttl, shares, stand: Stand::Preparing });
-        self.note(request, true, vm, Some(fresh_id));
-        Some(fresh_id)
+        let lease = spare.map_or(fresh_id, |chosen| chosen.lease);
+        if let Some(chosen) = spare {
+            let stand = Stand::Granted { boot: self.boot, until: ttl.map(|ttl| self.up + ttl) };
+            let number = Some(chosen.number);
+            *self.entry(lease).unwrap() = Entry { lease, vm, spec, ttl, shares: None, number, stand };
+        } else {
+            let shares = (spec >= SHARED).then(|| self.share(fresh_id));
+            self.intend(lease, vm, spec, (ttl, shares));
+        }
+        self.note(request, true, vm, Some(lease));
+        Some(lease)
     }
 
     fn note(&mut self, request: Option<u8>, acquired: bool, vm: u8, lease: Option<u64>) {
@@ -798,7 +885,10 @@ impl Oracle {
         if !matches!(entry.stand, Stand::Granted { .. } | Stand::Suspect { .. }) {
             return false;
         }
-        entry.ttl = ttl.or(entry.ttl).filter(|_| entry.vm != IMAGE);
+        if entry.vm == SPARE {
+            return true;
+        }
+        entry.ttl = ttl.or(entry.ttl).filter(|_| entry.vm < IMAGE);
         entry.stand = Stand::Granted { boot, until: entry.ttl.map(|ttl| up + ttl) };
         true
     }
@@ -824,13 +914,13 @@ impl Oracle {
         self.requests.retain(|known| known.3 != Some(lease));
         let entry = self.entry(lease).unwrap();
         entry.shares = None;
-        entry.stand = if entry.vm == IMAGE { Stand::Releasing } else { Stand::Failed { cleared: false } };
+        entry.stand = if entry.vm >= IMAGE { Stand::Releasing } else { Stand::Failed { cleared: false } };
     }
 
     fn suspect(&mut self) {
         let (boot, up) = (self.boot, self.up);
         let doubtful: Vec<bool> =
-            self.entries.iter().map(|e| e.vm != IMAGE && self.is_doubtful(&e.stand)).collect();
+            self.entries.iter().map(|e| e.vm < IMAGE && self.is_doubtful(&e.stand)).collect();
         for (entry, doubtful) in self.entries.iter_mut().zip(doubtful) {
             match entry.stand {
                 Stand::Granted { boot: of, .. } if doubtful && of == boot => {
@@ -906,9 +996,9 @@ impl Desk {
 fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
     let now = oracle.now();
     match command {
-        Command::Acquire { vm: v, spec: s, ttl: time, fresh: anew, request: name } => {
+        Command::Acquire { vm: v, spec: s, ttl: time, fresh: anew, request: name, spare } => {
             let ask = Ask {
-                spare: None,
+                spare: spare.map(Chosen::spare),
                 vm: vm(*v),
                 spec: spec(*s),
                 ttl: time.map(ttl),
@@ -919,7 +1009,7 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
             let expected = oracle.acquire(command, fresh);
             match (expected, desk.book.acquire(&ask, id(fresh), &now)) {
                 (Some(n), Ok(Acquisition::New { lease, changes })) => {
-                    assert_eq!((&lease.id, n), (&id(n), fresh));
+                    assert_eq!((&lease.id, n), (&id(n), spare.map_or(fresh, |chosen| chosen.lease)));
                     assert!(desk.book.after(None).all(|other| other.generation < lease.generation));
                     desk.apply(changes);
                 }
@@ -933,6 +1023,29 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
                 (None, Err(_)) => {}
                 (expected, got) => panic!("{expected:?} {got:?}"),
             }
+        }
+        Command::IntendSpare(s) => {
+            let (lease, changes) = desk.book.intend_spare(id(fresh), spec(*s), &now).unwrap();
+            assert!(desk.book.after(None).all(|other| other.generation < lease.generation));
+            oracle.intend(fresh, SPARE, *s, (None, None));
+            desk.apply(changes);
+        }
+        Command::AdoptSpare(n, number) => {
+            let boot = oracle.boot;
+            match (oracle.spare(*n), desk.book.adopt_spare(&id(*n), &seen(*n, *number), &now)) {
+                (Some(entry), Ok((_, changes))) => {
+                    entry.stand = Stand::Granted { boot, until: None };
+                    entry.number = Some(*number);
+                    desk.apply(changes);
+                }
+                (None, Err(error)) => assert_eq!(error, BookError::NoSpare(id(*n))),
+                (entry, got) => panic!("{entry:?} {got:?}"),
+            }
+        }
+        Command::DropSpare(n) => {
+            oracle.spare(*n).into_iter().for_each(|entry| entry.stand = Stand::Releasing);
+            let changes = desk.book.drop_spare(&id(*n), &now);
+            desk.apply(changes);
         }
         Command::Grant(n) => {
             let (boot, up) = (oracle.boot, oracle.up);
@@ -1066,12 +1179,18 @@ fn release(
 }
 
 fn compare(book: &Book, oracle: &Oracle) {
-    let entry = |e: &Entry| (id(e.lease), vm(e.vm), spec(e.spec), e.shares.map(id), e.stand.clone());
+    let owner = |e: &Entry| if e.vm == SPARE { VmId::of_spare(&id(e.lease)) } else { vm(e.vm) };
+    let number = |e: &Entry| e.number.map(|minor| DeviceNumber { major: 253, minor });
+    let entry = |e: &Entry| (id(e.lease), owner(e), spec(e.spec), e.shares.map(id), e.stand.clone());
     let mut expected: Vec<_> = oracle.entries.iter().map(entry).collect();
     expected.sort_by(|a, b| a.0.cmp(&b.0));
     let lease = |l: &Lease| (l.id.clone(), l.vm.clone(), l.spec.clone(), l.shares.clone(), stand(l));
     let found: Vec<_> = book.after(None).map(lease).collect();
     assert_eq!(found, expected);
+    for (e, number) in oracle.entries.iter().filter_map(|e| Some((e, number(e)?))) {
+        let grant = book.get(&id(e.lease)).and_then(Lease::grant);
+        assert_eq!(grant.map(|grant| grant.device.number), Some(number), "lease {}", e.lease);
+    }
     let mut requests: Vec<_> =
         oracle.requests.iter().map(|(r, a, v, l)| (request(*r), *a, vm(*v), l.map(id))).collect();
     requests.sort();

@@ -248,9 +248,14 @@ impl Lease {
         matches!(self.state, State::Preparing | State::Granted(_) | State::Suspect { .. })
     }
 
+    /// Whether it is a spare that is there, and nobody's.
+    pub fn is_spare(&self) -> bool {
+        self.vm.is_spare() && matches!(self.state, State::Granted(_))
+    }
+
     /// Whether it can be handed out: a spare that was looked at in this boot.
     pub fn is_ready_spare(&self, now: &Moment) -> bool {
-        self.vm.is_spare() && matches!(self.state, State::Granted(_)) && self.term.boot == now.boot
+        self.is_spare() && self.term.boot == now.boot
     }
 
     /// Whether what there is of it is to be cleared away.

@@ -277,11 +277,27 @@ impl Book {
         Ok((lease, draft.changes))
     }
 
+    /// A spare was looked at, and is what it was: it can be handed out in this boot, with `seen`, its device as it is now.
+    /// Nothing is to be written if all is so already.
+    ///
+    /// # Errors
+    /// If it was handed out or dropped meanwhile. What is a VM's is for its launcher to renew.
+    pub fn adopt_spare(
+        &self,
+        id: &LeaseId,
+        seen: &Seen,
+        now: &Moment,
+    ) -> Result<(Lease, Vec<Change>), BookError> {
+        if !self.get(id).is_some_and(Lease::is_spare) {
+            return Err(BookError::NoSpare(id.clone()));
+        }
+        self.renew(id, None, Some(seen), now)
+    }
+
     /// A spare is not wanted any more: Granted → Releasing. Nothing if it was handed out, or is not there yet.
     pub fn drop_spare(&self, id: &LeaseId, now: &Moment) -> Vec<Change> {
         let mut draft = Draft::on(self);
-        let is_spare = |lease: &&Lease| lease.vm.is_spare() && matches!(lease.state, State::Granted(_));
-        if let Some(lease) = self.get(id).filter(is_spare) {
+        if let Some(lease) = self.get(id).filter(|lease| lease.is_spare()) {
             draft.release(lease, false, now);
         }
         draft.changes
@@ -330,7 +346,7 @@ impl Book {
     }
 
     /// Granted or Suspect → Granted, with `ttl` (the one that it has, if `None`) from now on, and with `seen`, its devices as
-    /// they are now. Nothing is to be written if nothing changes by it.
+    /// they are now. Nothing is to be written if nothing changes by it, nor of a spare that nobody has looked at.
     ///
     /// # Errors
     /// If it is gone, was released, has failed, or is not granted yet.
@@ -361,6 +377,10 @@ impl Book {
             State::Releasing { .. } | State::Failed { .. } => return Err(BookError::Released(id.clone())),
             State::Granted(grant) | State::Suspect { grant, .. } => grant.clone(),
         };
+        // Who has not looked at a spare cannot say that it is one in this boot.
+        if lease.vm.is_spare() && seen.is_none() {
+            return Ok(lease.clone());
+        }
         let ttl = ttl.or(lease.term.ttl).filter(|_| lease.vm.is_vm());
         let term = Term { ttl, boot: now.boot, until: None }.begun(now);
         // Numbers change when a device is activated again.

@@ -1,16 +1,21 @@
 //! What launchers ask for, and what they give back.
 
-use super::desk::{TTL_STEPS, generation_of, steps};
+use super::desk::{TTL_STEPS, steps};
 use crate::{
-    Ask, LeaseId, Release, RequestId, Share,
+    Ask, Generation, LeaseId, Release, RequestId, Seen, Share, Spare,
     book::tests::{IMAGE, SHARED, id, spec, vm},
 };
+
+/// A lease id that no lease gets.
+pub(super) const NO_LEASE: u64 = u64::MAX;
 
 /// Whose disks the VMs of a run have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Sharing {
     /// Each its own.
     Nobody,
+    /// Each its own, of image 0, of which there are spares; VM 1 wants its fresh disks of another one.
+    Spares,
     /// Both share image 0.
     Both,
     /// VM 0 shares image 0, VM 1 has its own disk of it.
@@ -30,17 +35,18 @@ pub(super) struct Wish {
 }
 
 impl Wish {
-    /// Of which image. If nobody shares any, VM 1 wants its fresh disks of another one.
+    /// Of which image. If nobody shares any, VM 1 wants its fresh disks of another one than its others.
     pub(super) fn image(self) -> u8 {
         match self.sharing {
             Sharing::Nobody => self.vm + u8::from(self.vm == 1 && self.fresh),
+            Sharing::Spares => u8::from(self.vm == 1 && self.fresh),
             Sharing::Both | Sharing::One | Sharing::AndScratch => 0,
         }
     }
 
     pub(super) fn shares(self) -> bool {
         match self.sharing {
-            Sharing::Nobody => false,
+            Sharing::Nobody | Sharing::Spares => false,
             Sharing::One => self.vm == 0,
             Sharing::Both | Sharing::AndScratch => true,
         }
@@ -48,6 +54,13 @@ impl Wish {
 
     pub(super) fn has_scratch(self) -> bool {
         self.sharing == Sharing::AndScratch && self.vm == 1
+    }
+
+    /// With this spare; `seen`: its device as it is now.
+    pub(super) fn ask_for(self, spare: u8, seen: Seen) -> Ask {
+        let (lease, image_digest) = (id(spare.into()), format!("sha256:{}", self.image()));
+        // No lease is made, and nothing shared.
+        Ask { spare: Some(Spare { lease, image_digest, seen }), ..self.ask(id(NO_LEASE)) }
     }
 
     /// With this lease for what is shared, if one is to be made.
@@ -81,7 +94,7 @@ pub(super) enum Which {
     Any,
     /// Only this lease.
     Lease(u8),
-    /// Only the generation of this lease.
+    /// Only this generation.
     Generation(u8),
 }
 
@@ -90,7 +103,7 @@ impl Return {
         Release {
             vm: vm(self.vm),
             lease: if let Which::Lease(n) = self.which { Some(id(n.into())) } else { None },
-            generation: if let Which::Generation(n) = self.which { Some(generation_of(n)) } else { None },
+            generation: if let Which::Generation(n) = self.which { Some(Generation(n.into())) } else { None },
             request: self.named.then(|| request("release", self.vm)),
             abandon: false,
         }

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 
 use super::{
-    asks::{Return, Wish},
+    asks::{NO_LEASE, Return, Wish},
     flaws::BookFlaw,
     view::View,
 };
 use crate::{
-    Acquisition, Book, BookError, Change, Failure, Generation, Grace, Grant, Lease, LeaseId, Moment,
-    ScratchGrant, Stored, Ttl,
-    book::tests::{IMAGE, at, grant, id, stored, ttl, vm},
+    Acquisition, Book, BookError, Change, DeviceIdentity, DeviceNumber, Failure, Grace, Grant, Lease,
+    LeaseId, Moment, ScratchGrant, Seen, Stored, Ttl,
+    book::tests::{IMAGE, at, grant, id, spec, stored, ttl, vm},
 };
 
 /// Time goes on in steps of so many seconds.
@@ -21,6 +21,9 @@ pub(super) const TTL_STEPS: u8 = 1;
 pub(super) const EXPIRED_GRACE_STEPS: u8 = 1;
 /// So many steps of a new boot a lease of an earlier one is kept.
 pub(super) const BOOT_GRACE_STEPS: u8 = 2;
+
+/// Room for the devices of a run.
+const NUMBERS_PER_BOOT: u32 = 16;
 
 /// The host's own clock. The wall's is left out: nothing is decided by it, and it jumps in the test against the oracle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,6 +38,7 @@ pub(super) enum Op {
     /// With this lease, if one is to be made, and with the one after it, if two are.
     Acquire(Wish, u8),
     Keep(Wish, u8),
+    /// Nobody has looked at its device.
     Renew(u8),
     Grant {
         lease: u8,
@@ -48,6 +52,20 @@ pub(super) enum Op {
     Suspect,
     GiveUpOn(u8),
     Remove(u8),
+    /// With this lease, if it was not used before.
+    IntendSpare(u8),
+    /// This lease, whose device was just looked at, as a spare.
+    HandOut {
+        wish: Wish,
+        lease: u8,
+        device: u8,
+    },
+    /// The same without a wish.
+    Adopt {
+        lease: u8,
+        device: u8,
+    },
+    DropSpare(u8),
     /// The service starts: what is written down is loaded.
     Load,
 }
@@ -55,7 +73,7 @@ pub(super) enum Op {
 /// What the book says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Answer {
-    /// An acquire makes this lease.
+    /// An acquire makes this lease, or gets this spare.
     New(u8),
     /// An acquire has found this lease.
     Existing(u8),
@@ -121,7 +139,7 @@ impl Desk {
             return Ok(*known);
         }
         let before = &self.books[book as usize].0;
-        let (after, answer) = self.decide(before, op, &moment(now))?;
+        let (after, answer) = self.decide(before, op, now)?;
         let after = match after {
             None => book,
             Some(after) => {
@@ -134,27 +152,14 @@ impl Desk {
     }
 
     /// The book afterwards, if it is another one.
-    fn decide(&self, book: &Book, op: Op, now: &Moment) -> Result<(Option<Book>, Answer), String> {
+    fn decide(&self, book: &Book, op: Op, clock: Clock) -> Result<(Option<Book>, Answer), String> {
         if op == Op::Load {
             return Ok((Some(self.loaded(book)?), Answer::Done));
         }
-        let mut decided = match op {
-            Op::Acquire(wish, next) => acquire(book, wish, next, now),
-            Op::Keep(wish, n) => done(book.keep(&wish.ask(id(n.into())), &id(n.into()), None, now)),
-            Op::Renew(n) => done(book.renew(&id(n.into()), None, None, now)),
-            Op::Grant { lease, .. } => match op.grant() {
-                Some(grant) => done(book.grant(&id(lease.into()), grant, now)),
-                None => (Answer::Refused, Vec::new()),
-            },
-            Op::Fail(n) => changed(book.fail(&id(n.into()), interrupted(), now)),
-            Op::Release(back) => done(book.release(&back.release(), now)),
-            Op::Suspect => changed(book.suspect(grace(), now)),
-            Op::GiveUpOn(n) => changed(book.give_up_on(&id(n.into()), now)),
-            Op::Remove(n) => book.remove(&id(n.into()), now).map_or((Answer::Refused, Vec::new()), changed),
-            Op::Load => (Answer::Done, Vec::new()),
-        };
+        let mistaken = self.flaw.and_then(|flaw| flaw.mistake(book, op, &moment(clock)));
+        let mut decided = decided(mistaken.as_ref().unwrap_or(book), op, clock);
         if let Some(flaw) = self.flaw {
-            flaw.spoil(book, op, &mut decided);
+            flaw.spoil(book, op, clock, &mut decided);
         }
         let (answer, changes) = decided;
         let mut after = None;
@@ -173,23 +178,57 @@ impl Desk {
     }
 }
 
+/// What the book itself decides.
+fn decided(book: &Book, op: Op, clock: Clock) -> (Answer, Vec<Change>) {
+    let now = &moment(clock);
+    match op {
+        Op::Acquire(wish, next) => acquire(book, wish, next, now),
+        Op::Keep(wish, n) => done(book.keep(&wish.ask(id(n.into())), &id(n.into()), None, now)),
+        Op::Renew(n) => done(book.renew(&id(n.into()), None, None, now)),
+        Op::Grant { lease, .. } => match op.grant(book, clock) {
+            Some(grant) => done(book.grant(&id(lease.into()), grant, now)),
+            None => (Answer::Refused, Vec::new()),
+        },
+        Op::Fail(n) => changed(book.fail(&id(n.into()), interrupted(), now)),
+        Op::Release(back) => done(book.release(&back.release(), now)),
+        Op::Suspect => changed(book.suspect(grace(), now)),
+        Op::GiveUpOn(n) => changed(book.give_up_on(&id(n.into()), now)),
+        Op::Remove(n) => book.remove(&id(n.into()), now).map_or((Answer::Refused, Vec::new()), changed),
+        Op::IntendSpare(n) => done(book.intend_spare(id(n.into()), spec(0), now)),
+        Op::HandOut { wish, lease, device } => {
+            let ask = wish.ask_for(lease, seen(device, clock));
+            acquired(book.acquire(&ask, id(NO_LEASE), now))
+        }
+        Op::Adopt { lease, device } => done(book.adopt_spare(&id(lease.into()), &seen(device, clock), now)),
+        Op::DropSpare(n) => changed(book.drop_spare(&id(n.into()), now)),
+        Op::Load => (Answer::Done, Vec::new()),
+    }
+}
+
 fn loaded(stored: Stored) -> Result<Book, String> {
     Book::load(stored).map_err(|error| format!("what is written down cannot be loaded: {error}"))
 }
 
 impl Op {
     /// What it is to be granted, if it is a grant.
-    pub(super) fn grant(self) -> Option<Grant> {
-        let Self::Grant { lease: _, device, image, scratch } = self else { return None };
+    pub(super) fn grant(self, book: &Book, clock: Clock) -> Option<Grant> {
+        let Self::Grant { lease, device, image, scratch } = self else { return None };
+        let is_spare = book.get(&id(lease.into())).is_some_and(|lease| lease.vm.is_spare());
+        let boot = if is_spare { clock.boot } else { 0 };
         let scratch = scratch
             .map(|device| ScratchGrant { device: grant(device.into()).device, filesystem: "ext4".into() });
-        Some(Grant { image_digest: format!("sha256:{image}"), scratch, ..grant(device.into()) })
+        let image_digest = format!("sha256:{image}");
+        Some(Grant { device: numbered(device, boot), image_digest, scratch, ..grant(device.into()) })
     }
 }
 
 fn acquire(book: &Book, wish: Wish, next: u8, now: &Moment) -> (Answer, Vec<Change>) {
     let (lease, shared) = fresh(book, wish, next);
-    match book.acquire(&wish.ask(shared), lease, now) {
+    acquired(book.acquire(&wish.ask(shared), lease, now))
+}
+
+fn acquired(outcome: Result<Acquisition, BookError>) -> (Answer, Vec<Change>) {
+    match outcome {
         Ok(Acquisition::New { lease, changes }) => (Answer::New(number_of(&lease.id)), changes),
         Ok(Acquisition::Existing(lease)) => (Answer::Existing(number_of(&lease.id)), Vec::new()),
         Err(_) => (Answer::Refused, Vec::new()),
@@ -208,13 +247,20 @@ fn allowed(before: &Book, after: &Book) -> Result<(), String> {
     if after.last_revision() < before.last_revision() {
         return Err("a revision can be given out again".into());
     }
+    if after.last_generation() < before.last_generation() {
+        return Err("a generation can be given out again".into());
+    }
     for lease in after.after(None) {
         let then = before.get(&lease.id);
         if lease.is_held() && then.is_some_and(|then| !then.is_held()) {
             return Err(format!("lease {} is held again", number_of(&lease.id)));
         }
-        // Leases are numbered in the order in which they were made.
-        if lease.generation != generation_of(number_of(&lease.id)) {
+        let others = then.filter(|then| then.vm != lease.vm);
+        if others.is_some_and(|then| !then.is_spare() || !lease.vm.is_vm()) {
+            return Err(format!("lease {} is given from one to another", number_of(&lease.id)));
+        }
+        let is_new = then.is_none() || others.is_some();
+        if is_new && lease.generation.0 <= before.last_generation() {
             return Err(format!("generation {} was given out before", lease.generation.0));
         }
         let sharers = after.after(None).filter(|other| other.shares.as_ref() == Some(&lease.id)).count();
@@ -241,11 +287,27 @@ fn watched(before: &Book, after: &Book) -> Result<(), String> {
     if same && after.remembers(since) { Ok(()) } else { Err("a watcher is not told of a change".into()) }
 }
 
+/// The device with the numbers that it has in this boot.
+fn numbered(device: u8, boot: u8) -> DeviceIdentity {
+    let minor = u32::from(device) + NUMBERS_PER_BOOT * u32::from(boot);
+    DeviceIdentity { number: DeviceNumber { major: 253, minor }, ..grant(device.into()).device }
+}
+
+/// The boot that the number is of.
+pub(super) fn boot_of(number: DeviceNumber) -> u8 {
+    (number.minor / NUMBERS_PER_BOOT) as u8
+}
+
+/// What somebody has seen who has looked at the device.
+fn seen(device: u8, clock: Clock) -> Seen {
+    Seen { root: numbered(device, clock.boot), scratch: None }
+}
+
 fn changed(changes: Vec<Change>) -> (Answer, Vec<Change>) {
     (Answer::Done, changes)
 }
 
-fn done<T>(decided: Result<(T, Vec<Change>), BookError>) -> (Answer, Vec<Change>) {
+pub(super) fn done<T>(decided: Result<(T, Vec<Change>), BookError>) -> (Answer, Vec<Change>) {
     decided.map_or((Answer::Refused, Vec::new()), |(_, changes)| changed(changes))
 }
 
@@ -257,10 +319,6 @@ pub(super) fn number_of(id: &LeaseId) -> u8 {
     u8::from_str_radix(id.as_str().trim_start_matches('0'), 16).unwrap_or(0)
 }
 
-pub(super) fn generation_of(lease: u8) -> Generation {
-    Generation(u64::from(lease) + 1)
-}
-
 pub(super) fn steps(n: u8) -> Ttl {
     ttl(u64::from(n) * STEP_SECONDS)
 }
@@ -269,6 +327,6 @@ fn grace() -> Grace {
     Grace { expired: steps(EXPIRED_GRACE_STEPS), boot: steps(BOOT_GRACE_STEPS) }
 }
 
-fn interrupted() -> Failure {
+pub(super) fn interrupted() -> Failure {
     Failure { reason: "INTERRUPTED".into(), message: "the service was stopped".into() }
 }

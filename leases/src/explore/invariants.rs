@@ -1,7 +1,7 @@
 //! What holds in every state of the world.
 
 use super::{
-    desk::Desk,
+    desk::{Desk, moment},
     view::{IMAGE, LeaseView, Stand},
     world::{Disk, VMS, World},
 };
@@ -12,6 +12,7 @@ pub(super) fn broken(world: &World, desk: &Desk) -> Result<(), String> {
     for lease in leases {
         granted_leases_have_their_disks(world, lease)?;
         what_is_shared_is_there(desk, world, lease)?;
+        spares_were_looked_at(world, lease)?;
         nobody_else_has_it(lease, leases)?;
     }
     for (device, disk) in world.disks.iter().enumerate() {
@@ -79,9 +80,27 @@ fn what_is_shared_is_there(desk: &Desk, world: &World, lease: &LeaseView) -> Res
     Ok(())
 }
 
+/// In this boot, before anybody can be given them. Nobody has to ask after them, and what could not be made is released.
+fn spares_were_looked_at(world: &World, lease: &LeaseView) -> Result<(), String> {
+    if !lease.is_spare() {
+        return Ok(());
+    }
+    match &lease.stand {
+        Stand::Suspect { .. } | Stand::Failed { .. } => {
+            Err(format!("lease {} is a spare, and is doubtful or has failed", lease.lease))
+        }
+        Stand::Granted(granted)
+            if lease.boot == moment(world.clock).boot && granted.numbers != world.clock.boot =>
+        {
+            Err(format!("lease {} is a spare of this boot, and its device is not known in it", lease.lease))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn nobody_else_has_it(lease: &LeaseView, leases: &[LeaseView]) -> Result<(), String> {
     for other in leases.iter().filter(|other| other.lease != lease.lease) {
-        if lease.is_held() && other.is_held() && lease.vm == other.vm {
+        if lease.is_held() && other.is_held() && lease.vm == other.vm && !lease.is_spare() {
             return Err(format!("VM {} holds two leases", lease.vm));
         }
         if lease.own_device().is_some() && lease.own_device() == other.own_device() {

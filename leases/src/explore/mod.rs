@@ -1,9 +1,9 @@
 //! The book as its own model: the real one, with the service, containerd, the kernel and launchers played around it, taken
-//! through every order in which two clients, two VMs with disks of their own or with one that they share, the reclaimer,
-//! time, crashes and power cuts can come.
+//! through every order in which two clients, two VMs with disks of their own, made ahead of need or not, or with one that they share,
+//! the reclaimer, time, crashes and power cuts can come.
 //!
 //! ```text
-//! search ──► world: who can do what ──► play, sharing, reclaiming: what it does ──► desk: asks the book ──► Book
+//! search ──► world: who can do what ──► play, sharing, spares, reclaiming: what it does ──► desk: asks the book ──► Book
 //!    ├─────► invariants: what holds in every state
 //!    └─────► rest: what becomes of it when it is left alone
 //! ```
@@ -19,6 +19,7 @@ mod reclaiming;
 mod rest;
 mod search;
 mod sharing;
+mod spares;
 mod view;
 mod world;
 
@@ -32,10 +33,14 @@ use world::Bounds;
 /// Deeper than any world goes.
 const TO_THE_END: usize = 1_000;
 
-const NARROW: Bounds = Bounds { leases: 2, boots: 1, up: 1, names: false, sharing: Sharing::Nobody };
+const NARROW: Bounds =
+    Bounds { leases: 2, boots: 1, up: 1, names: false, sharing: Sharing::Nobody, spares: 0 };
 
 /// A lease of each VM, and one of what they share.
 const SHARED: Bounds = Bounds { leases: 3, sharing: Sharing::Both, ..NARROW };
+
+/// One lease, which may be a spare.
+const SPARE: Bounds = Bounds { leases: 1, sharing: Sharing::Spares, spares: 1, ..NARROW };
 
 /// How deep a world is explored that is too wide for its end: so deep, and deeper if COWSHED_DEPTH says so.
 fn as_deep_as(steps: usize) -> usize {
@@ -107,6 +112,37 @@ fn a_scratch_disk_goes_with_its_vm_and_what_is_shared_stays() {
     assert!(seen.all && seen.states > 100_000, "{seen}");
 }
 
+#[test]
+fn a_spare_is_handed_out_once_or_dropped() {
+    let seen = explored(Bounds { names: true, ..SPARE }, TO_THE_END);
+    assert!(seen.all && seen.states > 16_000, "{seen}");
+}
+
+#[test]
+fn a_spare_outlives_time_crashes_and_a_power_cut() {
+    let seen = explored(Bounds { boots: 2, up: 3, ..SPARE }, TO_THE_END);
+    assert!(seen.all && seen.states > 36_000, "{seen}");
+}
+
+#[test]
+fn spares_and_what_is_made_when_it_is_asked_for_do_not_meet() {
+    let seen = explored(Bounds { leases: 2, ..SPARE }, as_deep_as(12));
+    assert!(seen.all || seen.states > 100_000, "{seen}");
+}
+
+#[test]
+fn two_spares_are_two() {
+    let seen = explored(Bounds { leases: 3, spares: 2, ..SPARE }, as_deep_as(8));
+    assert!(seen.states > 100_000, "{seen}");
+}
+
+#[test]
+fn spares_keep_every_promise_with_everything_together() {
+    let bounds = Bounds { leases: 2, boots: 2, up: 3, names: true, ..SPARE };
+    let seen = explored(bounds, as_deep_as(7));
+    assert!(seen.states > 50_000, "{seen}");
+}
+
 fn is_found(flaw: Flaw, bounds: Bounds, what: &str) {
     match explore(bounds, TO_THE_END, Some(flaw)) {
         Ok(seen) => panic!("{flaw:?} is not found: {seen}"),
@@ -121,7 +157,7 @@ fn a_flaw_is_found() {
     for (flaw, bounds, what) in [
         (Flaw::Book(BookFlaw::GrantsWhatWasReleased), NARROW, "lease 0 is held again"),
         (Flaw::Book(BookFlaw::ForgetsRequests), named, "a release that came again changes something"),
-        (Flaw::Book(BookFlaw::ForgetsGenerations), NARROW, "generation 1 was given out before"),
+        (Flaw::Book(BookFlaw::ForgetsGenerations), NARROW, "a generation can be given out again"),
         (Flaw::RemovesOpenDevices, NARROW, "the device that VM 0 has open is removed"),
         (Flaw::RemovesWhatIsBeingMade, NARROW, "the snapshot of lease 0 is without a lease in containerd"),
         (Flaw::StrikesOffFirst, NARROW, "the snapshot of lease 0 is on no record"),
@@ -158,5 +194,38 @@ fn a_flaw_of_what_is_shared_is_found() {
         (Flaw::Book(BookFlaw::ReleasesWhatOthersShare), "lease 0 is released, and lease 1 shares it"),
     ] {
         is_found(flaw, SHARED, what);
+    }
+}
+
+/// Lease 0 is a spare, or was made for VM 0 and is chosen as one.
+#[test]
+fn a_flaw_of_spares_is_found() {
+    let booted = Bounds { boots: 2, ..SPARE };
+    let unknown = "lease 0 is a spare of this boot, and its device is not known in it";
+    let unseen = "a spare is handed out that nobody has looked at in this boot";
+    for (flaw, bounds, what) in [
+        (Flaw::HandsOutUnasked, SPARE, "a spare is handed out twice"),
+        (Flaw::LeavesSparesHalfMade, SPARE, "lease 0 is being made for ever"),
+        (Flaw::ForgetsWhoMakesSpares, SPARE, "a spare that is made is refused"),
+        (Flaw::RenewsWhatItAdopts, SPARE, "the lease of a VM is renewed by somebody who looks for spares"),
+        (Flaw::RemovesOpenDevices, SPARE, "the device that VM 0 has open is removed"),
+        (Flaw::StrikesOffFirst, SPARE, "the snapshot of lease 0 is on no record"),
+        (Flaw::Book(BookFlaw::HandsOutTwice), SPARE, "lease 0 is given from one to another"),
+        (Flaw::Book(BookFlaw::HandsOutWhatWasDropped), SPARE, "lease 0 is held again"),
+        (Flaw::Book(BookFlaw::HandsOutOfAnEarlierBoot), booted, unseen),
+        (Flaw::Book(BookFlaw::HandsOutAnotherImage), SPARE, "the disk of lease 0 is of another image"),
+        (Flaw::Book(BookFlaw::HandsOutAnOldGeneration), SPARE, "generation 1 was given out before"),
+        (Flaw::Book(BookFlaw::TakesBackAsSpare), SPARE, "lease 0 is given from one to another"),
+        (Flaw::Book(BookFlaw::DropsWhatWasHandedOut), SPARE, "VM 0 does not have lease 0, as it was told"),
+        (Flaw::Book(BookFlaw::AdoptsUnseen), booted, unknown),
+        (Flaw::Book(BookFlaw::RenewsUnseen), booted, unknown),
+        (
+            Flaw::Book(BookFlaw::KeepsSparesThatFailed),
+            SPARE,
+            "lease 0 is a spare, and is doubtful or has failed",
+        ),
+        (Flaw::Book(BookFlaw::SuspectsSpares), booted, "lease 0 is a spare, and is doubtful or has failed"),
+    ] {
+        is_found(flaw, bounds, what);
     }
 }

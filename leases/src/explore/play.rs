@@ -6,7 +6,7 @@ use super::{
     flaws::Flaw,
     reclaiming::is_left_half_made,
     view::{LeaseView, Stand},
-    world::{CLIENTS, Call, Disk, Flight, MOST_FLIGHTS, Promise, Reclaimer, Step, World},
+    world::{CLIENTS, Call, Disk, Flight, MOST_FLIGHTS, Promise, Reclaimer, Refiller, Step, World},
 };
 
 impl World {
@@ -14,6 +14,7 @@ impl World {
     pub(super) fn after(mut self, desk: &mut Desk, step: Step, flaw: Option<Flaw>) -> Result<Self, String> {
         match step {
             Step::Acquire(wish) => self.acquire(desk, wish)?,
+            Step::Choose(wish, spare) => self.choose(desk, wish, spare)?,
             Step::Proceed(client) => self.calls[client] = self.proceed(desk, self.calls[client], flaw)?,
             Step::Fail(client) => {
                 let call = std::mem::replace(&mut self.calls[client], Call::None);
@@ -25,6 +26,11 @@ impl World {
                     self.flights[n] = self.fail_to_provide(desk, shared)?;
                 }
             }
+            Step::MakeSpare => self.make_spare(desk)?,
+            Step::LookAtSpare(lease) => self.look_at_spare(desk, lease),
+            Step::Refill => self.refiller = self.refill(desk, flaw)?,
+            Step::FailToRefill => self.fail_to_refill(desk)?,
+            Step::DropSpare(lease) => self.drop_spare(desk, lease)?,
             Step::Release(back) => self.release(desk, back)?,
             Step::Renew(lease) => self.renew(desk, lease)?,
             Step::Open(vm, device) => self.open(vm, device),
@@ -56,6 +62,7 @@ impl World {
     fn crash(&mut self, desk: &mut Desk, flaw: Option<Flaw>) -> Result<(), String> {
         self.calls = [Call::None; CLIENTS];
         self.flights = [Flight::None; MOST_FLIGHTS];
+        self.refiller = Refiller::Idle;
         self.reclaimer = Reclaimer::Idle;
         self.ask(desk, Op::Load)?;
         let leases = desk.view(self.book).leases.iter();
@@ -80,20 +87,11 @@ impl World {
     }
 
     fn acquire(&mut self, desk: &mut Desk, wish: Wish) -> Result<(), String> {
-        let vm = usize::from(wish.vm);
-        let known = self.acquired[vm].filter(|_| wish.named);
-        let promise = self.promises[vm];
-        let doubtful = promise.is_some_and(|promise| promise.is_doubtful(self.clock));
-        let replaces = wish.fresh && known.is_none() && doubtful;
+        let (known, replaces) = (self.known(wish), self.replaces(wish));
         let call = match self.ask(desk, Op::Acquire(wish, self.made))? {
-            Answer::New(_) if known.is_some() => return Err("a request that came again makes a lease".into()),
-            Answer::New(_) if promise.is_some() && !replaces => return Err("a VM gets a second lease".into()),
             Answer::New(lease) => {
                 self.made = lease + 1;
-                self.promises[vm] = None;
-                if wish.named {
-                    self.acquired[vm] = Some(lease);
-                }
+                self.get(wish, lease)?;
                 Call::Intended(wish, lease)
             }
             Answer::Existing(_) if replaces => return Err("a fresh disk is asked for, and not made".into()),
@@ -108,6 +106,34 @@ impl World {
         };
         if let Some(client) = self.calls.iter_mut().find(|call| **call == Call::None) {
             *client = call;
+        }
+        Ok(())
+    }
+
+    /// What this request has got before.
+    fn known(&self, wish: Wish) -> Option<u8> {
+        self.acquired[usize::from(wish.vm)].filter(|_| wish.named)
+    }
+
+    /// Whether what the VM has is replaced by this.
+    fn replaces(&self, wish: Wish) -> bool {
+        let doubtful =
+            self.promises[usize::from(wish.vm)].is_some_and(|promise| promise.is_doubtful(self.clock));
+        wish.fresh && self.known(wish).is_none() && doubtful
+    }
+
+    /// The wish gets a lease that the VM did not have.
+    pub(super) fn get(&mut self, wish: Wish, lease: u8) -> Result<(), String> {
+        let vm = usize::from(wish.vm);
+        if self.known(wish).is_some() {
+            return Err("a request that came again makes a lease".into());
+        }
+        if self.promises[vm].is_some() && !self.replaces(wish) {
+            return Err("a VM gets a second lease".into());
+        }
+        self.promises[vm] = None;
+        if wish.named {
+            self.acquired[vm] = Some(lease);
         }
         Ok(())
     }
@@ -140,6 +166,7 @@ impl World {
                 self.promise(wish.vm, lease)?;
             }
             Call::Prepared(wish, lease) => self.confirm(desk, wish, lease)?,
+            Call::Chosen(wish, spare) => self.hand_out(desk, (wish, spare), flaw)?,
             Call::Found(wish, lease) if flaw == Some(Flaw::AnswersWhatItFound) => {
                 self.promise(wish.vm, lease)?;
             }
@@ -186,7 +213,7 @@ impl World {
     }
 
     /// From now on, its VM has it.
-    fn promise(&mut self, vm: u8, lease: u8) -> Result<(), String> {
+    pub(super) fn promise(&mut self, vm: u8, lease: u8) -> Result<(), String> {
         let before = self.promises[usize::from(vm)];
         if before.is_some_and(|before| before.lease != lease) {
             return Err("a VM has two leases".into());
@@ -217,28 +244,30 @@ impl World {
             let same = self.book == book;
             return if same { Ok(()) } else { Err("a release that came again changes something".into()) };
         }
-        let meant = |vm, lease| match back.which {
-            Which::Any => vm == back.vm,
-            Which::Lease(only) | Which::Generation(only) => vm == back.vm && lease == only,
+        let meant = |lease: &LeaseView| match back.which {
+            Which::Any => lease.vm == back.vm,
+            Which::Lease(only) => lease.vm == back.vm && lease.lease == only,
+            Which::Generation(only) => lease.vm == back.vm && lease.generation == u64::from(only),
         };
         for before in desk.view(book).leases.iter().filter(|lease| lease.is_held()) {
             let held = desk.view(self.book).get(before.lease).is_some_and(|lease| lease.is_held());
-            match (meant(before.vm, before.lease), held) {
+            match (meant(before), held) {
                 (true, true) => return Err(format!("lease {} was released and is held", before.lease)),
                 (false, false) => return Err(format!("lease {} goes with another's release", before.lease)),
                 _ => {}
             }
         }
-        self.promises[vm].take_if(|promise| meant(back.vm, promise.lease));
+        self.promises[vm].take_if(|promise| desk.view(book).get(promise.lease).is_some_and(meant));
         Ok(())
     }
 
     fn renew(&mut self, desk: &mut Desk, lease: u8) -> Result<(), String> {
         let whose = self.promises.iter().position(|promise| promise.is_some_and(|p| p.lease == lease));
-        let is_shared = desk.view(self.book).get(lease).is_some_and(LeaseView::is_of_image);
+        let of_no_vm =
+            desk.view(self.book).get(lease).is_some_and(|lease| lease.is_of_image() || lease.is_spare());
         match (self.ask(desk, Op::Renew(lease))?, whose) {
             (Answer::Done, Some(vm)) => self.promise(vm as u8, lease),
-            (Answer::Done, None) if !is_shared => Err("a lease is renewed that is nobody's any more".into()),
+            (Answer::Done, None) if !of_no_vm => Err("a lease is renewed that is nobody's any more".into()),
             (Answer::Done, None) => Ok(()),
             (_, Some(_)) => Err("a lease that was promised cannot be renewed".into()),
             (_, None) => Ok(()),

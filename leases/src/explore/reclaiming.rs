@@ -12,6 +12,7 @@ pub(super) fn is_left_half_made(lease: &LeaseView, flaw: Option<Flaw>) -> bool {
     let overlooked = match flaw {
         Some(Flaw::LeavesHalfMade) => true,
         Some(Flaw::LeavesSharedHalfMade) => lease.is_of_image(),
+        Some(Flaw::LeavesSparesHalfMade) => lease.is_spare(),
         _ => false,
     };
     lease.stand == Stand::Preparing && !overlooked
@@ -29,7 +30,7 @@ impl World {
             }
             self.reclaimer = Reclaimer::Overdue(lease);
         }
-        let at_work = self.is_being_made(desk, lease) && flaw != Some(Flaw::RemovesWhatIsBeingMade);
+        let at_work = self.is_being_made(desk, lease, flaw) && flaw != Some(Flaw::RemovesWhatIsBeingMade);
         let view = desk.view(self.book).get(lease);
         if !at_work && view.is_some_and(|lease| is_left_half_made(lease, flaw)) {
             self.reclaimer = Reclaimer::HalfMade(lease);

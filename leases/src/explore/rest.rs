@@ -9,14 +9,14 @@ use super::{
     invariants::broken,
     search::fingerprint,
     view::{LeaseView, Stand},
-    world::{Call, Flight, Reclaimer, Step, VMS, World},
+    world::{Call, Flight, Reclaimer, Refiller, Step, VMS, World},
 };
 
 /// No way to rest is longer.
 const MOST_STEPS_TO_REST: usize = 100;
 
 /// Left alone, calls end and the reclaimer does what it can; then there is nothing that nobody wants, and when the
-/// launchers have closed their devices, every VM can have a disk; and when all is given back, there is nothing. Adds the
+/// launchers have closed their devices, every VM can have a disk, and every spare; and when all is given back, there is nothing. Adds the
 /// worlds on the way to `settled`, which are known to come to that.
 pub(super) fn settles(
     mut world: World,
@@ -24,10 +24,13 @@ pub(super) fn settles(
     (sharing, flaw): (Sharing, Option<Flaw>),
     settled: &mut HashSet<u128>,
 ) -> Result<(), String> {
+    let mut way = Vec::new();
     for _ in 0..MOST_STEPS_TO_REST {
-        if !settled.insert(fingerprint(&world)) {
-            return Ok(());
+        let print = fingerprint(&world);
+        if !settled.insert(print) {
+            return if way.contains(&print) { Err("it goes round in circles".into()) } else { Ok(()) };
         }
+        way.push(print);
         broken(&world, desk)?;
         if let Some(next) = left_alone(&world, desk, flaw)? {
             world = next;
@@ -39,6 +42,7 @@ pub(super) fn settles(
             continue;
         }
         (0..VMS as u8).try_for_each(|vm| everybody_is_served(&world, desk, vm, sharing))?;
+        spares_can_be_had(&world, desk, sharing)?;
         let before = world;
         world = all_given_back(world, desk, flaw)?;
         if world == before {
@@ -52,6 +56,8 @@ pub(super) fn settles(
 fn left_alone(world: &World, desk: &mut Desk, flaw: Option<Flaw>) -> Result<Option<World>, String> {
     let mut steps: Vec<Step> = (0..world.calls.len()).map(Step::Proceed).collect();
     steps.extend((0..world.flights.len()).map(Step::Provide));
+    steps.push(Step::Refill);
+    steps.extend(world.spares_to_look_at(desk));
     world.reclaimers_steps(desk, &mut steps);
     for step in steps {
         let next = world.after(desk, step, flaw)?;
@@ -63,7 +69,8 @@ fn left_alone(world: &World, desk: &mut Desk, flaw: Option<Flaw>) -> Result<Opti
 }
 
 fn nothing_without_owner(world: &World, desk: &Desk) -> Result<(), String> {
-    let idle = world.calls.iter().all(|call| *call == Call::None)
+    let idle = world.refiller == Refiller::Idle
+        && world.calls.iter().all(|call| *call == Call::None)
         && world.flights.iter().all(|flight| *flight == Flight::None);
     if !idle || world.reclaimer != Reclaimer::Idle {
         return Err("something is still under way".into());
@@ -99,9 +106,29 @@ fn everybody_is_served(world: &World, desk: &mut Desk, vm: u8, sharing: Sharing)
     }
 }
 
+/// By a VM that has nothing.
+fn spares_can_be_had(world: &World, desk: &mut Desk, sharing: Sharing) -> Result<(), String> {
+    let leases = &desk.view(world.book).leases;
+    let Some(vm) = (0..VMS as u8).find(|vm| !desk.view(world.book).holds(*vm)) else { return Ok(()) };
+    let spares: Vec<u8> = leases.iter().filter(|lease| lease.is_spare()).map(|lease| lease.lease).collect();
+    let wish = Wish { vm, fresh: false, named: false, sharing };
+    for lease in spares {
+        let device = world.device_of(lease).unwrap_or(lease);
+        let hand_out = Op::HandOut { wish, lease, device };
+        if desk.ask(world.book, hand_out, world.clock)?.1 != Answer::New(lease) {
+            return Err(format!("nobody can have lease {lease}, a spare"));
+        }
+    }
+    Ok(())
+}
+
+/// Spares are given up, too.
 fn all_given_back(mut world: World, desk: &mut Desk, flaw: Option<Flaw>) -> Result<World, String> {
     for vm in 0..VMS as u8 {
         world = world.after(desk, Step::Release(Return { vm, which: Which::Any, named: false }), flaw)?;
+    }
+    for lease in 0..world.made {
+        world = world.after(desk, Step::DropSpare(lease), flaw)?;
     }
     Ok(world)
 }

@@ -1,6 +1,9 @@
 //! All of a book that anything is decided by, small enough to compare.
 
-use super::{desk::number_of, world::VMS};
+use super::{
+    desk::{boot_of, number_of},
+    world::VMS,
+};
 use crate::{
     Book, BootId, Grant, Kind, Lease, Mode, Request, RequestId, Spec, State, Stored, Suspicion, Term, Ttl,
     Uptime, book::tests::stored,
@@ -8,13 +11,15 @@ use crate::{
 
 /// In whose name what is shared is held: the number after those of VMs.
 pub(super) const IMAGE: u8 = VMS as u8;
+/// In whose name every spare is held here.
+pub(super) const SPARE: u8 = IMAGE + 1;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct View {
     /// By lease.
     pub(super) leases: Vec<LeaseView>,
     requests: Vec<(RequestId, bool, String, Option<u8>)>,
-    last_generation: u64,
+    pub(super) last_generation: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -26,9 +31,9 @@ pub(super) struct LeaseView {
     scratch: bool,
     /// The lease whose device it shares.
     pub(super) shares: Option<u8>,
-    generation: u64,
+    pub(super) generation: u64,
     ttl: Option<Ttl>,
-    boot: BootId,
+    pub(super) boot: BootId,
     until: Option<Uptime>,
     pub(super) stand: Stand,
 }
@@ -48,6 +53,8 @@ pub(super) struct Granted {
     pub(super) image: u8,
     /// The device of its scratch disk.
     scratch: Option<u8>,
+    /// The boot that its numbers are of, if it is, or was, a spare's; those of others stay as they are.
+    pub(super) numbers: u8,
 }
 
 impl View {
@@ -99,7 +106,13 @@ impl LeaseView {
         };
         Self {
             lease: number_of(id),
-            vm: if vm.is_image() { IMAGE } else { last_digit(vm.as_str()) },
+            vm: if vm.is_image() {
+                IMAGE
+            } else if vm.is_spare() {
+                SPARE
+            } else {
+                last_digit(vm.as_str())
+            },
             image: last_digit(image),
             mode: *mode,
             scratch: scratch.is_some(),
@@ -136,6 +149,10 @@ impl LeaseView {
         self.vm == IMAGE
     }
 
+    pub(super) fn is_spare(&self) -> bool {
+        self.vm == SPARE
+    }
+
     pub(super) fn is_granted(&self) -> bool {
         matches!(self.stand, Stand::Granted(_) | Stand::Suspect { .. })
     }
@@ -148,7 +165,8 @@ impl LeaseView {
 impl Granted {
     fn of(grant: &Grant) -> Self {
         let scratch = grant.scratch.as_ref().map(|scratch| scratch.device.thin_id as u8);
-        Self { device: grant.device.thin_id as u8, image: last_digit(&grant.image_digest), scratch }
+        let numbers = boot_of(grant.device.number);
+        Self { device: grant.device.thin_id as u8, image: last_digit(&grant.image_digest), scratch, numbers }
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | the book as it is written down, containerd's leases, snapshots with their content | no | no |
 //! | which devices are open, the uptime | no | yes |
-//! | calls under way, the making of what is shared, the reclaimer | yes | yes |
+//! | calls under way, the making of what is shared, and of spares, the reclaimer | yes | yes |
 //!
 //! An effect and what is written down of it are two steps, so that a crash or somebody else's step comes between any two.
 //! What is one step here is one transaction there, with these exceptions, which leave nothing out:
@@ -19,12 +19,17 @@
 //!   broken off, the next one does the rest.
 //! - Who looks at what is shared, and finds it granted, tells all who wait for it at once; each is granted it in a step of
 //!   its own.
+//! - Which spares there are to choose from is not remembered: a call may choose whatever has a device, at any time, also
+//!   what was handed out or is another's. So it does not matter what the shelf says, nor what is left on it by mistake.
+//! - A call whose spare is none any more ends, and may come again, as one that has none to choose from.
+//! - One spare is made, or looked at, at a time: nobody who makes one has anything to do with another.
 //! - Who opens a device writes on it, unless the kernel refuses. A launcher has one device open at a time.
 //! - Which of the two clients does something does not matter.
 
 use super::{
     asks::{Return, Sharing, Which, Wish},
     desk::{Clock, Desk},
+    flaws::Flaw,
     view::LeaseView,
 };
 
@@ -47,6 +52,8 @@ pub(super) struct Bounds {
     /// Whether requests for VM 0 have names.
     pub(super) names: bool,
     pub(super) sharing: Sharing,
+    /// So many spares at a time, those included that are being made.
+    pub(super) spares: u8,
 }
 
 /// A snapshot, its device and what is on it.
@@ -76,6 +83,8 @@ pub(super) enum Call {
     Leased(Wish, u8),
     /// There is a snapshot.
     Prepared(Wish, u8),
+    /// This spare is chosen, and its device looked at.
+    Chosen(Wish, u8),
     /// The VM has this lease already, or somebody makes it.
     Found(Wish, u8),
 }
@@ -91,6 +100,20 @@ pub(super) enum Flight {
     Leased(u8),
     /// There is a view.
     Viewed(u8),
+}
+
+/// Who makes spares, and looks at those of an earlier run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Refiller {
+    Idle,
+    /// The intent is written down.
+    Intended(u8),
+    /// containerd has a lease for it.
+    Leased(u8),
+    /// There is a snapshot.
+    Prepared(u8),
+    /// It saw that the device of this spare is what it was.
+    Seen(u8),
 }
 
 /// The reclaimer.
@@ -141,6 +164,7 @@ pub(super) struct World {
     pub(super) containerd_leases: u8,
     pub(super) calls: [Call; CLIENTS],
     pub(super) flights: [Flight; MOST_FLIGHTS],
+    pub(super) refiller: Refiller,
     pub(super) reclaimer: Reclaimer,
     pub(super) launchers: [Launcher; VMS],
     pub(super) promises: [Option<Promise>; VMS],
@@ -154,6 +178,8 @@ pub(super) struct World {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Acquire(Wish),
+    /// An acquire that chooses this spare.
+    Choose(Wish, u8),
     /// The next effect of this call.
     Proceed(usize),
     /// It does not succeed.
@@ -162,6 +188,16 @@ pub(super) enum Step {
     Provide(usize),
     /// It does not succeed.
     FailToProvide(usize),
+    /// A spare is to be made.
+    MakeSpare,
+    /// The refiller looks at this spare.
+    LookAtSpare(u8),
+    /// The refiller's next effect.
+    Refill,
+    /// It does not succeed.
+    FailToRefill,
+    /// Nobody wants this spare any more.
+    DropSpare(u8),
     Release(Return),
     Renew(u8),
     /// This VM opens this device and writes on it.
@@ -187,6 +223,7 @@ impl World {
             containerd_leases: 0,
             calls: [Call::None; CLIENTS],
             flights: [Flight::None; MOST_FLIGHTS],
+            refiller: Refiller::Idle,
             reclaimer: Reclaimer::Idle,
             launchers: [Launcher { given: 0, open: None }; VMS],
             promises: [None; VMS],
@@ -208,7 +245,8 @@ impl World {
         self.calls_steps(&mut steps);
         let flights = (0..MOST_FLIGHTS).filter(|flight| self.flights[*flight] != Flight::None);
         steps.extend(flights.flat_map(|flight| [Step::Provide(flight), Step::FailToProvide(flight)]));
-        self.calls_that_may_come(bounds, &mut steps);
+        self.calls_that_may_come(desk, bounds, &mut steps);
+        self.refillers_steps(desk, bounds, &mut steps);
         self.reclaimers_steps(desk, &mut steps);
         steps
     }
@@ -232,12 +270,12 @@ impl World {
                 Call::Intended(..) | Call::Shared(..) | Call::Leased(..) | Call::Prepared(..) => {
                     steps.extend([Step::Proceed(client), Step::Fail(client)]);
                 }
-                Call::Unshared(..) | Call::Found(..) => steps.push(Step::Proceed(client)),
+                Call::Unshared(..) | Call::Chosen(..) | Call::Found(..) => steps.push(Step::Proceed(client)),
             }
         }
     }
 
-    fn calls_that_may_come(&self, bounds: Bounds, steps: &mut Vec<Step>) {
+    fn calls_that_may_come(&self, desk: &Desk, bounds: Bounds, steps: &mut Vec<Step>) {
         for vm in 0..VMS as u8 {
             let names = if bounds.names && vm == 0 { &[false, true][..] } else { &[false] };
             for named in names.iter().copied() {
@@ -245,13 +283,14 @@ impl World {
                     let sharing = bounds.sharing;
                     let wishes = [false, true].map(|fresh| Wish { vm, fresh, named, sharing });
                     steps.extend(wishes.map(Step::Acquire));
+                    let chosen = (0..self.made).filter(|_| bounds.spares > 0);
+                    steps.extend(chosen.flat_map(|spare| wishes.map(|wish| Step::Choose(wish, spare))));
                 }
                 steps.push(Step::Release(Return { vm, which: Which::Any, named }));
             }
-            for lease in 0..self.made {
-                let which = [Which::Lease(lease), Which::Generation(lease)];
-                steps.extend(which.map(|which| Step::Release(Return { vm, which, named: false })));
-            }
+            let generations = 1..=desk.view(self.book).last_generation as u8;
+            let which = (0..self.made).map(Which::Lease).chain(generations.map(Which::Generation));
+            steps.extend(which.map(|which| Step::Release(Return { vm, which, named: false })));
         }
         steps.extend((0..self.made).map(Step::Renew));
     }
@@ -266,12 +305,14 @@ impl World {
     }
 
     /// What is to be shared has a maker as long as whoever has intended it is at work, and while somebody provides it.
-    pub(super) fn is_being_made(&self, desk: &Desk, lease: u8) -> bool {
+    pub(super) fn is_being_made(&self, desk: &Desk, lease: u8, flaw: Option<Flaw>) -> bool {
         let is_shared = desk.view(self.book).get(lease).is_some_and(LeaseView::is_of_image);
         // The lease after it was intended with it.
         let by = if is_shared { lease + 1 } else { lease };
         let is_made = |call: &Call| call.makes().is_some_and(|(_, made)| made == by);
-        self.calls.iter().any(is_made) || self.flights.iter().any(|flight| flight.provides() == Some(lease))
+        self.refiller.makes() == Some(lease) && flaw != Some(Flaw::ForgetsWhoMakesSpares)
+            || self.calls.iter().any(is_made)
+            || self.flights.iter().any(|flight| flight.provides() == Some(lease))
     }
 
     /// The device of this lease's snapshot.
@@ -296,7 +337,7 @@ impl Call {
     /// For what wish it makes which lease.
     pub(super) fn makes(self) -> Option<(Wish, u8)> {
         match self {
-            Self::None | Self::Found(..) => None,
+            Self::None | Self::Chosen(..) | Self::Found(..) => None,
             Self::Intended(wish, lease)
             | Self::Waiting(wish, lease, _)
             | Self::Shared(wish, lease)
