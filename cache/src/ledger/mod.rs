@@ -153,11 +153,8 @@ impl Ledger {
         self.write(move |batch| {
             let mut confirmed = Vec::with_capacity(seen.len());
             for (id, seen) in &seen {
-                if !book(batch).get(id).is_some_and(|lease| lease.vm.is_spare()) {
-                    continue;
-                }
-                // One that is being dropped is no spare any more.
-                let Ok((_, changes)) = book(batch).renew(id, None, Some(seen), &now) else { continue };
+                // One that was handed out or dropped is no spare any more.
+                let Ok((_, changes)) = book(batch).adopt_spare(id, seen, &now) else { continue };
                 apply(batch, changes);
                 confirmed.push(id.clone());
             }
