@@ -303,9 +303,11 @@ impl Acquirer {
         };
         let lane = (wish.access.tenant.to_string(), image.manifest.to_string());
         let (_seat, waited) = self.crowd.enter(lane).await?;
-        stages.done(Stage::Queue);
-        if waited && !landing.is_awaited() {
-            return Ok(None);
+        if waited {
+            stages.done(Stage::Queue);
+            if !landing.is_awaited() {
+                return Ok(None);
+            }
         }
         let id = fresh();
         let maker = self.making.begin(id.clone());

@@ -140,7 +140,7 @@ fn killed() -> Outcome {
     for round in 0..6 {
         let vms: Vec<String> = (0..6).map(|n| format!("killed-{round}-{n}")).collect();
         let killer = thread::spawn(move || {
-            block_on(tokio::time::sleep(Duration::from_millis(40 * round)));
+            block_on(async { tokio::time::sleep(Duration::from_millis(40 * round)).await });
             let victims: &[&str] = match round % 3 {
                 0 => &["cowshed"],
                 1 => &["containerd"],
