@@ -286,6 +286,7 @@ impl Acquirer {
             return Ok(Some(self.existing(ask, *lease, stages).await?));
         }
         self.drain.admit()?;
+        self.admission.admit_lately(&self.kernel).await?;
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
         stages.done(Stage::Resolve);
         let plain = found.as_ref().filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none());
@@ -358,9 +359,6 @@ impl Acquirer {
         stages: &mut Stages,
     ) -> Result<Option<Lease>> {
         while let Some(spare) = self.spares.take(&image.manifest) {
-            // What has no room for another disk has none for what this one will hold.
-            self.admission.judge(&self.kernel.pool_lately().await)?;
-            self.admission.hindrances.admit()?;
             let id = spare.lease().clone();
             let granted =
                 self.ledger.read(|book| book.get(&id).and_then(|l| l.grant().map(|g| g.device.clone())));

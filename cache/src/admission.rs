@@ -26,6 +26,14 @@ impl Admission {
         self.hindrances.admit()
     }
 
+    /// The same on what the kernel has said a moment ago, if that speaks for it: nobody is refused for what is over.
+    pub async fn admit_lately(&self, kernel: &Devices) -> Result<()> {
+        match self.judge(&kernel.pool_lately().await) {
+            Ok(()) => self.hindrances.admit(),
+            Err(_) => self.admit(kernel).await,
+        }
+    }
+
     /// Decides on what the kernel has said.
     pub fn judge(&self, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
         self.decide(pool.as_ref().map_err(unknown)?)
