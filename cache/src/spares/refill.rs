@@ -124,8 +124,10 @@ impl Refiller {
             match (self.look_at(&lease).await, key) {
                 (Ok(seen), Some(key)) if self.spares.are_kept() => right.push((lease.id, seen, key)),
                 (Err(error), _) if error.reason() != Reason::DeviceMismatch => {
-                    tracing::debug!(lease = %lease.id, %error, "whether a spare is well cannot be told yet");
-                    let since = round.untold.get(&lease.id).copied().unwrap_or_else(Instant::now);
+                    let since = round.untold.get(&lease.id).copied().unwrap_or_else(|| {
+                        tracing::warn!(lease = %lease.id, %error, "whether a spare is well cannot be told yet");
+                        Instant::now()
+                    });
                     if since.elapsed() < PATIENCE {
                         untold.insert(lease.id, since);
                     } else {
