@@ -26,6 +26,10 @@ use crate::image::{Digest, ImageRef, ResolvedImage};
 
 /// How long one is thought to take to make before one was made.
 const FIRST_GUESS: Duration = Duration::from_secs(1);
+/// New ones are made when none was taken for so long …
+const QUIET: Duration = Duration::from_millis(50);
+/// … or takers have not been quiet for this time.
+const LONGEST_QUIET: Duration = Duration::from_millis(500);
 /// After a failure the next try waits so long, and twice as long after each further one, up to the longest pause.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -73,6 +77,8 @@ struct State {
     pins_known: bool,
     /// Whether somebody has found one that is to be looked at again.
     look_again: bool,
+    /// When one was last taken.
+    taken: Option<Instant>,
 }
 
 /// Of one image.
@@ -110,6 +116,7 @@ impl Spares {
             names: HashMap::new(),
             pins_known: false,
             look_again: false,
+            taken: None,
         };
         Self(Arc::new(Inner {
             settings,
@@ -152,6 +159,7 @@ impl Spares {
         let mut state = self.state();
         let lease = state.shelves.get_mut(key)?.ready.pop_front()?;
         state.in_hand.insert(lease.clone());
+        state.taken = Some(Instant::now());
         Some(Taken { spares: self.clone(), key: key.clone(), lease, is_gone: false })
     }
 
@@ -204,6 +212,19 @@ impl Spares {
     fn inherit(&self, key: &Key, count: u32) {
         let (now, half_life) = (self.0.origin.elapsed(), self.0.settings.limits.half_life);
         self.state().shelves.entry(key.clone()).or_default().demand.inherited(count, now, half_life);
+    }
+
+    /// Waits until nobody has taken one for a moment, or for long enough: who makes new ones holds up those who are being
+    /// answered.
+    async fn quiet(&self) {
+        let begun = Instant::now();
+        while let Some(taken) = self.state().taken {
+            let rest = QUIET.saturating_sub(taken.elapsed());
+            if rest.is_zero() || begun.elapsed() >= LONGEST_QUIET {
+                return;
+            }
+            tokio::time::sleep(rest).await;
+        }
     }
 
     /// Whether somebody has found one that is to be looked at again; asked once.

@@ -56,7 +56,7 @@ impl Refiller {
         loop {
             self.round(&mut round).await;
             tokio::select! {
-                () = self.spares.0.wake.notified() => {}
+                () = self.spares.0.wake.notified() => self.spares.quiet().await,
                 () = tokio::time::sleep(TICK) => {}
                 _ = stopped.wait_for(|stop| *stop) => return,
             }
