@@ -218,7 +218,9 @@ impl Spares {
     /// answered.
     async fn quiet(&self) {
         let begun = Instant::now();
-        while let Some(taken) = self.state().taken {
+        loop {
+            let taken = self.state().taken;
+            let Some(taken) = taken else { return };
             let rest = QUIET.saturating_sub(taken.elapsed());
             if rest.is_zero() || begun.elapsed() >= LONGEST_QUIET {
                 return;

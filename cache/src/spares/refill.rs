@@ -55,10 +55,13 @@ impl Refiller {
         let mut round = Round::default();
         loop {
             self.round(&mut round).await;
-            tokio::select! {
-                () = self.spares.0.wake.notified() => self.spares.quiet().await,
-                () = tokio::time::sleep(TICK) => {}
+            let woken = tokio::select! {
+                () = self.spares.0.wake.notified() => true,
+                () = tokio::time::sleep(TICK) => false,
                 _ = stopped.wait_for(|stop| *stop) => return,
+            };
+            if woken {
+                self.spares.quiet().await;
             }
         }
     }
