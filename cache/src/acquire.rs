@@ -79,6 +79,11 @@ impl Wish {
         }
     }
 
+    /// Whether a spare would do.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.mode == Mode::CopyOnWrite && self.scratch.is_none()
+    }
+
     /// Wishes of one key share a flight. What else they ask for is added to what it comes to.
     fn key(&self) -> (VmId, String) {
         let Self { image, platform, access, mode, scratch, fresh, .. } = self;
@@ -289,8 +294,7 @@ impl Acquirer {
         self.admission.admit_lately(&self.kernel).await?;
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
         stages.done(Stage::Resolve);
-        let plain = found.as_ref().filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none());
-        if let Some(image) = plain
+        if let Some(image) = found.as_ref().filter(|_| wish.is_plain())
             && let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await?
         {
             self.spares.asked(image);
@@ -325,7 +329,7 @@ impl Acquirer {
         };
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
-        let plain = Some(image.clone()).filter(|_| wish.mode == Mode::CopyOnWrite && wish.scratch.is_none());
+        let plain = wish.is_plain().then(|| image.clone());
         match self.make(wish, &lease, image, &mut stages, || landing.is_awaited()).await {
             Ok(lease) if lease.vm.is_spare() => {
                 tracing::info!("nobody waits for it any more: it is a spare");
@@ -427,8 +431,7 @@ impl Acquirer {
     /// Leaves nothing behind: marks the lease, and the reclaimer clears away whatever was made of it. If it cannot be
     /// marked, the reclaimer does that too, as soon as it finds it without a maker.
     async fn give_up(&self, id: &LeaseId, maker: Maker, error: Error) -> Refusal {
-        let failure = Failure { reason: error.reason().as_str().to_owned(), message: error.to_string() };
-        let marked = self.ledger.fail(id.clone(), failure, self.clock.now()).await;
+        let marked = self.ledger.fail(id.clone(), Failure::from(&error), self.clock.now()).await;
         drop(maker);
         self.wake.now();
         let error = match marked {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use cowshed_leases::{
-    DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Process, Scratch, ScratchGrant, State, VmId,
+    DeviceIdentity, Failure, Grant, Lease, LeaseId, Process, Scratch, ScratchGrant, State, VmId,
 };
 use tracing::Instrument as _;
 
@@ -53,8 +53,7 @@ impl Acquirer {
             }
         };
         let (id, now) = (lease.id.clone(), self.clock.now());
-        let is_plain = wish.mode == Mode::CopyOnWrite && wish.scratch.is_none();
-        let granted = if is_plain && self.spares.are_kept() && !is_awaited() {
+        let granted = if wish.is_plain() && self.spares.are_kept() && !is_awaited() {
             self.ledger.shelve(id, grant, now).await?
         } else {
             self.ledger.grant(id, grant, now).await?
@@ -214,12 +213,9 @@ impl Acquirer {
                 match self.make_shared(wish, &lease, image).await {
                     Ok(granted) => granted,
                     Err(error) => {
-                        let failure = Failure {
-                            reason: error.reason().as_str().to_owned(),
-                            message: error.to_string(),
-                        };
                         // If that cannot be written, the reclaimer finds it without a maker.
-                        let _later = self.ledger.fail(id.clone(), failure, self.clock.now()).await;
+                        let _later =
+                            self.ledger.fail(id.clone(), Failure::from(&error), self.clock.now()).await;
                         drop(maker);
                         self.wake.now();
                         return Err(error);

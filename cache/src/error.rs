@@ -293,6 +293,13 @@ pub(crate) fn shown(text: &str, limit: usize) -> String {
 
 impl std::error::Error for Error {}
 
+/// As a lease keeps it.
+impl From<&Error> for cowshed_leases::Failure {
+    fn from(error: &Error) -> Self {
+        Self { reason: error.reason().as_str().to_owned(), message: error.to_string() }
+    }
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         error.to_status()

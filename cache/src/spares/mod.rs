@@ -239,11 +239,17 @@ impl Spares {
         self.state().shelves.contains_key(key)
     }
 
-    /// So many are pinned of these, and of no others.
-    fn pin(&self, pinned: Vec<(ResolvedImage, u32)>) {
+    /// So many are pinned of these, and of what the `unknown` names meant when they were last known, and of no others.
+    fn pin(&self, pinned: Vec<(ResolvedImage, u32)>, unknown: Vec<(ImageRef, u32)>) {
         let mut state = self.state();
-        state.pins_known = true;
+        state.pins_known |= unknown.is_empty();
         state.shelves.values_mut().for_each(|shelf| shelf.pinned = 0);
+        let State { names, shelves, .. } = &mut *state;
+        for (name, count) in unknown {
+            if let Some(shelf) = names.get(&name).and_then(|key| shelves.get_mut(key)) {
+                shelf.pinned = shelf.pinned.max(count);
+            }
+        }
         for (image, count) in pinned {
             state.mean(&image.name, &image.manifest);
             let shelf = state.shelves.entry(image.manifest.clone()).or_default();

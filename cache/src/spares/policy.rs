@@ -195,7 +195,7 @@ mod tests {
         }
 
         #[test]
-        fn more_requests_never_want_less(times in prop::collection::vec(0_u64..10_000, 1..60), more in 0_u64..10_000) {
+        fn one_more_request_can_at_most_divide_a_crowd(times in prop::collection::vec(0_u64..10_000, 1..60), more in 0_u64..10_000) {
             let sorted = |mut times: Vec<u64>| { times.sort_unstable(); times };
             let (few, many) = (sorted(times.clone()), sorted([times, vec![more]].concat()));
             let wants = |times: &[u64]| asked(times).wants(seconds(10_000), seconds(2), &LIMITS);

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cowshed_leases::{Failure, Lease, LeaseId, Mode, Seen, Spec, State, Tenant};
+use cowshed_leases::{Failure, Lease, LeaseId, Mode, Seen, Spec, Tenant};
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
@@ -38,6 +38,19 @@ pub struct Refiller {
     pub acquirer: Arc<Acquirer>,
     /// What is counted.
     pub metrics: Metrics,
+}
+
+/// What there is of a spare.
+enum Look {
+    /// What was made.
+    Right(Seen),
+    /// Something else, or nothing.
+    Wrong,
+    /// What was made, and somebody has it open so many times: a VM that got it before the state directory was put back, or udev for
+    /// a moment. It is neither handed out nor given up, for then it would go when it is closed.
+    Open(u32),
+    /// It cannot be told.
+    Untold(Error),
 }
 
 /// What it remembers from one round to the next.
@@ -116,28 +129,33 @@ impl Refiller {
         // Before the ledger: what is made meanwhile is known to its maker.
         let known = self.spares.known();
         let lost: Vec<Lease> = ledger.read(|book| {
-            let is_spare = |lease: &&Lease| lease.vm.is_spare() && matches!(lease.state, State::Granted(_));
-            let lost = book.after(None).filter(is_spare).filter(|lease| !known.contains(&lease.id));
+            let lost = book.after(None).filter(|lease| lease.is_spare() && !known.contains(&lease.id));
             lost.cloned().collect()
         });
         let mut untold = HashMap::new();
         let (mut right, mut wrong) = (Vec::new(), Vec::new());
         for lease in lost {
             let key = lease.grant().and_then(|grant| grant.image_digest.parse::<Key>().ok());
-            match (self.look_at(&lease).await, key) {
-                (Ok(seen), Some(key)) if self.spares.are_kept() => right.push((lease.id, seen, key)),
-                (Err(error), _) if error.reason() != Reason::DeviceMismatch => {
-                    let since = round.untold.get(&lease.id).copied().unwrap_or_else(|| {
-                        tracing::warn!(lease = %lease.id, %error, "whether a spare is well cannot be told yet");
-                        Instant::now()
-                    });
-                    if since.elapsed() < PATIENCE {
-                        untold.insert(lease.id, since);
-                    } else {
-                        wrong.push(lease.id);
-                    }
+            let (why, may_drop) = match (self.look_at(&lease).await, key) {
+                (Look::Right(seen), Some(key)) if self.spares.are_kept() => {
+                    right.push((lease.id, seen, key));
+                    continue;
                 }
-                (_, _) => wrong.push(lease.id),
+                (Look::Right(_) | Look::Wrong, _) => {
+                    wrong.push(lease.id);
+                    continue;
+                }
+                (Look::Open(count), _) => (format!("its device is open {count} times"), false),
+                (Look::Untold(error), _) => (error.to_string(), true),
+            };
+            let since = round.untold.get(&lease.id).copied().unwrap_or_else(|| {
+                tracing::warn!(lease = %lease.id, why, "a spare cannot be handed out yet");
+                Instant::now()
+            });
+            if may_drop && since.elapsed() >= PATIENCE {
+                wrong.push(lease.id);
+            } else {
+                untold.insert(lease.id, since);
             }
         }
         round.untold = untold;
@@ -171,16 +189,18 @@ impl Refiller {
         }
     }
 
-    /// Its device as it is, if that is what was made, and it is nobody's.
-    async fn look_at(&self, lease: &Lease) -> Result<Seen> {
-        let seen = self.acquirer.seen(lease).await?;
+    /// Whether its device is what was made, and nobody has it open.
+    async fn look_at(&self, lease: &Lease) -> Look {
+        let seen = match self.acquirer.seen(lease).await {
+            Ok(seen) => seen,
+            Err(error) if error.reason() == Reason::DeviceMismatch => return Look::Wrong,
+            Err(error) => return Look::Untold(error),
+        };
         match self.acquirer.kernel.open_count(&seen.root.dm_name).await {
-            Ok(Some(0)) => Ok(seen),
-            Ok(open) => {
-                let message = format!("its device {} is open ({open:?})", seen.root.path);
-                Err(Error::new(Reason::DeviceMismatch, message).with("lease_id", &lease.id))
-            }
-            Err(error) => Err(Error::new(Reason::NotReady, error.to_string())),
+            Ok(Some(0)) => Look::Right(seen),
+            Ok(Some(count)) => Look::Open(count),
+            Ok(None) => Look::Wrong,
+            Err(error) => Look::Untold(Error::new(Reason::NotReady, error.to_string())),
         }
     }
 
@@ -188,21 +208,20 @@ impl Refiller {
     async fn look_at_pins(&self) {
         let Acquirer { ledger, images, clock, .. } = &*self.acquirer;
         let pins = ledger.read_all(|_, marks| marks.pinned_spares(&clock.now()));
-        let mut pinned = Vec::with_capacity(pins.len());
+        let (mut pinned, mut unknown) = (Vec::with_capacity(pins.len()), Vec::new());
         for (name, count) in pins {
-            let Ok(image) = ImageRef::parse(&name) else { continue };
-            match images.local(&image, &Platform::host()).await {
+            let Ok(name) = ImageRef::parse(&name) else { continue };
+            match images.local(&name, &Platform::host()).await {
                 Ok(Some(image)) => pinned.push((image, count)),
                 // It is pulled, or not: pins hold on to names.
                 Ok(None) => {}
-                // Those that there are stay wanted.
                 Err(error) => {
-                    tracing::debug!(%name, %error, "what a pinned name means cannot be learnt now");
-                    return;
+                    tracing::debug!(image = %name, %error, "what a pinned name means cannot be learnt now");
+                    unknown.push((name, count));
                 }
             }
         }
-        self.spares.pin(pinned);
+        self.spares.pin(pinned, unknown);
     }
 
     fn begin(self: &Arc<Self>, key: Key, image: Arc<ResolvedImage>) {
@@ -289,10 +308,8 @@ impl Acquirer {
         match made.await {
             Ok(granted) => Ok(granted.id),
             Err(error) => {
-                let failure =
-                    Failure { reason: error.reason().as_str().to_owned(), message: error.to_string() };
                 // If that cannot be written, the reclaimer finds it without a maker.
-                let _later = self.ledger.fail(id, failure, self.clock.now()).await;
+                let _later = self.ledger.fail(id, Failure::from(&error), self.clock.now()).await;
                 drop(maker);
                 self.wake.now();
                 Err(error)

@@ -184,6 +184,9 @@ async fn a_restart_gives_up_no_spare_that_was_there_by_demand() {
     world.set_open(&device, 1);
     let mut last = host(&world, directory.path());
     last.fill().await;
+    let still_there =
+        |last: &Host| last.spares_in_the_ledger().iter().any(|l| l.grant().unwrap().device.dm_name == device);
+    assert!(still_there(&last), "nor to give up: it would go when it is closed");
     for vm in ["a", "b", "c"] {
         let got = last.process.acquirer.acquire(wish(vm)).await.unwrap();
         assert_ne!(got.lease.grant().unwrap().device.dm_name, device);
