@@ -105,8 +105,18 @@ impl Crowd {
 }
 
 impl State {
-    /// The next in line, of the lane after the one that was let in last.
+    /// The next in line who has not left.
     fn next(&mut self) -> Option<oneshot::Sender<Seat>> {
+        loop {
+            let next = self.pop()?;
+            if !next.is_closed() {
+                return Some(next);
+            }
+        }
+    }
+
+    /// The next in line, of the lane after the one that was let in last.
+    fn pop(&mut self) -> Option<oneshot::Sender<Seat>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let after = self.last.as_ref().and_then(|last| self.lanes.range((Excluded(last), Unbounded)).next());
         let lane = after.or_else(|| self.lanes.first_key_value())?.0.clone();
@@ -130,7 +140,7 @@ impl Drop for Seat {
             state.seated -= 1;
         }
         drop(state);
-        // Whoever has left drops it again, and so lets the next one in.
+        // Who has left just now drops it again, and so lets the next one in.
         if let Some(next) = next {
             let _left = next.send(crowd.seat());
         }
