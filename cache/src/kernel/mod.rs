@@ -7,13 +7,13 @@ use std::{
     fs, io,
     os::{linux::fs::MetadataExt as _, unix::fs::FileTypeExt as _},
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use cowshed_leases::{DeviceIdentity, DeviceNumber};
 use cowshed_pool::device::table;
-use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, errors};
+use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, errors};
 use nix::{errno::Errno, sys::stat};
 use thiserror::Error as ThisError;
 
@@ -72,12 +72,13 @@ pub enum KernelError {
 }
 
 /// The real kernel.
-#[derive(Debug)]
 pub struct DeviceMapper {
     /// Name of the pool; empty for the only one there is.
     pool: String,
     /// That one, once it was found: to find it, every device of the host is looked at.
     found: Mutex<String>,
+    /// How it is asked, once that was possible.
+    context: OnceLock<DM>,
 }
 
 type Targets = Vec<(u64, u64, String, String)>;
@@ -85,14 +86,28 @@ type Targets = Vec<(u64, u64, String, String)>;
 impl DeviceMapper {
     /// `pool` is a device-mapper name, or empty.
     pub fn new(pool: String) -> Self {
-        Self { pool, found: Mutex::default() }
+        Self { pool, found: Mutex::default(), context: OnceLock::new() }
     }
 
-    fn targets(context: &DM, name: &str, flags: DmFlags) -> Result<Option<Targets>, KernelError> {
+    fn context(&self) -> Result<&DM, KernelError> {
+        if let Some(context) = self.context.get() {
+            return Ok(context);
+        }
+        let context = DM::new().map_err(|e| {
+            KernelError::NoPool(format!("device-mapper cannot be used ({e}): modprobe dm_thin_pool, as root"))
+        })?;
+        Ok(self.context.get_or_init(|| context))
+    }
+
+    fn targets(
+        context: &DM,
+        name: &str,
+        flags: DmFlags,
+    ) -> Result<Option<(DeviceInfo, Targets)>, KernelError> {
         let dm_name = DmName::new(name).map_err(|e| refused(name, &e))?;
         let options = DmOptions::default().set_flags(flags | DmFlags::DM_NOFLUSH);
         match context.table_status(&DevId::Name(dm_name), options) {
-            Ok((_, targets)) => Ok(Some(targets)),
+            Ok(found) => Ok(Some(found)),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(refused(name, &error)),
         }
@@ -114,10 +129,32 @@ impl DeviceMapper {
 
     fn usage(context: &DM, name: &str) -> Result<PoolUsage, KernelError> {
         let missing = || KernelError::NoPool(format!("there is no thin pool {name}: activate or make it"));
-        let tables = Self::targets(context, name, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)?;
-        let status = Self::targets(context, name, DmFlags::empty())?.ok_or_else(missing)?;
+        let (_, tables) = Self::targets(context, name, DmFlags::DM_STATUS_TABLE)?.ok_or_else(missing)?;
+        let (_, status) = Self::targets(context, name, DmFlags::empty())?.ok_or_else(missing)?;
         table::parse_pool(name, &tables, &status)
             .map_err(|what| KernelError::NoPool(format!("{name} is not a usable thin pool: {what}")))
+    }
+
+    /// What device-mapper says of the device `number`, which is behind `path`.
+    fn device(&self, path: &str, number: DeviceNumber) -> Result<(DeviceInfo, Targets), KernelError> {
+        let context = self.context()?;
+        let is_it = |(info, _): &(DeviceInfo, Targets)| {
+            let device = info.device();
+            DeviceNumber { major: device.major, minor: device.minor } == number
+        };
+        // It mostly has its path's name. If not, sysfs knows it.
+        let usual = path.strip_prefix("/dev/mapper/").filter(|name| !name.contains('/'));
+        if let Some(name) = usual
+            && let Some(found) = Self::targets(context, name, DmFlags::DM_STATUS_TABLE)?.filter(is_it)
+        {
+            return Ok(found);
+        }
+        let name = fs::read_to_string(format!("/sys/dev/block/{number}/dm/name")).map_err(|_| {
+            KernelError::NotThin { path: path.to_owned(), what: "it has no device-mapper name".to_owned() }
+        })?;
+        let name = name.trim_end();
+        let found = Self::targets(context, name, DmFlags::DM_STATUS_TABLE)?.filter(is_it);
+        found.ok_or_else(|| KernelError::Missing(name.to_owned()))
     }
 
     fn find_pool(context: &DM) -> Result<String, KernelError> {
@@ -125,8 +162,8 @@ impl DeviceMapper {
         let mut pools = Vec::new();
         for (name, _, _) in devices {
             let name = name.to_string();
-            let targets = Self::targets(context, &name, DmFlags::DM_STATUS_TABLE)?.unwrap_or_default();
-            if matches!(&targets[..], [(_, _, kind, _)] if kind == "thin-pool") {
+            let found = Self::targets(context, &name, DmFlags::DM_STATUS_TABLE)?;
+            if matches!(found.as_ref().map(|(_, t)| &t[..]), Some([(_, _, kind, _)]) if kind == "thin-pool") {
                 pools.push(name);
             }
         }
@@ -147,34 +184,26 @@ impl DeviceMapper {
 impl Kernel for DeviceMapper {
     fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
         let number = block_device(path)?;
-        let attribute = |file: &str| {
-            let sysfs = format!("/sys/dev/block/{number}/{file}");
-            fs::read_to_string(&sysfs).map(|text| text.trim_end().to_owned())
-        };
         let not_thin = |what: String| KernelError::NotThin { path: path.to_owned(), what };
-        let dm_name =
-            attribute("dm/name").map_err(|_| not_thin("it has no device-mapper name".to_owned()))?;
-        let uuid = attribute("dm/uuid").unwrap_or_default();
-        let targets = Self::targets(&context()?, &dm_name, DmFlags::DM_STATUS_TABLE)?;
-        let targets = targets.ok_or_else(|| KernelError::Missing(dm_name.clone()))?;
+        let (info, targets) = self.device(path, number)?;
         let thin = table::parse_thin(&targets).map_err(&not_thin)?;
         fs::File::open(path)
             .map_err(|e| KernelError::Refused { what: format!("opening {path}"), error: e.to_string() })?;
         Ok(DeviceIdentity {
             path: path.to_owned(),
             number,
-            dm_name,
-            dm_uuid: Some(uuid).filter(|uuid| !uuid.is_empty()),
+            dm_name: info.name().map(ToString::to_string).unwrap_or_default(),
+            dm_uuid: info.uuid().map(ToString::to_string),
             thin_id: thin.id,
             pool: DeviceNumber { major: thin.pool.major, minor: thin.pool.minor },
             size_bytes: thin.size_bytes,
-            read_only: attribute("ro").is_ok_and(|ro| ro == "1"),
+            read_only: info.flags().contains(DmFlags::DM_READONLY),
         })
     }
 
     fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
         let dm_name = DmName::new(name).map_err(|e| refused(name, &e))?;
-        match context()?.device_info(&DevId::Name(dm_name)) {
+        match self.context()?.device_info(&DevId::Name(dm_name)) {
             Ok(info) => Ok(Some(info.open_count().unsigned_abs())),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(refused(name, &error)),
@@ -186,15 +215,9 @@ impl Kernel for DeviceMapper {
     }
 
     fn pool(&self) -> Result<PoolUsage, KernelError> {
-        let context = context()?;
-        if self.pool.is_empty() { self.only_pool(&context) } else { Self::usage(&context, &self.pool) }
+        let context = self.context()?;
+        if self.pool.is_empty() { self.only_pool(context) } else { Self::usage(context, &self.pool) }
     }
-}
-
-fn context() -> Result<DM, KernelError> {
-    DM::new().map_err(|e| {
-        KernelError::NoPool(format!("device-mapper cannot be used ({e}): modprobe dm_thin_pool, as root"))
-    })
 }
 
 fn block_device(path: &str) -> Result<DeviceNumber, KernelError> {
