@@ -254,8 +254,11 @@ impl Acquirer {
             let this = Arc::clone(self);
             let work = async move {
                 let outcome = this.run_for(&wish, &landing).await.map(Arc::new);
-                log(&outcome);
+                let told = outcome.clone();
                 landing.land(outcome);
+                // The caller's answer goes first.
+                tokio::task::yield_now().await;
+                log(&told);
             };
             self.tasks.spawn(work.instrument(span));
         });

@@ -34,18 +34,29 @@ CREATE TABLE IF NOT EXISTS pinned_spares (
 ) STRICT, WITHOUT ROWID;
 ";
 
+const LEASES_WITH_ROWIDS: &str = "
+CREATE TABLE leases_of_6 (
+    id TEXT NOT NULL UNIQUE, vm TEXT NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+) STRICT;
+INSERT INTO leases_of_6 SELECT id, vm, generation, state, body FROM leases;
+DROP TABLE leases;
+ALTER TABLE leases_of_6 RENAME TO leases;
+";
+
 pub(super) const FORMAT: Format = Format {
     noun: "ledger",
     application_id: 0x434f_5753, // "COWS"
-    version: 5, // 1: without what VMs share; 2: without pins and uses; 3: without prefetch jobs; 4: without spares
+    // 1: without what VMs share; 2: without pins and uses; 3: without prefetch jobs; 4: without spares; 5: leases without rowid
+    version: 6,
     tables: "
+-- With rowids, for a lease then is on one page, and so is what a commit writes of it.
 CREATE TABLE leases (
-    id         TEXT PRIMARY KEY,   -- 32 hexadecimal digits
+    id         TEXT NOT NULL UNIQUE, -- 32 hexadecimal digits
     vm         TEXT NOT NULL,
     generation INTEGER NOT NULL,
-    state      TEXT NOT NULL,      -- preparing, granted, …: for people; the body decides
-    body       TEXT NOT NULL       -- the lease, JSON
-) STRICT, WITHOUT ROWID;
+    state      TEXT NOT NULL,        -- preparing, granted, …: for people; the body decides
+    body       TEXT NOT NULL         -- the lease, JSON
+) STRICT;
 CREATE TABLE pulls (
     lease TEXT PRIMARY KEY,        -- containerd lease of a pull under way
     image TEXT NOT NULL
@@ -67,6 +78,7 @@ CREATE TABLE counters (
 INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
 ",
     later_tables: LATER_TABLES,
+    changes: &[(6, LEASES_WITH_ROWIDS)],
     advice: "it is all that says which VM holds which disk: put back a backup (`cowshed ledger restore`), or, only if no VM runs on this host, move \
              it away and start with none",
 };
@@ -165,16 +177,25 @@ fn write_lease(connection: &Connection, change: &cowshed_leases::Change) -> rusq
 }
 
 fn put(connection: &Connection, lease: &Lease) -> rusqlite::Result<()> {
-    connection.prepare_cached("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)")?.execute(params![
+    connection.prepare_cached(PUT)?.execute(params![
         lease.id.as_str(),
         lease.vm.as_str(),
         integer(lease.generation.0),
         state_name(&lease.state),
         json(lease)?
     ])?;
-    count(connection, "last_generation", lease.generation.0)?;
-    count(connection, "last_revision", lease.revision.0)
+    connection
+        .prepare_cached(COUNT_BOTH)?
+        .execute([integer(lease.generation.0), integer(lease.revision.0)])
+        .map(drop)
 }
+
+/// In its place, if it is there: its id's index stays as it is.
+const PUT: &str = "INSERT INTO leases VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+    vm = excluded.vm, generation = excluded.generation, state = excluded.state, body = excluded.body";
+const COUNT_BOTH: &str =
+    "UPDATE counters SET value = max(value, CASE name WHEN 'last_generation' THEN ?1 ELSE ?2 END)
+    WHERE name IN ('last_generation', 'last_revision')";
 
 fn bury(connection: &Connection, tombstone: &Tombstone) -> rusqlite::Result<()> {
     connection.prepare_cached("INSERT OR REPLACE INTO gone VALUES (?, ?, ?, ?)")?.execute(params![

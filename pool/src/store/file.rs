@@ -27,6 +27,8 @@ pub struct Format {
     pub tables: &'static str,
     /// SQL that makes those that stores of earlier versions lack, unless they are there.
     pub later_tables: &'static str,
+    /// SQL that brings a store of any version before this one to it, in their order.
+    pub changes: &'static [(i64, &'static str)],
     /// Why it is precious, and what to do if it is damaged; a clause.
     pub advice: &'static str,
 }
@@ -186,13 +188,16 @@ impl Format {
         // Closing moves the log into the file, and removes it: not before all is found good.
         let keep_log = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
         connection.set_db_config(keep_log, true).map_err(sqlite)?;
-        self.check(&connection, path)?;
+        let version = self.check(&connection, path)?;
         let loaded = load(&connection)?;
         settings(&connection).map_err(sqlite)?;
         // Finds out now, not at the first request, that nothing can be written.
+        let changes = self.changes.iter().filter(|(to, _)| version < *to).map(|(_, sql)| *sql);
         let written = connection.execute_batch(&format!(
-            "BEGIN IMMEDIATE; {} PRAGMA user_version = {}; COMMIT",
-            self.later_tables, self.version
+            "BEGIN IMMEDIATE; {} {} PRAGMA user_version = {}; COMMIT",
+            changes.collect::<String>(),
+            self.later_tables,
+            self.version
         ));
         written.map_err(sqlite)?;
         connection.set_db_config(keep_log, false).map_err(sqlite)?;
@@ -286,7 +291,8 @@ impl Format {
         fs::File::open(directory).and_then(|d| d.sync_all()).map_err(|e| self.io(path, e))
     }
 
-    fn check(&self, connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    /// Says of which version it is.
+    fn check(&self, connection: &Connection, path: &Path) -> Result<i64, OpenError> {
         let number = |pragma: &str| {
             connection
                 .pragma_query_value(None, pragma, |row| row.get::<_, i64>(0))
@@ -303,7 +309,7 @@ impl Format {
         let verdict: String = connection
             .pragma_query_value(None, "integrity_check", |row| row.get(0))
             .map_err(|e| self.sqlite(path, &e))?;
-        if verdict == "ok" { Ok(()) } else { Err(self.damaged(path, verdict)) }
+        if verdict == "ok" { Ok(found) } else { Err(self.damaged(path, verdict)) }
     }
 }
 
@@ -381,6 +387,7 @@ mod tests {
         version: 1,
         tables: "CREATE TABLE cows (name TEXT) STRICT;",
         later_tables: "",
+        changes: &[],
         advice: "it knows the cows: look for a backup",
     };
 
@@ -464,15 +471,18 @@ mod tests {
         connection.execute("INSERT INTO cows VALUES ('Bertha')", []).unwrap();
         connection.close().unwrap();
         let later_tables = "CREATE TABLE IF NOT EXISTS bulls (name TEXT) STRICT;";
-        let later = Format { version: 2, later_tables, ..FORMAT };
+        let changes = &[(2, "UPDATE cows SET name = 'Berta' WHERE name = 'Bertha';")];
+        let later = Format { version: 2, later_tables, changes, ..FORMAT };
         for bulls in 0..2 {
             let connection = later.open(&path, |_| Ok(())).unwrap().0;
             let count = |table: &str| {
                 let sql = format!("SELECT count(*) FROM {table}");
                 connection.query_row(&sql, [], |row| row.get::<_, i64>(0)).unwrap()
             };
-            assert_eq!((count("cows"), count("bulls")), (1, bulls));
+            assert_eq!((count("cows WHERE name = 'Berta'"), count("bulls")), (1, bulls));
             connection.execute("INSERT INTO bulls VALUES ('Hans')", []).unwrap();
+            // What has changed once is not changed again.
+            connection.execute("INSERT INTO cows VALUES ('Bertha')", []).unwrap();
         }
         let refused = open(&path).err().unwrap();
         assert!(matches!(refused, OpenError::Newer { found: 2, known: 1, .. }), "{refused}");

@@ -40,6 +40,7 @@ CREATE TABLE facts (
 INSERT INTO facts VALUES ('next_id', '1'), ('store_id', lower(hex(randomblob(4)))), ('pool', '');
 ",
     later_tables: "",
+    changes: &[],
     advice: "it is all that says which snapshot is in which thin device. Put back a backup of it of the same time as \
              containerd's own; or, if no VM runs on this host, remove all images and snapshots of this snapshotter, move it \
              away and start with an empty pool",

@@ -367,7 +367,11 @@ async fn a_ledger_of_the_version_before_is_checked_as_it_is_and_gets_what_it_lac
     ledger_with(directory.path(), 1..3).await;
     change(
         &path,
-        "DROP TABLE pins; DROP TABLE uses; DROP TABLE jobs; DROP TABLE pinned_spares; PRAGMA user_version = 2",
+        "DROP TABLE pins; DROP TABLE uses; DROP TABLE jobs; DROP TABLE pinned_spares; PRAGMA user_version = 2;
+         CREATE TABLE before_6 (
+             id TEXT PRIMARY KEY, vm TEXT NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+         ) STRICT, WITHOUT ROWID;
+         INSERT INTO before_6 SELECT * FROM leases; DROP TABLE leases; ALTER TABLE before_6 RENAME TO leases",
     );
     let before = files(directory.path());
     assert_eq!(check(&path).unwrap().format, 2);
@@ -375,14 +379,14 @@ async fn a_ledger_of_the_version_before_is_checked_as_it_is_and_gets_what_it_lac
     assert!(files(directory.path()) == before, "it was changed");
     assert_eq!(check(&copy).unwrap().format, 2);
     restore(directory.path(), &copy, NOW).unwrap();
-    assert_eq!(check(&path).unwrap().format, 5, "what is restored is as this version writes it");
+    assert_eq!(check(&path).unwrap().format, 6, "what is restored is as this version writes it");
 
     fs::copy(&copy, &path).unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();
     ledger.pin("r.example/app:1".to_owned(), None, 0, now()).await.unwrap();
     ledger.close().await;
     let findings = check(&path).unwrap();
-    assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (5, 1, 2));
+    assert_eq!((findings.format, findings.pins, findings.leases.values().sum::<u64>()), (6, 1, 2));
     assert_eq!(vms(directory.path()).await, ["vm-1", "vm-2"]);
 }
 
