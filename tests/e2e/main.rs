@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
 use support::{Outcome, audit};
 
@@ -93,10 +93,19 @@ static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 fn timed(name: String, test: fn() -> Outcome) -> Outcome {
     let begun = Instant::now();
     let outcome = audit::around(test);
+    if let Err(error) = &outcome {
+        tell_at_once(&name, error);
+    }
     if let Ok(mut durations) = DURATIONS.lock() {
         durations.push((begun.elapsed(), name));
     }
     outcome
+}
+
+/// What the runner tells when all is over; what has failed by this failure is easier to read after it.
+#[allow(clippy::print_stdout, reason = "like the results")]
+fn tell_at_once(name: &str, error: &Failed) {
+    println!("\n{name}: {}", error.message().unwrap_or("it has failed"));
 }
 
 /// Where the suite's time goes.
