@@ -256,7 +256,8 @@ fn who_would_be_refused_gets_room() -> Outcome {
         }
         check!(refused.metadata.contains_key("helps"), "{refused:?}");
         // Every other one a moment later, when it is looked at anew.
-        block_on(tokio::time::sleep(Duration::from_millis(if n % 2 == 0 { 1 } else { 1_500 })));
+        let moment = Duration::from_millis(if n % 2 == 0 { 1 } else { 1_500 });
+        block_on(async { tokio::time::sleep(moment).await });
     }
     check!(times.iter().all(|took| *took < Duration::from_millis(100)), "refusals took {times:?}");
     // What would help helps.
