@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cowshed_gc::evict::{Kind, Outcome, Step, Trigger};
+use cowshed_gc::evict::{Kind, Outcome, Step};
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
@@ -324,12 +324,7 @@ impl Metrics {
     }
 
     /// A run that makes room has come to this.
-    pub fn gc_ran(&self, trigger: Trigger, ran: &Result<Report>) {
-        let trigger = match trigger {
-            Trigger::Pressure => "pressure",
-            Trigger::Admission(_) => "admission",
-            Trigger::Schedule => "schedule",
-        };
+    pub fn gc_ran(&self, trigger: &str, ran: &Result<Report>) {
         let outcome = match ran {
             Ok(Report { outcome: Outcome::Met, .. }) => "met",
             Ok(Report { outcome: Outcome::Short { .. }, .. }) => "short",

@@ -293,7 +293,10 @@ fn races() -> Outcome {
                     }
                     let vm = format!("gc-race-{n}-{round}");
                     acquire(&vm, &name)?;
-                    release(&vm)?;
+                    release_fully(&vm)?;
+                    // Now nobody needs it.
+                    let moment = Duration::from_millis(100 * u64::try_from((n + 3 * round) % 7)?);
+                    block_on(async { tokio::time::sleep(moment).await });
                     match (n + round) % 3 {
                         0 => drop(pull(&name)?),
                         // It may have gone since.

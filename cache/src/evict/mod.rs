@@ -182,6 +182,15 @@ impl Evictor {
     }
 }
 
+/// What has asked for a run, in metrics and logs.
+pub(crate) fn name_of(trigger: Trigger) -> &'static str {
+    match trigger {
+        Trigger::Pressure => "pressure",
+        Trigger::Admission(_) => "admission",
+        Trigger::Schedule => "schedule",
+    }
+}
+
 /// Whether the pool is to grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Growing {

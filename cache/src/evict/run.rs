@@ -8,7 +8,7 @@ use cowshed_gc::evict::{
 use cowshed_leases::{Lease, LeaseId, UnixMicros};
 use tokio::sync::oneshot;
 
-use super::{Evictor, Growing};
+use super::{Evictor, Growing, name_of};
 use crate::{
     error::{Error, Reason, Result},
     keeping::Going,
@@ -106,21 +106,22 @@ impl Evictor {
         };
         // What has come back by now is seen to have.
         let _seen = self.pool().await;
+        let trigger = name_of(trigger);
         self.metrics.gc_ran(trigger, &ran);
         match &ran {
             Ok(report) if report.steps.is_empty() => {
-                tracing::debug!(?trigger, lacking = %report.lacking, "there is nothing to remove");
+                tracing::debug!(trigger, lacking = %report.lacking, "there is nothing to remove");
             }
             Ok(report) => {
                 tracing::info!(
-                    ?trigger,
+                    trigger,
                     lacking = %report.lacking,
                     frees = %report.frees(),
                     met = report.outcome == Outcome::Met,
                     "made room"
                 );
             }
-            Err(error) => tracing::warn!(?trigger, %error, "no room can be made"),
+            Err(error) => tracing::warn!(trigger, %error, "no room can be made"),
         }
         ran
     }
