@@ -16,6 +16,7 @@ use cowshed_leases::{
     Acquisition, Ask, BookError, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
     Scratch, Seen, Share, Spare, Spec, Ttl, VmId,
 };
+use tokio::time::Instant;
 use tracing::Instrument as _;
 
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
     disks::in_name_of,
     drain::Drain,
     error::{Error, Reason, Result},
+    evict::{MakesRoom, admit},
     flights::{Arrival, Flights, GivenUp, Landing},
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
     kernel::{Devices, KernelError},
@@ -58,6 +60,8 @@ pub struct Wish {
     pub fresh: bool,
     /// The client's name for it.
     pub request: Option<RequestId>,
+    /// Room for it is waited for until then; without it, for as long as it takes.
+    pub until: Option<Instant>,
 }
 
 impl Wish {
@@ -142,6 +146,8 @@ pub struct Acquirer {
     pub kernel: Devices,
     /// Whether there is room.
     pub admission: Admission,
+    /// Makes it.
+    pub room: Arc<dyn MakesRoom>,
     /// Whether anything new is taken on.
     pub drain: Drain,
     /// To be woken when there is something to clear away.
@@ -294,7 +300,9 @@ impl Acquirer {
             return Ok(Some(self.existing(ask, *lease, stages).await?));
         }
         self.drain.admit()?;
-        self.admission.admit_lately(&self.kernel).await?;
+        if self.admission.admit_lately(&self.kernel).await.is_err() {
+            self.admit(wish).await?;
+        }
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
         stages.done(Stage::Resolve);
         if let Some(image) = found.as_ref().filter(|_| wish.is_plain())
@@ -304,7 +312,7 @@ impl Acquirer {
             tracing::Span::current().record("lease", lease.id.as_str());
             return Ok(Some(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true }));
         }
-        self.admission.admit(&self.kernel).await?;
+        self.admit(wish).await?;
         let (image, cache) = match found {
             Some(image) => (image, Cache::Hit),
             None => self.pulled(wish, &mut stages).await?,
@@ -346,6 +354,10 @@ impl Acquirer {
             }
             Err(error) => Err(self.give_up(&lease.id, maker, error).await),
         }
+    }
+
+    async fn admit(&self, wish: &Wish) -> Result<()> {
+        admit(&self.admission, &self.kernel, &*self.room, wish.until).await
     }
 
     /// The VM's own lease again, if its device still is what was granted.

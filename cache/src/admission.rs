@@ -144,6 +144,7 @@ mod tests {
             data_total: 1000,
             metadata_used,
             metadata_total: 100,
+            block_bytes: 1,
             mode,
             zeroing: true,
         };

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use cowshed_gc::evict::{self, Floor, Growth, Marks, MarksError, Policy as GcPolicy, Share, Yields, Young};
 use cowshed_leases::{Grace, Ttl};
 use cowshed_pool::Bytes;
 use serde::Deserialize;
@@ -16,6 +17,7 @@ use thiserror::Error as ThisError;
 
 use crate::{
     cosign::Policy,
+    evict::Settings as GcSettings,
     image::{Checks, Others, PullLimits, Signatures, Unpacker, Verifiers},
     spares::{Settings, policy::Limits},
 };
@@ -87,6 +89,8 @@ pub struct Config {
     pub leases: Leases,
     /// When to look after released disks.
     pub reclaim: Reclaim,
+    /// What goes when the pool gets full.
+    pub gc: Gc,
     /// How to log.
     pub log: Log,
 }
@@ -278,6 +282,38 @@ pub struct Reclaim {
     pub interval_seconds: u64,
 }
 
+/// `[gc]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Gc {
+    /// Whether anything goes without somebody asking for it.
+    pub enabled: bool,
+    /// When so much of the pool's data is in use, in percent, spares and images go …
+    pub data_high_percent: u8,
+    /// … until it is no more than this, in percent.
+    pub data_low_percent: u8,
+    /// From here on, in percent, also images go that have not reached the least age, if `young_in_emergency` says so.
+    pub data_emergency_percent: u8,
+    /// The same for the pool's metadata.
+    pub metadata_high_percent: u8,
+    /// See above.
+    pub metadata_low_percent: u8,
+    /// See above.
+    pub metadata_emergency_percent: u8,
+    /// An image of which a disk was made, or that came, so short a time ago stays, in seconds.
+    pub min_age_seconds: u64,
+    /// Whether such an image goes in an emergency, when nothing else is left to go.
+    pub young_in_emergency: bool,
+    /// What no disk was made of for so long goes also without need, in seconds; 0: nothing does.
+    pub retention_seconds: u64,
+    /// How often that is looked at, in seconds.
+    pub interval_seconds: u64,
+    /// What a prefetch job has fetched stays for so long for who comes for it, in seconds.
+    pub prefetched_seconds: u64,
+    /// Whether all spares go before the first image. Otherwise those that are wanted go after the last.
+    pub spares_first: bool,
+}
+
 /// `[log]`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -413,6 +449,26 @@ impl Default for Reclaim {
     }
 }
 
+impl Default for Gc {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            data_high_percent: 85,
+            data_low_percent: 75,
+            data_emergency_percent: 95,
+            metadata_high_percent: 75,
+            metadata_low_percent: 65,
+            metadata_emergency_percent: 90,
+            min_age_seconds: 600,
+            young_in_emergency: true,
+            retention_seconds: 0,
+            interval_seconds: 3600,
+            prefetched_seconds: 172_800,
+            spares_first: true,
+        }
+    }
+}
+
 impl Default for Log {
     fn default() -> Self {
         Self { format: LogFormat::Human, level: "info".to_owned() }
@@ -493,6 +549,7 @@ impl Config {
             ("verification", "timeout_seconds", self.verification.timeout_seconds),
             ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
             ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
+            ("gc", "interval_seconds", self.gc.interval_seconds),
             ("leases", "parallel", self.leases.parallel as u64),
             ("leases", "waiting_max", self.leases.waiting_max as u64),
             ("spares", "half_life_seconds", self.spares.half_life_seconds),
@@ -517,6 +574,7 @@ impl Config {
         ] {
             Ttl::from_seconds(seconds).map_err(|e| value("leases", field, format!("{seconds}: {e}")))?;
         }
+        self.gc.check()?;
         if self.spares.pool_max_percent > 90 {
             let what = format!("{} is more than 90: VMs need the rest", self.spares.pool_max_percent);
             return Err(value("spares", "pool_max_percent", what));
@@ -568,6 +626,39 @@ impl Config {
         Settings { enabled, limits, concurrency, pool_max_percent }
     }
 
+    /// What goes when the pool gets full. How it grows is said by who lets it grow.
+    pub fn gc_policy(&self) -> GcPolicy {
+        let gc = &self.gc;
+        let limits = |marks: Result<Marks, MarksError>, otherwise: Marks, headroom: u8| evict::Limits {
+            // Checked when it was read.
+            marks: marks.unwrap_or(otherwise),
+            admits_up_to: Share::try_from(100 - headroom.min(99)).unwrap_or(otherwise.emergency()),
+            growth: Growth::Never,
+        };
+        GcPolicy {
+            data: limits(gc.data_marks(), Marks::DATA, self.pool.data_headroom_percent),
+            metadata: limits(gc.metadata_marks(), Marks::METADATA, self.pool.metadata_headroom_percent),
+            kept_for_metadata: evict::Bytes(0),
+            min_age: Duration::from_secs(gc.min_age_seconds),
+            in_emergency: if gc.young_in_emergency { Young::Go } else { Young::Stay },
+            retention: (gc.retention_seconds > 0).then(|| Duration::from_secs(gc.retention_seconds)),
+            spares: Floor {
+                // As many as each is asked for is known.
+                kept: 0,
+                yields: if gc.spares_first { Yields::BeforeImages } else { Yields::AfterImages },
+            },
+        }
+    }
+
+    /// When anything goes.
+    pub fn gc_settings(&self) -> GcSettings {
+        GcSettings {
+            enabled: self.gc.enabled,
+            interval: Duration::from_secs(self.gc.interval_seconds),
+            prefetched_for: Duration::from_secs(self.gc.prefetched_seconds),
+        }
+    }
+
     /// What the snapshotter is told.
     pub fn snapshotter_settings(&self) -> cowshed_pool::Settings {
         cowshed_pool::Settings {
@@ -613,6 +704,29 @@ impl Config {
     /// Deadline of one call to containerd.
     pub fn call_timeout(&self) -> Duration {
         Duration::from_secs(self.containerd.call_timeout_seconds)
+    }
+}
+
+impl Gc {
+    fn data_marks(&self) -> Result<Marks, MarksError> {
+        Marks::new(self.data_low_percent, self.data_high_percent, self.data_emergency_percent)
+    }
+
+    fn metadata_marks(&self) -> Result<Marks, MarksError> {
+        Marks::new(self.metadata_low_percent, self.metadata_high_percent, self.metadata_emergency_percent)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        self.data_marks().map_err(|e| value("gc", "data_high_percent", e.to_string()))?;
+        self.metadata_marks().map_err(|e| value("gc", "metadata_high_percent", e.to_string()))?;
+        if self.retention_seconds != 0 && self.retention_seconds < self.min_age_seconds {
+            let what = format!(
+                "{} is less than min_age_seconds, {}: nothing so young goes",
+                self.retention_seconds, self.min_age_seconds
+            );
+            return Err(value("gc", "retention_seconds", what));
+        }
+        Ok(())
     }
 }
 
@@ -682,6 +796,19 @@ mod tests {
         "boot_grace_seconds",
         "retry_seconds",
         "interval_seconds",
+        "enabled",
+        "data_high_percent",
+        "data_low_percent",
+        "data_emergency_percent",
+        "metadata_high_percent",
+        "metadata_low_percent",
+        "metadata_emergency_percent",
+        "min_age_seconds",
+        "young_in_emergency",
+        "retention_seconds",
+        "interval_seconds",
+        "prefetched_seconds",
+        "spares_first",
         "format",
         "level",
     ];
@@ -708,6 +835,10 @@ mod tests {
             ("[[verification.cosign]]\nimages = [\"app:1\"]\nkeys = [\"/k\"]", "app:1"),
             ("[verification]\ncosign = true", "cosign"),
             ("[prefetch]\nwarm_set = \"warm.d\"", "[prefetch] warm_set"),
+            ("[gc]\ndata_low_percent = 85", "[gc] data_high_percent"),
+            ("[gc]\nmetadata_emergency_percent = 101", "[gc] metadata_high_percent"),
+            ("[gc]\nretention_seconds = 599", "[gc] retention_seconds"),
+            ("[gc]\ninterval_seconds = 0", "[gc] interval_seconds"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

@@ -243,6 +243,14 @@ impl Error {
         Self(Arc::new(inner))
     }
 
+    /// Puts a semicolon and `more` after the message.
+    #[must_use]
+    pub fn and(self, more: impl fmt::Display) -> Self {
+        let mut inner = Arc::unwrap_or_clone(self.0);
+        inner.message = format!("{}; {more}", inner.message);
+        Self(Arc::new(inner))
+    }
+
     /// Why.
     pub fn reason(&self) -> Reason {
         self.0.reason

@@ -113,6 +113,10 @@ pub(crate) struct State_ {
     pub(crate) all_writable: bool,
     /// How many views were made.
     pub(crate) views: usize,
+    /// How much of the pool's data is in use, in bytes.
+    pub(crate) data_used: u64,
+    /// Whether it works.
+    pub(crate) pool_mode: PoolMode,
     /// Sizes of empty devices.
     sizes: BTreeMap<String, u64>,
 }
@@ -363,11 +367,12 @@ impl Kernel for World {
     fn pool(&self) -> Result<PoolUsage, KernelError> {
         Ok(PoolUsage {
             name: "pool".into(),
-            data_used: 0,
+            data_used: self.look(|s| s.data_used),
             data_total: 1 << 40,
             metadata_used: 0,
             metadata_total: 100,
-            mode: PoolMode::ReadWrite,
+            block_bytes: 64 << 10,
+            mode: self.look(|s| s.pool_mode),
             zeroing: true,
         })
     }
@@ -499,6 +504,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
             allow_unzeroed: false,
             hindrances: Hindrances::default(),
         },
+        room: Arc::new(crate::evict::NoRoom),
         drain: Drain::default(),
         wake: wake.clone(),
         making: making.clone(),
@@ -546,6 +552,7 @@ pub(crate) fn wish(vm: &str) -> Wish {
         ttl: None,
         fresh: false,
         request: None,
+        until: None,
     }
 }
 

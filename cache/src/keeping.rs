@@ -17,8 +17,10 @@ use crate::{
     clock::Clock,
     containerd::ImageRecord,
     error::{Error, Reason, Result},
+    evict::is_ours,
     image::{ImageInfo, ImageRef, Platform},
     ledger::{Ledger, Marks, Pin},
+    prefetch::job::Jobs,
     reclaim::Wake,
     rescue::Hindrances,
     spares::Spares,
@@ -55,6 +57,21 @@ pub enum Removed {
     Name,
     /// The image has gone.
     Image,
+}
+
+/// An image that is to go, by all its names, to make room.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Going {
+    /// What its names lead to.
+    pub target: String,
+    /// All its names.
+    pub names: BTreeSet<String>,
+    /// The manifests that no other image leads to: spares of these are nobody's then.
+    pub own: BTreeSet<String>,
+    /// When a disk was last made of it, as far as was known when it was chosen.
+    pub last_use: UnixMicros,
+    /// So long what a prefetch job has fetched is kept.
+    pub prefetched_for: Duration,
 }
 
 /// Pins and removes.
@@ -166,19 +183,97 @@ impl Keeper {
         if there.is_empty() {
             return Ok(());
         }
-        self.ledger.drop_spares(there, self.clock.now()).await?;
+        self.ledger.drop_spares(there.clone(), self.clock.now()).await?;
         self.wake.now();
+        // The image goes all the same, and its layers after the spares.
+        self.wait_until_gone(&there, SPARES_GO).await;
+        Ok(())
+    }
+
+    /// Waits until nothing is left of these leases, for `limit` at the most.
+    pub(crate) async fn wait_until_gone(&self, leases: &[LeaseId], limit: Duration) {
+        let is_there = || self.ledger.read(|book| leases.iter().any(|id| book.get(id).is_some()));
         let mut changes = self.ledger.changes();
         // Not wait_for: its look would hold up the writer that it waits for.
         let gone = async {
-            while !all().is_empty() && changes.changed().await.is_ok() {
+            while is_there() && changes.changed().await.is_ok() {
                 changes.borrow_and_update();
             }
         };
-        // The image goes all the same, and its layers after the spares.
-        let _in_time = tokio::time::timeout(SPARES_GO, gone).await;
-        Ok(())
+        let _in_time = tokio::time::timeout(limit, gone).await;
     }
+}
+
+impl Keeper {
+    /// Removes an image to make room, if nobody has come for it since it was chosen; says whether it was there. Its caller sees
+    /// to it that this is done to its end.
+    pub(crate) async fn evict(&self, going: &Going) -> Result<bool> {
+        let _turn = self.turn.lock().await;
+        self.hindrances.admit()?;
+        let records = self.catalogue.records().await?;
+        let of_it: Vec<&ImageRecord> =
+            records.iter().filter(|record| record.target.digest == going.target).collect();
+        if of_it.is_empty() {
+            return Ok(false);
+        }
+        if let Some(other) =
+            of_it.iter().find(|record| !going.names.contains(&record.name) || !is_ours(record))
+        {
+            let message = format!("it has the name {} by now, or another client has marked it", other.name);
+            return Err(Error::new(Reason::ImageInUse, message).with("image", &other.name));
+        }
+        let mut manifests = self.catalogue.manifests(&going.target).await?;
+        manifests.insert(going.target.clone());
+        let now = self.clock.now();
+        let awaited =
+            |name: &str| self.ledger.read_jobs(|jobs| is_awaited(jobs, name, going, &manifests, &now));
+        for record in &of_it {
+            let is_pulled = ImageRef::parse(&record.name).is_ok_and(|image| self.catalogue.is_pulled(&image));
+            if is_pulled || awaited(&record.name) {
+                let message = format!("image {} is being pulled, or a prefetch job is about it", record.name);
+                return Err(Error::new(Reason::ImageInUse, message).with("image", &record.name));
+            }
+        }
+        self.ledger.read_all(|book, marks| judge_unneeded(going, &of_it, &manifests, book, marks, &now))?;
+        self.drop_spares(&going.own).await?;
+        for (at, record) in of_it.iter().enumerate() {
+            // The last of them holds what is to be collected.
+            if !self.catalogue.remove(record, at + 1 == of_it.len()).await? {
+                let message = format!("image {} was changed while it was being removed", record.name);
+                return Err(Error::new(Reason::NotReady, message).with("image", &record.name));
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Whether a prefetch job waits for the name, or has fetched for later what it leads to.
+fn is_awaited(jobs: &Jobs, name: &str, going: &Going, manifests: &BTreeSet<String>, now: &Moment) -> bool {
+    let mut fetched = jobs.fetched(going.prefetched_for);
+    jobs.awaited().contains(name)
+        || fetched.any(|(of, manifest, until)| of == name && until > now.wall && manifests.contains(manifest))
+}
+
+/// Refuses if it is pinned, disks are made of it, or one was since it was chosen.
+fn judge_unneeded(
+    going: &Going,
+    records: &[&ImageRecord],
+    manifests: &BTreeSet<String>,
+    book: &Book,
+    marks: &Marks,
+    now: &Moment,
+) -> Result<()> {
+    for record in records {
+        // Alone among records: that of its other names goes as well.
+        let among = [ImageRecord::clone(record)];
+        judge(&Named { record, among: &among, manifests }, book, marks, now)?;
+    }
+    let used = manifests.iter().filter_map(|manifest| marks.last_use(manifest)).max();
+    if used.is_some_and(|used| used > going.last_use) {
+        let message = "a disk was made of it meanwhile".to_owned();
+        return Err(Error::new(Reason::ImageInUse, message).with("target", &going.target));
+    }
+    Ok(())
 }
 
 /// An image's name, among all that there are.

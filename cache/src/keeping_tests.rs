@@ -37,7 +37,11 @@ struct Records {
 impl Records {
     fn put(&self, name: &str, target: &str) {
         let target = containerd_client::types::Descriptor { digest: target.to_owned(), ..Default::default() };
-        self.all.lock().unwrap().push(ImageRecord { name: name.to_owned(), target, created_at: None });
+        self.all.lock().unwrap().push(ImageRecord {
+            name: name.to_owned(),
+            target,
+            ..ImageRecord::default()
+        });
     }
 }
 

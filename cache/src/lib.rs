@@ -13,6 +13,7 @@ pub mod crowd;
 mod disks;
 pub mod drain;
 pub mod error;
+pub mod evict;
 pub mod exit;
 #[cfg(test)]
 mod fakes;

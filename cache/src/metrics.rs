@@ -5,6 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use cowshed_gc::evict::{Kind, Outcome, Step};
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
@@ -13,6 +14,7 @@ use prometheus::{
 use crate::{
     acquire::Acquired,
     error::{Error, Result},
+    evict::{Fate, Report},
     image::{Cache, PullObserver},
     kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
@@ -50,6 +52,11 @@ struct Inner {
     spare_seconds: HistogramVec,
     spares_dropped: IntCounterVec,
     expected: HistogramVec,
+    gc_runs: IntCounterVec,
+    gc_steps: IntCounterVec,
+    gc_freed: IntCounterVec,
+    gc_lacking: GaugeVec,
+    pool_full_in: GaugeVec,
     prefetch_jobs: IntGauge,
     prefetched: IntCounterVec,
     warm_set_errors: IntGauge,
@@ -144,7 +151,7 @@ impl Metrics {
             spares_dropped: counters(
                 &r,
                 "cowshed_spares_dropped_total",
-                "Spares given up before anybody got them, by reason (surplus, lost)",
+                "Spares given up before anybody got them, by reason (surplus, lost, room)",
                 &["reason"],
             )?,
             expected: register(
@@ -157,6 +164,37 @@ impl Metrics {
                     .buckets(vec![0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 10.0, 100.0]),
                     &["warmth"],
                 )?,
+            )?,
+            gc_runs: counters(
+                &r,
+                "cowshed_gc_runs_total",
+                "Runs that make room in the pool, by trigger (pressure, admission, schedule) and outcome (met, short or the \
+                 error's reason)",
+                &["trigger", "outcome"],
+            )?,
+            gc_steps: counters(
+                &r,
+                "cowshed_gc_steps_total",
+                "Steps of these runs, by reason and outcome (done, skipped, failed, not_needed)",
+                &["reason", "outcome"],
+            )?,
+            gc_freed: counters(
+                &r,
+                "cowshed_gc_freed_bytes_total",
+                "Bytes that come back by steps that were done, at the least, by part (data or metadata) and reason",
+                &["part", "reason"],
+            )?,
+            gc_lacking: gauges(
+                &r,
+                "cowshed_gc_lacking_bytes",
+                "Bytes that were lacking after the last run, by part (data or metadata)",
+                &["part"],
+            )?,
+            pool_full_in: gauges(
+                &r,
+                "cowshed_pool_full_in_seconds",
+                "How long it takes at the present rate until the pool is full, by part (data or metadata); +Inf if it does not fill",
+                &["part"],
             )?,
             prefetch_jobs: register(
                 &r,
@@ -227,6 +265,13 @@ impl Metrics {
             inner.rescue.with_label_values(&[cause.as_str()]);
         }
         inner.releases.with_label_values(&["ok"]);
+        for trigger in ["pressure", "admission", "schedule"] {
+            inner.gc_runs.with_label_values(&[trigger, "met"]);
+            inner.gc_runs.with_label_values(&[trigger, "short"]);
+        }
+        for kind in Kind::ALL {
+            inner.gc_lacking.with_label_values(&[&kind.to_string()]);
+        }
         inner.layer_unpack_seconds.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
     }
@@ -276,6 +321,43 @@ impl Metrics {
     /// Spares were given up.
     pub fn spares_dropped(&self, count: usize, why: &str) {
         self.0.spares_dropped.with_label_values(&[why]).inc_by(count as u64);
+    }
+
+    /// A run that makes room has come to this.
+    pub fn gc_ran(&self, trigger: &str, ran: &Result<Report>) {
+        let outcome = match ran {
+            Ok(Report { outcome: Outcome::Met, .. }) => "met",
+            Ok(Report { outcome: Outcome::Short { .. }, .. }) => "short",
+            Err(error) => result(error),
+        };
+        self.0.gc_runs.with_label_values(&[trigger, outcome]).inc();
+        let Ok(report) = ran else { return };
+        let lacking = match &report.outcome {
+            Outcome::Met => cowshed_gc::evict::Room::NONE,
+            Outcome::Short { lacking, .. } => *lacking,
+        };
+        for kind in Kind::ALL {
+            self.0.gc_lacking.with_label_values(&[&kind.to_string()]).set(lacking.of(kind).0 as f64);
+        }
+    }
+
+    /// A step of such a run has come to this.
+    pub fn gc_step(&self, step: &Step, fate: &Fate) {
+        let reason = step.reason.code().to_ascii_lowercase();
+        let outcome = fate.code().to_ascii_lowercase();
+        self.0.gc_steps.with_label_values(&[&reason, &outcome]).inc();
+        if *fate == Fate::Done && reason != "growth" {
+            for kind in Kind::ALL {
+                let freed = self.0.gc_freed.with_label_values(&[&kind.to_string(), &reason]);
+                freed.inc_by(step.gives.of(kind).0);
+            }
+        }
+    }
+
+    /// So long it takes until the pool is full; `None`: it does not fill.
+    pub fn pool_full_in(&self, kind: Kind, time: Option<Duration>) {
+        let seconds = time.map_or(f64::INFINITY, |time| time.as_secs_f64());
+        self.0.pool_full_in.with_label_values(&[&kind.to_string()]).set(seconds);
     }
 
     /// So many prefetch jobs run.

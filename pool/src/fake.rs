@@ -253,6 +253,7 @@ impl Pool for FakePool {
             data_total: DATA,
             metadata_used: 0,
             metadata_total: 1 << 30,
+            block_bytes: 64 << 10,
             mode: state.mode,
             zeroing: true,
         };

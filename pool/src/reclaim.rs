@@ -267,6 +267,7 @@ mod tests {
                 data_total: 1000,
                 metadata_used,
                 metadata_total: 10000,
+                block_bytes: 1,
                 mode: PoolMode::ReadWrite,
                 zeroing: true,
             };

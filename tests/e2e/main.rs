@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod gc;
 mod guest;
 mod held;
 mod identity;
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 27] = [
+    let groups: [(&str, &[Test]); 28] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         ("pins", pins::TESTS),
         ("prefetch", prefetch::TESTS),
         ("spares", spares::TESTS),
+        ("gc", own(gc::TESTS)),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),

@@ -15,7 +15,8 @@ use tonic::{
 };
 
 use super::{
-    Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, images, prefetch, print, pull, show,
+    Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, gc, images, prefetch, print, pull,
+    show,
 };
 use crate::exit;
 
@@ -34,6 +35,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
             | Command::Prefetch { .. }
             | Command::Prefetches { wait: true, .. }
             | Command::RemoveImage { .. }
+            | Command::Gc { .. }
             | Command::Watch { .. }
             | Command::Drain { .. }
             | Command::Release { wait: Some(_), .. }
@@ -174,6 +176,7 @@ async fn ask(command: Command) -> Result<(), Failure> {
             print(&images::unpinned(&image, reply.into_inner(), reach.output))
         }
         Command::RemoveImage { images: names, reach } => remove_images(names, &reach).await,
+        Command::Gc { dry_run, free, reach } => make_room(dry_run, free.map(|size| size.0), &reach).await,
         Command::Status { reach } => status(&reach).await,
         // Answered without a service, by the caller.
         Command::Serve { .. }
@@ -343,6 +346,25 @@ async fn remove_images(names: Vec<String>, reach: &Reach) -> Result<(), Failure>
     let status = first.status;
     let messages: Vec<String> = failures.into_iter().map(|failure| failure.message).collect();
     Err(Failure { message: messages.join("; "), status })
+}
+
+/// Exits with 7 (full) if something is lacking after it.
+async fn make_room(dry_run: bool, free_bytes: Option<u64>, reach: &Reach) -> Result<(), Failure> {
+    let mut client = connect(&reach.socket).await?;
+    let report = if dry_run {
+        let reply = client.plan_gc(v1::PlanGcRequest { free_bytes }).await.map_err(|s| refused(&s))?;
+        reply.into_inner().report
+    } else {
+        let reply = client.run_gc(v1::RunGcRequest { free_bytes }).await.map_err(|s| refused(&s))?;
+        reply.into_inner().report
+    };
+    let report = report.unwrap_or_default();
+    print(&gc::report(&report, reach.output))?;
+    if report.met {
+        return Ok(());
+    }
+    let message = "not all that is lacking can be had".to_owned();
+    Err(Failure { message, status: exit::for_code(tonic::Code::ResourceExhausted) })
 }
 
 /// Exits with 8 (unavailable) if the service runs but cannot serve.

@@ -1,6 +1,7 @@
 //! The command line: what can be asked, and what the exit status says.
 
 mod client;
+mod gc;
 mod images;
 mod ledger;
 mod prefetch;
@@ -361,6 +362,19 @@ enum Command {
         /// Image references.
         #[arg(required = true)]
         images: Vec<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Make room in the pool: spares and images go that nobody needs, as far as something is lacking. Fails with status 7 if
+    /// that is not enough.
+    Gc {
+        /// Only print what would go, and why.
+        #[arg(long)]
+        dry_run: bool,
+        /// So much is to be free beside the head-room for new disks, such as 20GiB; otherwise what is above the high mark goes, and what
+        /// was not used for longer than images are kept.
+        #[arg(long, value_name = "SIZE")]
+        free: Option<cowshed_pool::Bytes>,
         #[command(flatten)]
         reach: Reach,
     },

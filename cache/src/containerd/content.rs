@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::{
-    AbortRequest, Info, InfoRequest, ReadContentRequest, ReadContentResponse, UpdateRequest, WriteAction,
-    WriteContentRequest, WriteContentResponse, content_client::ContentClient,
+    AbortRequest, Info, InfoRequest, ListContentRequest, ReadContentRequest, ReadContentResponse,
+    UpdateRequest, WriteAction, WriteContentRequest, WriteContentResponse, content_client::ContentClient,
 };
 use prost_types::FieldMask;
 use tokio::sync::mpsc;
@@ -27,6 +27,19 @@ impl Containerd {
             Ok(reply) => Ok(reply.info.map(|info| (info.size.unsigned_abs(), info.labels))),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// The labels of all blobs, by digest.
+    pub async fn blobs(&self) -> Result<HashMap<String, HashMap<String, String>>, CallError> {
+        const LIST: &str = "Content.List";
+        let request = self.request(ListContentRequest::default());
+        let mut pages = self.call(LIST, self.content().list(request)).await?;
+        let mut blobs = HashMap::new();
+        loop {
+            let next = async { pages.message().await.map(Response::new) };
+            let Some(page) = self.call(LIST, next).await? else { return Ok(blobs) };
+            blobs.extend(page.info.into_iter().map(|info| (info.digest, info.labels)));
         }
     }
 

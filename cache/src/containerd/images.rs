@@ -1,6 +1,6 @@
 //! containerd's image records: names that point to a manifest or an index, and keep what it refers to.
 
-use std::time::SystemTime;
+use std::{collections::HashMap, time::SystemTime};
 
 use containerd_client::{
     services::v1::{
@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use super::{CallError, Containerd};
 
 /// An image record.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageRecord {
     /// Full reference.
     pub name: String,
@@ -23,6 +23,10 @@ pub struct ImageRecord {
     pub target: Descriptor,
     /// When the record was made.
     pub created_at: Option<SystemTime>,
+    /// When it was last written.
+    pub updated_at: Option<SystemTime>,
+    /// What other clients have noted on it; Cowshed notes nothing.
+    pub labels: HashMap<String, String>,
 }
 
 impl Containerd {
@@ -72,6 +76,7 @@ impl Containerd {
             name: image.name,
             target: image.target.unwrap_or_default(),
             created_at: Some(SystemTime::now()),
+            ..ImageRecord::default()
         };
         Ok(made.and_then(record).unwrap_or(fallback))
     }
@@ -90,6 +95,12 @@ impl Containerd {
 }
 
 fn record(image: Image) -> Option<ImageRecord> {
-    let created_at = image.created_at.and_then(|at| SystemTime::try_from(at).ok());
-    Some(ImageRecord { name: image.name, target: image.target?, created_at })
+    let time = |at: Option<prost_types::Timestamp>| at.and_then(|at| SystemTime::try_from(at).ok());
+    Some(ImageRecord {
+        name: image.name,
+        target: image.target?,
+        created_at: time(image.created_at),
+        updated_at: time(image.updated_at),
+        labels: image.labels,
+    })
 }

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::{
-    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, Resource, leases_client::LeasesClient,
+    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, ListResourcesRequest, Resource,
+    leases_client::LeasesClient,
 };
 use tonic::transport::Channel;
 
@@ -18,9 +19,18 @@ pub struct ContainerdLease {
     pub labels: HashMap<String, String>,
 }
 
+/// Something that a lease holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// The blob of this digest, and what its labels lead to.
+    Blob(String),
+    /// The snapshot of this name in our snapshotter, and those below it.
+    Snapshot(String),
+}
+
 impl Containerd {
     fn leases(&self) -> LeasesClient<Channel> {
-        LeasesClient::new(self.channel.clone())
+        LeasesClient::new(self.channel.clone()).max_decoding_message_size(super::MAX_MESSAGE_BYTES)
     }
 
     /// Makes a lease that does not expire (an expiry has killed live disks elsewhere). Succeeds if it is there.
@@ -61,7 +71,33 @@ impl Containerd {
 
     /// All leases that carry the label `label`, with any value.
     pub async fn list_leases(&self, label: &str) -> Result<Vec<ContainerdLease>, CallError> {
-        let request = self.request(ListRequest { filters: vec![format!("labels.{label:?}")] });
+        self.leases_that(vec![format!("labels.{label:?}")]).await
+    }
+
+    /// All leases, also those of other clients.
+    pub async fn all_leases(&self) -> Result<Vec<ContainerdLease>, CallError> {
+        self.leases_that(Vec::new()).await
+    }
+
+    /// What a lease holds; nothing if it is not there.
+    pub async fn held_by(&self, lease: &str) -> Result<Vec<Held>, CallError> {
+        let request = self.request(ListResourcesRequest { id: lease.to_owned() });
+        let reply = match self.call("Leases.ListResources", self.leases().list_resources(request)).await {
+            Ok(reply) => reply,
+            Err(error) if error.is_not_found() => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let ours = format!("snapshots/{}", self.snapshotter());
+        let held = |resource: Resource| match resource.r#type.as_str() {
+            "content" => Some(Held::Blob(resource.id)),
+            kind if kind == ours => Some(Held::Snapshot(resource.id)),
+            _ => None,
+        };
+        Ok(reply.resources.into_iter().filter_map(held).collect())
+    }
+
+    async fn leases_that(&self, filters: Vec<String>) -> Result<Vec<ContainerdLease>, CallError> {
+        let request = self.request(ListRequest { filters });
         let reply = self.call("Leases.List", self.leases().list(request)).await?;
         Ok(reply.leases.into_iter().map(|l| ContainerdLease { id: l.id, labels: l.labels }).collect())
     }

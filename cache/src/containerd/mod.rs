@@ -21,8 +21,8 @@ pub use call::CallError;
 pub use content::{ContentReader, ContentWriter};
 pub use events::ImageEvents;
 pub use images::ImageRecord;
-pub use leases::ContainerdLease;
-pub use snapshots::{LEASE_LABEL, Mount, Snapshots};
+pub use leases::{ContainerdLease, Held};
+pub use snapshots::{LEASE_LABEL, Mount, SnapshotRecord, Snapshots};
 
 use crate::error::Result;
 

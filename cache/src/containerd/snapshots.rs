@@ -1,9 +1,9 @@
 //! containerd's snapshots, in the configured snapshotter.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::SystemTime};
 
 use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
+    CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
     RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest, ViewSnapshotRequest,
     snapshots_client::SnapshotsClient,
 };
@@ -54,6 +54,33 @@ const GC_ROOT: &str = "containerd.io/gc.root";
 const SIZE: &str = "containerd.io/snapshot/cowshed.size";
 const FORMAT: &str = "containerd.io/snapshot/cowshed.format";
 
+/// A snapshot, as containerd lists it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotRecord {
+    /// Its name; of an active one, its key.
+    pub name: String,
+    /// The one that it stands on.
+    pub parent: Option<String>,
+    /// Whether it is a layer: others are active, or views.
+    pub committed: bool,
+    /// When it was made; tells it from an earlier one of its name.
+    pub created_at: Option<SystemTime>,
+    /// What it holds, and what holds it.
+    pub labels: HashMap<String, String>,
+}
+
+impl From<Info> for SnapshotRecord {
+    fn from(info: Info) -> Self {
+        Self {
+            committed: info.kind() == Kind::Committed,
+            name: info.name,
+            parent: Some(info.parent).filter(|parent| !parent.is_empty()),
+            created_at: info.created_at.and_then(|at| SystemTime::try_from(at).ok()),
+            labels: info.labels,
+        }
+    }
+}
+
 /// Held by itself as well: a lease is deleted by hand more easily than a snapshot is removed.
 fn kept(key: &str) -> HashMap<String, String> {
     HashMap::from([(GC_ROOT.to_owned(), key.to_owned())])
@@ -100,6 +127,23 @@ impl Containerd {
         };
         let request = self.leased(lease, message);
         Ok(self.call("Snapshots.View", self.snapshots().view(request)).await?.mounts)
+    }
+
+    /// All snapshots.
+    pub async fn list_snapshots(&self) -> Result<Vec<SnapshotRecord>, CallError> {
+        self.snapshots_that(Vec::new()).await
+    }
+
+    async fn snapshots_that(&self, filters: Vec<String>) -> Result<Vec<SnapshotRecord>, CallError> {
+        const LIST: &str = "Snapshots.List";
+        let message = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters };
+        let mut pages = self.call(LIST, self.snapshots().list(self.request(message))).await?;
+        let mut all = Vec::new();
+        loop {
+            let next = async { pages.message().await.map(tonic::Response::new) };
+            let Some(page) = self.call(LIST, next).await? else { return Ok(all) };
+            all.extend(page.info.into_iter().map(SnapshotRecord::from));
+        }
     }
 
     /// The name of a committed snapshot, if there is one.
@@ -201,19 +245,8 @@ impl Snapshots for Containerd {
     }
 
     async fn keys(&self, prefix: &str) -> Result<Vec<String>, CallError> {
-        let message = ListSnapshotsRequest {
-            snapshotter: self.snapshotter.clone(),
-            filters: ["active", "view"].map(|kind| format!("kind=={kind},name~=\"^{prefix}\"")).to_vec(),
-        };
-        let mut stream = self.call("Snapshots.List", self.snapshots().list(self.request(message))).await?;
-        let mut keys = Vec::new();
-        loop {
-            let next = async { stream.message().await.map(tonic::Response::new) };
-            match self.call("Snapshots.List", next).await? {
-                Some(page) => keys.extend(page.info.into_iter().map(|info| info.name)),
-                None => return Ok(keys),
-            }
-        }
+        let filters = ["active", "view"].map(|kind| format!("kind=={kind},name~=\"^{prefix}\"")).to_vec();
+        Ok(self.snapshots_that(filters).await?.into_iter().map(|snapshot| snapshot.name).collect())
     }
 
     async fn hold(&self, lease: &str, key: &str) -> Result<(), CallError> {

@@ -17,7 +17,7 @@ use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, e
 use nix::{errno::Errno, sys::stat};
 use thiserror::Error as ThisError;
 
-pub use cowshed_pool::device::{PoolMode, PoolUsage};
+pub use cowshed_pool::device::{Events, PoolMode, PoolUsage};
 pub use devices::Devices;
 pub use holders::Holder;
 

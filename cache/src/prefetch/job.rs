@@ -13,6 +13,7 @@ use std::{
     num::{NonZeroU32, NonZeroU64},
     str::FromStr,
     sync::Arc,
+    time::Duration,
 };
 
 use cowshed_leases::{Tenant, Ttl, UnixMicros, VmId, VmIdError};
@@ -278,6 +279,22 @@ impl Jobs {
         self.running().flat_map(|job| job.waiting().map(|at| job.plan.images[at].image.as_str())).collect()
     }
 
+    /// What jobs have fetched for who comes for it: its name, its manifest, and until when it is kept for him, if that is for so
+    /// long.
+    pub(crate) fn fetched(&self, kept_for: Duration) -> impl Iterator<Item = (&str, &str, UnixMicros)> {
+        let kept_for = i64::try_from(kept_for.as_micros()).unwrap_or(i64::MAX);
+        // What nobody wants any more nobody comes for.
+        let counts = |job: &&Arc<Job>| !matches!(job.ended, Some((End::Cancelled | End::Withdrawn, _)));
+        let all = self.0.values().filter(counts).flat_map(|job| job.plan.images.iter().zip(&job.stages));
+        all.filter_map(move |(wanted, stage)| match stage {
+            Stage::Here { manifest, at, .. } => {
+                let until = UnixMicros(at.0.saturating_add(kept_for));
+                Some((wanted.image.as_str(), manifest.as_str(), until))
+            }
+            Stage::Waiting | Stage::Failed { .. } => None,
+        })
+    }
+
     /// A new job, or the one of this name, if it is to do the same.
     pub(crate) fn create(&self, id: JobId, plan: Plan, now: UnixMicros) -> Result<(Arc<Job>, Vec<Change>)> {
         if let Some(job) = self.get(&id) {
@@ -410,6 +427,31 @@ pub(super) mod tests {
         jobs.apply((id("j"), Some(job)));
         assert!(jobs.settle(&id("j"), 0, here(4), UnixMicros(4)).is_none(), "it came after the end");
         assert!(jobs.end(&id("other"), End::Cancelled, UnixMicros(8)).is_none());
+    }
+
+    #[test]
+    fn what_was_fetched_is_kept_unless_nobody_wants_it_any_more() {
+        let until = |jobs: &Jobs| {
+            let fetched = jobs.fetched(Duration::from_micros(10));
+            fetched.map(|(name, _, until)| (name.to_owned(), until.0)).collect::<Vec<_>>()
+        };
+        for (end, expected) in
+            [(None, 1), (Some(End::Late), 1), (Some(End::Cancelled), 0), (Some(End::Withdrawn), 0)]
+        {
+            let mut jobs = Jobs::default();
+            create(&mut jobs, "j", plan(&["r/a:1", "r/b:1", "r/c:1"]), 0);
+            for (at, stage) in [(0, here(5)), (1, failed(6))] {
+                let job = jobs.settle(&id("j"), at, stage, UnixMicros(7)).unwrap();
+                jobs.apply((id("j"), Some(job)));
+            }
+            if let Some(end) = end {
+                let job = jobs.end(&id("j"), end, UnixMicros(8)).unwrap();
+                jobs.apply((id("j"), Some(job)));
+            }
+            let fetched = until(&jobs);
+            assert_eq!(fetched.len(), expected, "{end:?}");
+            assert!(fetched.iter().all(|fetched| *fetched == ("r/a:1".to_owned(), 15)), "{fetched:?}");
+        }
     }
 
     #[test]

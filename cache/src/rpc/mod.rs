@@ -4,6 +4,7 @@ mod audit;
 mod changes;
 mod convert;
 mod drain;
+mod gc;
 mod keep_alive;
 mod offer;
 mod page;
@@ -24,11 +25,12 @@ use tokio::sync;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
-    acquire::{Acquired, Acquirer},
+    acquire::{Acquired, Acquirer, Wish},
     admission::Admission,
     audit::{Audited, Repair},
     containerd::Containerd,
     error::{Error, Reason, Result},
+    evict::{self, Evictor},
     image::{Cache, ImageInfo, Images},
     keeping::{self, Keeper, Removed},
     kernel::Devices,
@@ -51,7 +53,9 @@ pub struct Api {
     pub images: Images,
     /// Which of them stay.
     pub keeper: Arc<Keeper>,
-    /// Whether there is room for another pull.
+    /// Makes room.
+    pub evictor: Arc<Evictor>,
+    /// Whether there is room for another disk.
     pub admission: Admission,
     /// The pool.
     pub kernel: Devices,
@@ -82,8 +86,9 @@ impl Cowshed for Api {
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
         self.metered("Acquire", async |begun: Instant| {
+            let until = parse::until(request.metadata());
             let outcome = match parse::wish(request.into_inner()) {
-                Ok(wish) => self.acquirer.acquire(wish).await,
+                Ok(wish) => self.acquirer.acquire(Wish { until, ..wish }).await,
                 Err(error) => Err(error),
             };
             let took = begun.elapsed();
@@ -215,13 +220,13 @@ impl Cowshed for Api {
         &self,
         request: Request<v1::PullImageRequest>,
     ) -> Result<Response<Self::PullImageStream>, Status> {
-        let begun = Instant::now();
+        let (begun, until) = (Instant::now(), parse::until(request.metadata()));
         let v1::PullImageRequest { image, platform, tenant, credentials } = request.into_inner();
         let begin = async {
             let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
             let access = parse::access(&tenant, credentials)?;
             self.acquirer.drain.admit()?;
-            self.admission.admit(&self.kernel).await?;
+            evict::admit(&self.admission, &self.kernel, &*self.acquirer.room, until).await?;
             Ok::<_, Error>(self.images.pull(&image, &platform, &access))
         };
         match begin.await {
@@ -341,6 +346,28 @@ impl Cowshed for Api {
                 existed: removed != Removed::Nothing,
                 untagged: removed == Removed::Name,
             })
+        })
+        .await
+    }
+
+    async fn plan_gc(
+        &self,
+        request: Request<v1::PlanGcRequest>,
+    ) -> Result<Response<v1::PlanGcResponse>, Status> {
+        self.metered("PlanGc", async |_| {
+            let plan = self.evictor.plan(gc::trigger(request.into_inner().free_bytes)).await?;
+            Ok(v1::PlanGcResponse { report: Some(gc::planned(&plan)) })
+        })
+        .await
+    }
+
+    async fn run_gc(
+        &self,
+        request: Request<v1::RunGcRequest>,
+    ) -> Result<Response<v1::RunGcResponse>, Status> {
+        self.metered("RunGc", async |_| {
+            let ran = self.evictor.run(gc::trigger(request.into_inner().free_bytes)).await?;
+            Ok(v1::RunGcResponse { report: Some(gc::ran(&ran)) })
         })
         .await
     }

@@ -1,12 +1,17 @@
 //! Fields of requests, parsed: what comes out of here is valid.
 
+use std::time::Duration;
+
 use cowshed_leases::{LeaseId, Mode, RequestId, Scratch, Tenant, Ttl, VmId};
 use cowshed_pool::Bytes;
 use cowshed_proto::v1;
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 
 use crate::{
     acquire::Wish,
     error::{Error, Reason, Result},
+    evict,
     image::{Access, ImageRef, Platform, PullPolicy},
     registry::Credential,
 };
@@ -32,7 +37,29 @@ pub(super) fn wish(request: v1::AcquireRequest) -> Result<Wish> {
         ttl: request.ttl.as_ref().map(ttl).transpose()?,
         fresh: request.fresh,
         request: request.request_id.as_deref().map(request_id).transpose()?,
+        until: None,
     })
+}
+
+/// When a caller that says how long it waits is to be told at the latest that there is no room.
+pub(super) fn until(metadata: &MetadataMap) -> Option<Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    patience(text).map(evict::deadline)
+}
+
+/// gRPC's way to write a time: digits and a unit.
+fn patience(text: &str) -> Option<Duration> {
+    let unit = text.chars().last()?;
+    let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
+    match unit {
+        'H' => Some(Duration::from_secs(count.saturating_mul(3600))),
+        'M' => Some(Duration::from_secs(count.saturating_mul(60))),
+        'S' => Some(Duration::from_secs(count)),
+        'm' => Some(Duration::from_millis(count)),
+        'u' => Some(Duration::from_micros(count)),
+        'n' => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
 }
 
 /// What a VM would ask for; which one does not matter.
@@ -182,6 +209,25 @@ fn wrong(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn grpc_says_how_long_somebody_waits() {
+        let table = [
+            ("2H", Some(Duration::from_secs(7200))),
+            ("1M", Some(Duration::from_secs(60))),
+            ("30S", Some(Duration::from_secs(30))),
+            ("1500m", Some(Duration::from_millis(1500))),
+            ("7u", Some(Duration::from_micros(7))),
+            ("7n", Some(Duration::from_nanos(7))),
+            ("", None),
+            ("S", None),
+            ("5", None),
+            ("-1S", None),
+        ];
+        for (text, expected) in table {
+            assert_eq!(patience(text), expected, "{text:?}");
+        }
+    }
 
     #[test]
     fn what_a_vm_wants_is_checked_and_named() {

@@ -25,10 +25,11 @@ use crate::{
     containerd::{Containerd, Snapshots},
     crowd::Crowd,
     drain::Drain,
+    evict::{Evictor, MakesRoom, NoGrower, NoRoom, Parts},
     flights::Flights,
     image::{Images, PullLimits},
     keeping::Keeper,
-    kernel::{DeviceMapper, Devices},
+    kernel::{DeviceMapper, Devices, Events},
     layer::Bounds,
     ledger::{Ledger, LedgerSlot},
     making::Making,
@@ -97,7 +98,7 @@ impl Ground {
             // Each pass of the reclaimer tries again; what has to be known meanwhile is.
             tracing::warn!(%error, "what the last run has left cannot be marked yet");
         }
-        let prefetcher = api.prefetcher.clone();
+        let (prefetcher, evictor) = (api.prefetcher.clone(), api.evictor.clone());
         let refiller = Refiller {
             spares: api.spares.clone(),
             acquirer: api.acquirer.clone(),
@@ -117,6 +118,7 @@ impl Ground {
             async move { reclaimer.run(stopped).await }
         });
         tokio::spawn(Arc::new(refiller).run(self.stopped.clone()));
+        tokio::spawn(evictor.watch(Events::listen(), self.stopped.clone()));
         let stopped = self.stopped.clone();
         tokio::spawn(async move { reclaimer.watch_time(stopped).await });
         // It makes containerd connect to the snapshotter, if nothing else does.
@@ -150,12 +152,36 @@ impl Ground {
             closed: Mutex::default(),
             collected: Mutex::default(),
         };
+        let keeper = Arc::new(Keeper {
+            catalogue: Arc::new(images.clone()),
+            ledger: ledger.clone(),
+            hindrances: admission.hindrances.clone(),
+            clock: self.clock.clone(),
+            tasks: self.tasks.clone(),
+            spares: spares.clone(),
+            wake: wake.clone(),
+            turn: tokio::sync::Mutex::default(),
+        });
+        let evictor = Arc::new(Evictor::new(Parts {
+            policy: self.config.gc_policy(),
+            settings: self.config.gc_settings(),
+            keeper: keeper.clone(),
+            survey: containerd.clone(),
+            kernel: kernel.clone(),
+            admission: admission.clone(),
+            grower: Arc::new(NoGrower),
+            metrics: self.metrics.clone(),
+            tasks: self.tasks.clone(),
+        }));
+        let room: Arc<dyn MakesRoom> =
+            if self.config.gc.enabled { Arc::new(evictor.clone()) } else { Arc::new(NoRoom) };
         let acquirer = Acquirer {
             ledger: ledger.clone(),
             images: Arc::new(images.clone()),
             snapshots,
             kernel: kernel.clone(),
             admission: admission.clone(),
+            room,
             drain: drain.clone(),
             wake: wake.clone(),
             making,
@@ -178,22 +204,13 @@ impl Ground {
         );
         // As for the images.
         let _first = self.source.prefetcher.set(prefetcher.clone());
-        let keeper = Keeper {
-            catalogue: Arc::new(images.clone()),
-            ledger: ledger.clone(),
-            hindrances: admission.hindrances.clone(),
-            clock: self.clock.clone(),
-            tasks: self.tasks.clone(),
-            spares: spares.clone(),
-            wake: wake.clone(),
-            turn: tokio::sync::Mutex::default(),
-        };
         Api {
             reclaimer: Arc::new(reclaimer),
             acquirer: Arc::new(acquirer),
             ledger: ledger.clone(),
             images,
-            keeper: Arc::new(keeper),
+            keeper,
+            evictor,
             prefetcher,
             admission: admission.clone(),
             kernel: kernel.clone(),

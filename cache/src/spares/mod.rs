@@ -168,6 +168,23 @@ impl Spares {
         self.state().shelves.get(manifest).map(Shelf::count).unwrap_or_default()
     }
 
+    /// How many there should be of each manifest that is asked for, or pinned.
+    pub(crate) fn wanted(&self) -> HashMap<String, u32> {
+        self.state().shelves.iter().map(|(key, shelf)| (key.to_string(), shelf.wanted)).collect()
+    }
+
+    /// Those that somebody is about to hand out.
+    pub(crate) fn in_hand(&self) -> HashSet<LeaseId> {
+        self.state().in_hand.clone()
+    }
+
+    /// Takes these off: they are given up.
+    pub(crate) fn take_off(&self, leases: &[LeaseId]) {
+        for shelf in self.state().shelves.values_mut() {
+            shelf.ready.retain(|lease| !leases.contains(lease));
+        }
+    }
+
     /// How many there are of all.
     pub fn total(&self) -> Count {
         self.state().shelves.values().fold(Count::default(), |sum, shelf| {

@@ -75,6 +75,13 @@ pub enum MarksError {
 }
 
 impl Marks {
+    /// Usual ones for the pool's data.
+    pub const DATA: Self =
+        Self { low: Share::literal(75), high: Share::literal(85), emergency: Share::literal(95) };
+    /// Usual ones for its metadata, whose end is worse.
+    pub const METADATA: Self =
+        Self { low: Share::literal(65), high: Share::literal(75), emergency: Share::literal(90) };
+
     /// From percentages.
     ///
     /// # Errors

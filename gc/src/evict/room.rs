@@ -181,6 +181,11 @@ impl TryFrom<u8> for Share {
 }
 
 impl Share {
+    /// For constants from 1 to 100.
+    pub(super) const fn literal(percent: u8) -> Self {
+        Self(percent)
+    }
+
     /// So much of it, or less by a fraction of a byte.
     pub fn of(self, total: Bytes) -> Bytes {
         Bytes(narrow(u128::from(total.0) * u128::from(self.0) / 100))

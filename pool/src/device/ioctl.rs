@@ -8,6 +8,7 @@
 use std::{fs::File, io, os::fd::AsRawFd as _};
 
 use nix::{errno::Errno, libc, request_code_readwrite};
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// `struct dm_ioctl` (kernel: include/uapi/linux/dm-ioctl.h), version 4.
 #[repr(C)]
@@ -30,6 +31,7 @@ const _: () = assert!(size_of::<Header>() == 312);
 
 const DEV_REMOVE: u8 = 4;
 const DEV_SUSPEND: u8 = 6;
+const DEV_ARM_POLL: u8 = 16;
 
 /// Removes the device `name`. EBUSY if it is open, ENXIO if it is not there.
 pub(super) fn remove(control: &File, name: &str) -> Result<(), Errno> {
@@ -39,6 +41,17 @@ pub(super) fn remove(control: &File, name: &str) -> Result<(), Errno> {
 /// Puts the loaded table of `name` to use, and lets its I/O go.
 pub(super) fn resume(control: &File, name: &str) -> Result<(), Errno> {
     call(control, DEV_SUSPEND, name)
+}
+
+/// From now on the control node is readable when the kernel has something new to tell.
+pub(super) fn arm_poll(control: &File) -> Result<(), Errno> {
+    call(control, DEV_ARM_POLL, "")
+}
+
+/// The control node, to be waited for.
+pub(super) fn readable(control: File) -> io::Result<AsyncFd<File>> {
+    // SAFETY: the file is what is registered, owned by the result, and closed when that is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(control, Interest::READABLE) }?)
 }
 
 fn call(control: &File, command: u8, name: &str) -> Result<(), Errno> {

@@ -2,6 +2,7 @@
 
 mod audit;
 mod dm;
+mod events;
 mod format;
 mod ioctl;
 pub mod table;
@@ -12,6 +13,7 @@ use thiserror::Error as ThisError;
 
 pub use audit::superblock_time;
 pub use dm::DeviceMapper;
+pub use events::Events;
 pub(crate) use format::{Filesystem, Tools};
 pub use table::{PoolMode, PoolUsage};
 

@@ -28,6 +28,8 @@ pub struct PoolUsage {
     pub metadata_used: u64,
     /// Bytes of metadata in all.
     pub metadata_total: u64,
+    /// Bytes of a block of data; 0 if it does not tell.
+    pub block_bytes: u64,
     /// Whether it works.
     pub mode: PoolMode,
     /// Whether new blocks are zeroed before a disk reads them.
@@ -35,9 +37,10 @@ pub struct PoolUsage {
 }
 
 /// The state of a thin pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PoolMode {
     /// It reads and writes.
+    #[default]
     ReadWrite,
     /// It only reads.
     ReadOnly,
@@ -121,6 +124,7 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
             data_total: 0,
             metadata_used: 0,
             metadata_total: 0,
+            block_bytes: block * SECTOR_BYTES,
             mode,
             zeroing,
         });
@@ -133,6 +137,7 @@ pub fn parse_pool(name: &str, tables: &[Target], status: &[Target]) -> Result<Po
         data_total: data_total * block * SECTOR_BYTES,
         metadata_used: metadata_used * METADATA_BLOCK_BYTES,
         metadata_total: metadata_total * METADATA_BLOCK_BYTES,
+        block_bytes: block * SECTOR_BYTES,
         mode: mode(&words[3..]),
         zeroing,
     })
@@ -253,6 +258,7 @@ mod tests {
         assert_eq!(usage.data_used, 1200 * 65536);
         assert_eq!(usage.data_total, 10 << 30);
         assert_eq!((usage.metadata_used, usage.metadata_total), (40 * 4096, 128 << 20));
+        assert_eq!(usage.block_bytes, 64 << 10);
         assert!(usage.zeroing);
         let careless =
             target(20_971_520, "thin-pool", "252:1 252:2 128 0 2 skip_block_zeroing ignore_discard ");

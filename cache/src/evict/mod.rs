@@ -1,0 +1,203 @@
+//! Makes room in the pool: takes stock, has `gc` plan, and does what the plan says.
+//!
+//! ```text
+//!   fill rate, marks ─► watch ──┐                                              ┌─► grow (a seam)
+//!   interval ─────────► watch ──┼─► stock ─► gc's plan (pure) ─► step by step ─┼─► spares ─► reclaimer
+//!   refused Acquire ─► room ────┤     ▲                              │         └─► images, each looked at again
+//!   RunGc ──────────────────────┘     └──── a step that came to nothing: anew ─┘
+//! ```
+//!
+//! One run at a time. What a plan takes for unneeded is looked at once more right before it goes, in the turn of pins and
+//! removals; a step that has become impossible is passed over, and what is left is planned again. What was removed counts as
+//! coming back until the kernel shows it, so that nothing else goes for it meanwhile.
+
+mod grow;
+mod holds;
+mod inventory;
+mod occupancy;
+mod pace;
+mod returning;
+mod room;
+mod run;
+mod survey;
+mod watch;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use cowshed_gc::evict::{Occupancy, Outcome, Plan, Policy, Trigger, plan};
+use tokio::time::Instant;
+
+pub use grow::{Grower, NoGrower};
+pub(crate) use occupancy::is_ours;
+pub(crate) use room::deadline;
+pub use room::{MakesRoom, NoRoom, admit};
+pub use run::{Fate, Report};
+pub use survey::Survey;
+
+use crate::{
+    admission::Admission,
+    error::{Error, Reason, Result},
+    keeping::Keeper,
+    kernel::Devices,
+    metrics::Metrics,
+    tasks::Tasks,
+};
+use inventory::Sizes;
+use occupancy::{Seen, Wanted};
+use returning::Returning;
+
+/// So long advice may take to learn what VMs have, where somebody waits for a refusal, and elsewhere.
+const AT_ONCE: Duration = Duration::from_millis(30);
+const AT_LEISURE: Duration = Duration::from_secs(2);
+
+/// `[gc]`, as far as it is not policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Whether anything is done without being asked for.
+    pub enabled: bool,
+    /// How often it is looked what was not used for too long.
+    pub interval: Duration,
+    /// So long what a prefetch job has fetched is kept for who comes for it.
+    pub prefetched_for: Duration,
+}
+
+/// Who makes room.
+pub struct Evictor {
+    policy: Policy,
+    settings: Settings,
+    keeper: Arc<Keeper>,
+    survey: Arc<dyn Survey>,
+    kernel: Devices,
+    admission: Admission,
+    grower: Arc<dyn Grower>,
+    metrics: Metrics,
+    tasks: Tasks,
+    sizes: Sizes,
+    returning: Mutex<Returning>,
+    /// Whose turn it is.
+    turn: tokio::sync::Mutex<()>,
+    room: room::State,
+    /// What times are measured from.
+    origin: Instant,
+}
+
+/// What an evictor works on.
+pub struct Parts {
+    /// What stays.
+    pub policy: Policy,
+    /// When anything goes.
+    pub settings: Settings,
+    /// Removes images, and knows the ledger.
+    pub keeper: Arc<Keeper>,
+    /// containerd.
+    pub survey: Arc<dyn Survey>,
+    /// The pool.
+    pub kernel: Devices,
+    /// What new disks need.
+    pub admission: Admission,
+    /// Grows the pool.
+    pub grower: Arc<dyn Grower>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Where runs run.
+    pub tasks: Tasks,
+}
+
+impl Evictor {
+    /// Of these.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { mut policy, settings, keeper, survey, kernel, admission, grower, metrics, tasks } = parts;
+        for kind in cowshed_gc::evict::Kind::ALL {
+            let limits = match kind {
+                cowshed_gc::evict::Kind::Data => &mut policy.data,
+                cowshed_gc::evict::Kind::Metadata => &mut policy.metadata,
+            };
+            limits.growth = grower.growth(kind);
+        }
+        Self {
+            policy,
+            settings,
+            keeper,
+            survey,
+            kernel,
+            admission,
+            grower,
+            metrics,
+            tasks,
+            sizes: Sizes::default(),
+            returning: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+            room: room::State::default(),
+            origin: Instant::now(),
+        }
+    }
+
+    /// What a run would do now; changes nothing.
+    ///
+    /// # Errors
+    /// If the pool does not write, or nobody tells what there is.
+    pub async fn plan(&self, trigger: Trigger) -> Result<Plan> {
+        self.plan_now(trigger, Growing::IfItCan).await.map(|(plan, _)| plan)
+    }
+
+    async fn plan_now(&self, trigger: Trigger, growing: Growing) -> Result<(Plan, Occupancy)> {
+        let (mut seen, wanted) = self.take_stock().await?;
+        if growing == Growing::HasFailed {
+            seen.group = grow::nothing_free();
+        }
+        let (plan, occupancy, (mut seen, wanted)) = self.decide(trigger, seen, wanted).await?;
+        if plan.outcome == Outcome::Met {
+            return Ok((plan, occupancy));
+        }
+        // What would help depends on what VMs have, which nothing else does.
+        let limit = if matches!(trigger, Trigger::Admission(_)) { AT_ONCE } else { AT_LEISURE };
+        self.learn_of_vms(&mut seen, &wanted, limit).await;
+        self.decide(trigger, seen, wanted).await.map(|(plan, occupancy, _)| (plan, occupancy))
+    }
+
+    /// Of many images that takes a while: in a thread of its own.
+    async fn decide(
+        &self,
+        trigger: Trigger,
+        seen: Seen,
+        wanted: Wanted,
+    ) -> Result<(Plan, Occupancy, (Seen, Wanted))> {
+        let policy = self.policy.clone();
+        let deciding = tokio::task::spawn_blocking(move || {
+            let occupancy = occupancy::occupancy(&seen, &wanted);
+            (plan(&occupancy, &policy, trigger, wanted.now.wall), occupancy, (seen, wanted))
+        });
+        deciding.await.map_err(|e| Error::new(Reason::InternalError, format!("planning what goes: {e}")))
+    }
+
+    fn returning(&self) -> MutexGuard<'_, Returning> {
+        self.returning.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.origin.elapsed()
+    }
+}
+
+/// What has asked for a run, in metrics and logs.
+pub(crate) fn name_of(trigger: Trigger) -> &'static str {
+    match trigger {
+        Trigger::Pressure => "pressure",
+        Trigger::Admission(_) => "admission",
+        Trigger::Schedule => "schedule",
+    }
+}
+
+/// Whether the pool is to grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Growing {
+    IfItCan,
+    /// A step of this run has failed to.
+    HasFailed,
+}
+
+#[cfg(test)]
+mod tests;

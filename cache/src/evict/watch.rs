@@ -1,0 +1,80 @@
+//! Watches how full the pool is, and runs when it is time.
+
+use std::{sync::Arc, time::Duration};
+
+use cowshed_gc::evict::{Kind, Pool, Trigger};
+use tokio::{sync::watch, time::Instant};
+
+use super::{
+    Evictor,
+    inventory::used,
+    pace::{LONGEST, Pace, SHORTEST},
+};
+use crate::kernel::Events;
+
+impl Evictor {
+    /// Until `stopped` changes. Without `[gc] enabled` it only measures.
+    pub async fn watch(self: Arc<Self>, events: Events, mut stopped: watch::Receiver<bool>) {
+        let mut pace = Pace::default();
+        let mut scheduled = Instant::now() + self.settings.interval;
+        // After runs that came to nothing the next one waits longer and longer.
+        let (mut rest, mut not_before) = (Duration::ZERO, Instant::now());
+        loop {
+            let pause = match self.pool().await {
+                Ok((pool, usage)) => {
+                    pace.look(used(&usage), self.elapsed());
+                    self.tell_pace(&pace, &pool);
+                    if let Some(trigger) = self.is_time(&pool, scheduled, not_before) {
+                        if trigger == Trigger::Schedule {
+                            scheduled = Instant::now() + self.settings.interval;
+                        }
+                        let ran = self.run(trigger).await;
+                        let is_idle = ran.as_ref().map_or(true, |report| !report.did_something());
+                        rest = if is_idle { (rest * 2).clamp(SHORTEST, LONGEST) } else { Duration::ZERO };
+                        not_before = Instant::now() + rest;
+                    } else if !self.is_high(&pool) {
+                        rest = Duration::ZERO;
+                    }
+                    pace.pause(pool.total, &self.policy)
+                }
+                // It does not write, or does not tell: there is nothing to be done about it here.
+                Err(error) => {
+                    tracing::debug!(%error, "how full the pool is cannot be told");
+                    SHORTEST * 5
+                }
+            };
+            let pause = if rest.is_zero() { pause } else { pause.max(rest) };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                // Most are of devices, and come in crowds.
+                () = async { tokio::time::sleep(SHORTEST).await; events.next().await } => {}
+                _ = stopped.wait_for(|stopped| *stopped) => return,
+            }
+        }
+    }
+
+    fn is_time(&self, pool: &Pool, scheduled: Instant, not_before: Instant) -> Option<Trigger> {
+        let now = Instant::now();
+        if !self.settings.enabled {
+            return None;
+        }
+        if self.policy.retention.is_some() && now >= scheduled {
+            return Some(Trigger::Schedule);
+        }
+        (self.is_high(pool) && now >= not_before).then_some(Trigger::Pressure)
+    }
+
+    fn is_high(&self, pool: &Pool) -> bool {
+        let settled = pool.settled();
+        Kind::ALL.into_iter().any(|kind| {
+            let high = self.policy.limits(kind).marks.high().of(settled.total.of(kind));
+            settled.used.of(kind) >= high
+        })
+    }
+
+    fn tell_pace(&self, pace: &Pace, pool: &Pool) {
+        for kind in Kind::ALL {
+            self.metrics.pool_full_in(kind, pace.time_to(kind, pool.total.of(kind)));
+        }
+    }
+}
