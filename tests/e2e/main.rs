@@ -10,6 +10,7 @@ mod identity;
 mod images;
 mod layers;
 mod lifecycle;
+mod lvm;
 mod odd_registries;
 mod pins;
 mod prefetch;
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 27] = [
+    let groups: [(&str, &[Test]); 28] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         ("signatures", signatures::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
+        ("lvm", own(lvm::TESTS)),
         ("rescue", rescue::TESTS),
         ("rescue", own(rescue::OWN)),
         ("service", service::TESTS),

@@ -491,7 +491,7 @@ pub(super) fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
 }
 
-fn share(used: u64, total: u64) -> String {
+pub(super) fn share(used: u64, total: u64) -> String {
     let percent = if total == 0 { 0.0 } else { used as f64 * 100.0 / total as f64 };
     format!("{} of {} ({percent:.1} %)", bytes(used), bytes(total))
 }
