@@ -13,6 +13,8 @@ mod error;
 #[cfg(test)]
 mod fake;
 mod filter;
+#[cfg(test)]
+mod hold_tests;
 mod ids;
 pub mod lvm;
 mod make;

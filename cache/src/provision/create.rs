@@ -29,6 +29,8 @@ use super::{
 /// How LVM2 is to check a pool that it activates; see deploy/lvm/thin_check.conf.
 pub(super) const CHECKED: &str =
     "global/thin_check_options=[\"-q\",\"--clear-needs-check-flag\",\"--auto-repair\"]";
+/// A full pool has its writers wait. (`lvcreate --errorwhenfull` does not know thin pools, whatever its manual says.)
+const QUEUES: &str = "activation/error_when_full=0";
 /// LVM2's extents, unless the volume group has others.
 const EXTENT: u64 = 4 << 20;
 /// What LVM2 keeps of a disk for itself.
@@ -294,8 +296,6 @@ impl Run<'_> {
             &chunk,
             "--zero",
             "y",
-            "--errorwhenfull",
-            "n",
             "--discards",
             "passdown",
             "--poolmetadataspare",
@@ -304,7 +304,7 @@ impl Run<'_> {
             &ask.pool,
             &ask.group,
         ];
-        self.lvm(CHECKED, &words).await
+        self.lvm(QUEUES, &words).await
     }
 
     async fn adopt(mut self, group: &Group, pool: &PoolVolume) -> Result<Created> {
@@ -313,8 +313,12 @@ impl Run<'_> {
             self.lvm(CHECKED, &["lvchange", "--activate", "y", &path]).await?;
         }
         let name = pool.dm_name();
-        let (active, thins) =
-            facts::on_stack(move |stack| Ok((stack.pool(&name)?, stack.thins(&name)?))).await?;
+        let (active, thins) = facts::on_stack(move |stack| {
+            let active = stack.pool(&name)?;
+            let thins = active.as_ref().map_or(Ok(Vec::new()), |active| stack.thins(&active.usage.name))?;
+            Ok((active, thins))
+        })
+        .await?;
         let unfit = fitness::unfit(group, pool, active.as_ref(), &thins);
         if !unfit.is_empty() {
             return Err(Refusal::unfit(format!(

@@ -65,7 +65,12 @@ impl Facts {
 /// Asks for everything.
 pub async fn of(runner: &Runner, name: &str) -> Result<Facts> {
     let asked = name.to_owned();
-    let (active, thins) = on_stack(move |stack| Ok((stack.pool(&asked)?, stack.thins(&asked)?))).await?;
+    let (active, thins) = on_stack(move |stack| {
+        let active = stack.pool(&asked)?;
+        let thins = active.as_ref().map_or(Ok(Vec::new()), |active| stack.thins(&active.usage.name))?;
+        Ok((active, thins))
+    })
+    .await?;
     let room = lvm::room(runner, name).await.map_err(Refusal::from);
     let threshold = if room.is_ok() { threshold(runner).await } else { None };
     let timeout = behaviour::no_space_timeout().ok();

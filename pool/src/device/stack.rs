@@ -53,11 +53,13 @@ impl Stack {
         Ok(Self { dm, control })
     }
 
-    /// The pool; `None` if no device has this name.
+    /// The pool; `None` if no device has this name. One with thin volumes of LVM2's own has another name in the kernel.
     ///
     /// # Errors
     /// If it is something else, or the kernel refuses.
     pub fn pool(&self, name: &str) -> Result<Option<ActivePool>, DeviceError> {
+        let layer = format!("{name}-tpool");
+        let name = if self.is_pool(name)? || !self.is_pool(&layer)? { name } else { &layer };
         let Some((info, tables)) = self.targets(name, DmFlags::DM_STATUS_TABLE)? else { return Ok(None) };
         let Some((_, status)) = self.targets(name, DmFlags::empty())? else { return Ok(None) };
         let no_pool = |what| DeviceError::NoPool(format!("{name} is not a usable thin pool: {what}"));
@@ -74,13 +76,16 @@ impl Stack {
     pub fn pools(&self) -> Result<Vec<String>, DeviceError> {
         let mut pools = Vec::new();
         for (name, _) in self.devices()? {
-            let targets = self.targets(&name, DmFlags::DM_STATUS_TABLE)?;
-            if matches!(targets.as_ref().map(|(_, t)| &t[..]), Some([(_, _, kind, _)]) if kind == "thin-pool")
-            {
+            if self.is_pool(&name)? {
                 pools.push(name);
             }
         }
         Ok(pools)
+    }
+
+    fn is_pool(&self, name: &str) -> Result<bool, DeviceError> {
+        let targets = self.targets(name, DmFlags::DM_STATUS_TABLE)?;
+        Ok(matches!(targets.as_ref().map(|(_, t)| &t[..]), Some([(_, _, kind, _)]) if kind == "thin-pool"))
     }
 
     /// Whether the I/O of a device stands still.

@@ -46,7 +46,7 @@ pub enum Part {
 
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::Data => "data",
             Self::Metadata => "metadata",
         })
@@ -217,12 +217,15 @@ pub async fn settle(runner: &Runner, name: &str) -> Result<(), LvmError> {
         }
         tokio::time::sleep(LOOK * 50).await;
     }
+    // Whoever has stopped it may be at work still: then LVM2 is locked.
+    let found = pool(runner, name, look(name).await?.as_ref().map(|active| active.uuid.as_str())).await;
+    if let Err(locked @ LvmError::Locked { .. }) = found {
+        return Err(locked);
+    }
     let still = name.to_owned();
     let went_on = blocking(move || Stack::new()?.go_on(&still)).await?;
     tracing::warn!(?went_on, "devices stood still because an LVM2 command has ended in between; they go on");
-    let path =
-        pool(runner, name, look(name).await?.as_ref().map(|active| active.uuid.as_str())).await?.path();
-    runner.run(&["lvchange", "--refresh", &path]).await.map(drop)
+    runner.run(&["lvchange", "--refresh", &found?.path()]).await.map(drop)
 }
 
 /// The same, for what our own child has just left.

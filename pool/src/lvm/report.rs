@@ -221,6 +221,22 @@ pub(super) fn disks(text: &str) -> Result<Vec<Disk>, LvmError> {
     Ok(rows.map(|row| Disk { path: row.pv_name, group: row.vg_name }).collect())
 }
 
+/// What LVM2 complains of in a report, a line each: then it says so nowhere else.
+pub(super) fn complaints(text: &str) -> String {
+    #[derive(Deserialize)]
+    struct Logged {
+        log: Vec<LogRow>,
+    }
+    #[derive(Deserialize)]
+    struct LogRow {
+        log_type: String,
+        log_message: String,
+    }
+    let Ok(logged) = read::<Logged>("", text) else { return String::new() };
+    let complains = |row: &LogRow| ["error", "warn"].contains(&row.log_type.as_str());
+    logged.log.into_iter().filter(complains).map(|row| row.log_message + "\n").collect()
+}
+
 fn read<T: for<'de> Deserialize<'de>>(command: &str, text: &str) -> Result<T, LvmError> {
     // What LVM2 has to say to people comes before, on the same stream.
     let from = text.find('{').unwrap_or(0);
@@ -279,6 +295,18 @@ mod tests {
         }
         let error = groups(&VGS.replace("6257901568", "6.2g")).unwrap_err().to_string();
         assert!(error.contains("vg_free of vg is \"6.2g\""), "{error}");
+    }
+
+    #[test]
+    fn complaints_are_in_the_report() {
+        let locked = r#" { "report": [ { "lv": [ ] } ] , "log": [
+            {"log_seq_num":"1", "log_type":"error", "log_message":"/run/lock/lvm/V_vg: flock failed: Resource temporarily unavailable"},
+            {"log_seq_num":"2", "log_type":"error", "log_message":"Can't get lock for vg."},
+            {"log_seq_num":"4", "log_type":"status", "log_message":"failure"} ] }"#;
+        let said = complaints(locked);
+        assert_eq!(said.lines().last(), Some("Can't get lock for vg."));
+        assert_eq!(said.lines().count(), 2);
+        assert_eq!((complaints(LVS), complaints("no report")), (String::new(), String::new()));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tokio::{
 use super::{
     child,
     error::{LvmError, gist, is_locked},
+    report::complaints,
 };
 
 /// The hidden command of our own binary that the child runs.
@@ -95,6 +96,7 @@ impl Runner {
                 return Ok(stdout);
             }
             let command = words.join(" ");
+            let stderr = stderr + &complaints(&stdout);
             if let Some(signal) = status.signal() {
                 return Err(LvmError::Killed { command, signal });
             }
