@@ -53,6 +53,7 @@ pub enum Reason {
     PoolMissing,
     PoolUnusable,
     PoolUnzeroed,
+    LvmUnusable,
     ImageNotPresent,
     ImageUnsupported,
     ImageInUse,
@@ -125,6 +126,7 @@ impl Reason {
             | Self::SnapshotterUnusable
             | Self::PoolMissing
             | Self::PoolUnusable
+            | Self::LvmUnusable
             | Self::LedgerUnusable
             | Self::NotReady
             | Self::Draining
@@ -166,6 +168,7 @@ impl Reason {
             Self::PoolMissing => "POOL_MISSING",
             Self::PoolUnusable => "POOL_UNUSABLE",
             Self::PoolUnzeroed => "POOL_UNZEROED",
+            Self::LvmUnusable => "LVM_UNUSABLE",
             Self::ImageNotPresent => "IMAGE_NOT_PRESENT",
             Self::ImageUnsupported => "IMAGE_UNSUPPORTED",
             Self::ImageInUse => "IMAGE_IN_USE",

@@ -21,6 +21,17 @@ pub const LEDGER_FAILED: u8 = cowshed_pool::store::DISK_FAILED;
 /// `serve`: a socket or address cannot be listened on.
 pub const LISTEN: u8 = 26;
 
+/// `pool`: its metadata are damaged.
+pub const POOL_DAMAGED: u8 = 27;
+/// `pool`: something is not as it has to be (as FAILED_PRECONDITION).
+pub const UNFIT: u8 = 6;
+/// `pool`: the volume group has no room (as RESOURCE_EXHAUSTED).
+pub const FULL: u8 = 7;
+/// `pool`: it may pass, as a lock of LVM2's (as UNAVAILABLE).
+pub const AGAIN: u8 = 8;
+/// `pool`: LVM2 had to be killed (as DEADLINE_EXCEEDED).
+pub const LATE: u8 = 9;
+
 /// The status for an error of the service.
 pub fn for_code(code: Code) -> u8 {
     match code {
@@ -29,10 +40,10 @@ pub fn for_code(code: Code) -> u8 {
         Code::NotFound => 3,
         Code::AlreadyExists => 4,
         Code::PermissionDenied | Code::Unauthenticated => 5,
-        Code::FailedPrecondition => 6,
-        Code::ResourceExhausted => 7,
-        Code::Unavailable => 8,
-        Code::DeadlineExceeded => 9,
+        Code::FailedPrecondition => UNFIT,
+        Code::ResourceExhausted => FULL,
+        Code::Unavailable => AGAIN,
+        Code::DeadlineExceeded => LATE,
         Code::DataLoss => 10,
         Code::Cancelled
         | Code::Unknown

@@ -28,6 +28,7 @@ pub mod making;
 pub mod metrics;
 pub mod offer;
 pub mod prefetch;
+pub mod provision;
 pub mod reclaim;
 pub mod registry;
 pub mod rescue;

@@ -3,7 +3,7 @@
 //! `tree` decides (pure), `store` remembers, `device` does, `snapshotter` puts the three in the order
 //! intent → effect → confirmation (`make` for Prepare and View), `service` speaks containerd's Snapshots API. Beside them
 //! `standing` opens the store, when it can be, `start` compares and repairs, `rest` deactivates what was committed, `reclaim` deletes what was removed, and leaves
-//! alone what is `busy`.
+//! alone what is `busy`. `lvm` makes and extends the pool itself.
 
 mod busy;
 #[cfg(test)]
@@ -13,7 +13,10 @@ mod error;
 #[cfg(test)]
 mod fake;
 mod filter;
+#[cfg(test)]
+mod hold_tests;
 mod ids;
+pub mod lvm;
 mod make;
 mod metrics;
 mod reclaim;
@@ -33,6 +36,6 @@ pub use error::{Code, Error, Result};
 pub use metrics::Metrics;
 pub use service::{Api, IsHeld, SnapshotsServer};
 pub use size::Bytes;
-pub use snapshotter::{Health, Settings, Snapshotter};
+pub use snapshotter::{Health, Held, Settings, Snapshotter};
 pub use standing::Standing;
 pub use tree::{Kind, Snapshot, SnapshotId, ThinId};

@@ -11,10 +11,10 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
-use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::sync::{Notify, OwnedRwLockWriteGuard, Semaphore, oneshot};
 
 use crate::{
     busy::{Busy, Hold},
@@ -51,6 +51,10 @@ pub enum Health {
     Refusing(String),
 }
 
+/// As long as it lives, nothing is asked of the pool: what would be waits.
+#[derive(Debug)]
+pub struct Held(#[expect(dead_code, reason = "held")] OwnedRwLockWriteGuard<()>);
+
 /// How a snapshot is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mount {
@@ -82,6 +86,8 @@ pub(crate) struct Inner {
     pub(crate) health: RwLock<Health>,
     pub(crate) metrics: Metrics,
     turns: Semaphore,
+    /// Whoever works on the pool itself has it alone; everybody else shares it.
+    gate: Arc<tokio::sync::RwLock<()>>,
     /// Committed snapshots (and bases) that may be active still. Whoever makes a snapshot of one holds its lock.
     pub(crate) active_origins: Mutex<HashMap<SnapshotId, Arc<tokio::sync::Mutex<()>>>>,
     /// Snapshots that the reclaimer leaves alone.
@@ -115,6 +121,7 @@ impl Inner {
             health: RwLock::new(Health::Waiting("it is starting".to_owned())),
             metrics,
             turns: Semaphore::new(PARALLEL),
+            gate: Arc::default(),
             active_origins: Mutex::default(),
             busy: Busy::default(),
             torn: Mutex::default(),
@@ -162,6 +169,7 @@ impl Inner {
         &self,
         work: impl FnOnce(&dyn Pool) -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T> {
+        let _open = self.gate.read().await;
         let pool = self.pool()?;
         self.blocking(move || work(&*pool)).await
     }
@@ -416,6 +424,12 @@ impl Snapshotter {
             Ok(mapped.saturating_sub(below))
         });
         looking.await.map_err(|e| Error::new(Code::Internal, e.to_string()))?
+    }
+
+    /// Nothing is asked of the pool as long as what is returned lives; `None` if somebody is still at it after `limit`.
+    pub(crate) async fn hold(&self, limit: Duration) -> Option<Held> {
+        let alone = self.0.gate.clone().write_owned();
+        tokio::time::timeout(limit, alone).await.ok().map(Held)
     }
 
     pub(crate) fn cleanup(&self) {

@@ -26,7 +26,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::{
     error::{Code, Error, Result},
     metrics::Metrics,
-    snapshotter::{Health, Settings, Snapshotter},
+    snapshotter::{Health, Held, Settings, Snapshotter},
     start,
     store::{
         again::Tries,
@@ -96,6 +96,13 @@ impl Standing {
             Ok(snapshotter) => snapshotter.look(),
             Err(_) => self.0.metrics.healthy(false),
         }
+    }
+
+    /// Has whatever would be asked of the pool wait, for as long as what is returned lives: for those who extend it, while
+    /// which the kernel activates nothing. `None` if something is still under way after `limit`, or nobody asks anything.
+    pub async fn hold(&self, limit: Duration) -> Option<Held> {
+        let snapshotter = self.answering().ok()?;
+        snapshotter.hold(limit).await
     }
 
     /// Finishes what has begun, and closes the store.

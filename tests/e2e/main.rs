@@ -11,6 +11,7 @@ mod identity;
 mod images;
 mod layers;
 mod lifecycle;
+mod lvm;
 mod odd_registries;
 mod pins;
 mod prefetch;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         ("signatures", signatures::TESTS),
         ("broken_pool", broken_pool::TESTS),
         ("broken_state", broken_state::TESTS),
+        ("lvm", own(lvm::TESTS)),
         ("rescue", rescue::TESTS),
         ("rescue", own(rescue::OWN)),
         ("service", service::TESTS),

@@ -182,6 +182,8 @@ async fn ask(command: Command) -> Result<(), Failure> {
         Command::Serve { .. }
         | Command::Snapshotter { .. }
         | Command::Ledger { .. }
+        | Command::Pool { .. }
+        | Command::LvmChild { .. }
         | Command::Version { .. } => Ok(()),
     }
 }

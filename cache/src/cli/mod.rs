@@ -4,6 +4,7 @@ mod client;
 mod gc;
 mod images;
 mod ledger;
+mod pool;
 mod prefetch;
 mod progress;
 mod pull;
@@ -29,8 +30,9 @@ use crate::{
 const EXIT_HELP: &str = "\
 Exit status: 0 done; 1 failure; 2 wrong command line or invalid argument; 3 not found; 4 exists with another spec; \
 5 denied; 6 failed precondition; 7 full; 8 unavailable, try again; 9 timeout; 10 corrupt image; 20 no service on the \
-socket; serve, snapshotter, ledger: 21 configuration, 22 state directory in use; snapshotter, ledger: 23 state directory \
-unusable; ledger: 24 ledger damaged; serve, snapshotter: 25 the state directory's disk failed, 26 cannot listen.";
+socket; serve, snapshotter, ledger, pool: 21 configuration, 22 state directory in use; snapshotter, ledger: 23 state directory \
+unusable; ledger: 24 ledger damaged; serve, snapshotter: 25 the state directory's disk failed, 26 cannot listen; \
+pool: 27 its metadata damaged.";
 
 /// How long the end waits for threads that are in a call of the system's.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -388,6 +390,21 @@ enum Command {
         #[command(subcommand)]
         command: ledger::LedgerCommand,
     },
+    /// Make, extend, look at, check or repair the thin pool that the disks are in.
+    Pool {
+        #[command(subcommand)]
+        command: pool::PoolCommand,
+    },
+    /// Run one command of LVM2's in a process that can be killed.
+    #[command(name = cowshed_pool::lvm::CHILD, hide = true)]
+    LvmChild {
+        /// The kernel ends it after this time, in seconds.
+        #[arg(long)]
+        limit: u32,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Print the version.
     Version {
         /// How to print it.
@@ -399,6 +416,10 @@ enum Command {
 impl Cli {
     /// Does what was asked.
     pub fn run(self) -> ExitCode {
+        if let Command::LvmChild { limit, command } = &self.command {
+            // Without a thread besides this one: what it locks and keeps is the process's.
+            return ExitCode::from(cowshed_pool::lvm::run_child(*limit, command));
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = match runtime {
             Ok(runtime) => runtime,
@@ -408,6 +429,7 @@ impl Cli {
             Command::Serve { config, check } => run_service(&runtime, config, check, serve::serve),
             Command::Snapshotter { config } => run_service(&runtime, config, false, serve::serve_snapshotter),
             Command::Ledger { command } => finish(ledger::run(command)),
+            Command::Pool { command } => finish(runtime.block_on(pool::run(command))),
             Command::Version { output } => finish(print(&show::version(output))),
             command => finish(runtime.block_on(client::run(command))),
         };

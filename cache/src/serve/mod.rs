@@ -32,6 +32,7 @@ use crate::{
     exit,
     ledger::LedgerSlot,
     metrics::Metrics,
+    provision,
     rescue::Cause,
     status::StatusSource,
     tasks::Tasks,
@@ -145,6 +146,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     reporter.say(false).await;
     let monitoring = tokio::spawn(monitor::run(source, reporter.clone(), metrics, stopped.clone()));
     let limit = Duration::from_secs(config.server.stop_timeout_seconds);
+    tokio::spawn(provision::see_to_waiting(config.pool.name.clone()));
     tokio::spawn(announce(config, slot, plugin.as_ref().map(snapshotter::Served::connected)));
     let serving = listen_until_stopped(front, health, sockets.unix, sockets.tcp, stopped);
     let stopping = async {
@@ -296,6 +298,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
         };
         tokio::spawn(http::serve(http, scrape, stopped));
     }
+    tokio::spawn(provision::see_to_waiting(config.pool.name.clone()));
     let tasks = Tasks::default();
     tokio::spawn(work::sweep(work::containerd(&config), tasks.clone()));
     let connected = plugin.connected();

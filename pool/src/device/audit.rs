@@ -73,6 +73,7 @@ pub fn superblock_time(metadata: DeviceNumber) -> Result<u32, DeviceError> {
     read().map_err(|e| DeviceError::Refused { what: format!("reading {path}"), error: e.to_string() })
 }
 
-fn node(device: DeviceNumber) -> String {
+/// Where a device can be opened.
+pub(super) fn node(device: DeviceNumber) -> String {
     format!("/dev/block/{}:{}", device.major, device.minor)
 }

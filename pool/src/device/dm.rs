@@ -9,7 +9,10 @@ use std::{
 };
 
 use devicemapper::{DM, DevId, Device, DeviceInfo, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 
 use super::{
     Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolEvents, PoolFacts,
@@ -328,12 +331,12 @@ impl Pool for DeviceMapper {
 
     fn thin_ids(&self) -> Result<BTreeSet<ThinId>, DeviceError> {
         let metadata = self.metadata()?;
-        self.with_metadata_snap(|| audit::thin_ls(metadata))?
+        self.with_metadata_snap(metadata, || audit::thin_ls(metadata))?
     }
 
     fn damage(&self) -> Result<Option<String>, DeviceError> {
         let metadata = self.metadata()?;
-        self.with_metadata_snap(|| audit::thin_check(metadata))?
+        self.with_metadata_snap(metadata, || audit::thin_check(metadata))?
     }
 
     fn creations(&self) -> Result<u32, DeviceError> {
@@ -342,8 +345,17 @@ impl Pool for DeviceMapper {
 }
 
 impl DeviceMapper {
-    /// Programs read the metadata of a pool that is in use from a snapshot of it.
-    fn with_metadata_snap<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+    /// Programs read the metadata of a pool that is in use from a snapshot of it. There is one at a time, for whatever
+    /// process: whoever has the lock of the metadata's device.
+    fn with_metadata_snap<T>(
+        &self,
+        metadata: DeviceNumber,
+        work: impl FnOnce() -> T,
+    ) -> Result<T, DeviceError> {
+        let path = audit::node(metadata);
+        let device = File::open(&path).map_err(|e| said(&format!("opening {path}"), e))?;
+        let _alone = Flock::lock(device, FlockArg::LockExclusive)
+            .map_err(|(_, e)| said(&format!("locking {path}"), e))?;
         // One that was killed may have left its own.
         if self.holds_metadata_snap()? {
             self.message("release_metadata_snap")
@@ -401,20 +413,20 @@ fn id(name: &str) -> Result<DevId<'_>, DeviceError> {
     DmName::new(name).map(DevId::Name).map_err(|e| refused(name, &e))
 }
 
-fn errno(error: &DmError) -> Option<Errno> {
+pub(super) fn errno(error: &DmError) -> Option<Errno> {
     match error {
         DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => Some(**errno),
         _ => None,
     }
 }
 
-fn refused(what: &str, error: &DmError) -> DeviceError {
+pub(super) fn refused(what: &str, error: &DmError) -> DeviceError {
     match errno(error) {
         Some(errno) => said(what, errno),
         None => said(what, error),
     }
 }
 
-fn said(what: &str, error: impl ToString) -> DeviceError {
+pub(super) fn said(what: &str, error: impl ToString) -> DeviceError {
     DeviceError::Refused { what: what.to_owned(), error: error.to_string() }
 }

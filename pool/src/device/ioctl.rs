@@ -1,4 +1,4 @@
-//! Device-mapper calls without a udev cookie. The only file with unsafe code.
+//! Device-mapper calls without a udev cookie. A file with unsafe code.
 //!
 //! With a cookie, each resume and removal has udevd start `dmsetup` twice and has the caller wait for it. A device of
 //! ours needs none of that: its node is there when the kernel has made it, its link is made here, and a udev rule tells

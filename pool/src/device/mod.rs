@@ -1,10 +1,12 @@
 //! The kernel's side: thin devices and their pool. The authority for what exists; asked, never cached across an effect.
 
 mod audit;
+pub mod behaviour;
 mod dm;
 mod events;
 mod format;
 mod ioctl;
+pub mod stack;
 pub mod table;
 
 use std::{collections::BTreeSet, fmt, path::Path};

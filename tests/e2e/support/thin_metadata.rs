@@ -1,4 +1,4 @@
-//! Damages dm-thin's metadata as a power cut can: one data block is in use, and nobody's.
+//! Damages dm-thin's metadata: as a power cut can, when one data block is in use, and nobody's; and as a bad disk can.
 //!
 //! The format is in the kernel's drivers/md: dm-thin-metadata.c (superblock), persistent-data/dm-btree-internal.h (nodes) and
 //! dm-space-map-common.h (bitmaps). All numbers are little-endian.
@@ -52,6 +52,16 @@ pub(crate) fn leak_a_block(metadata: &Path) -> Outcome {
     for block in [bitmap, node, superblock] {
         block.write(&file)?;
     }
+    Ok(file.sync_all()?)
+}
+
+/// Overwrites the bitmap that says which blocks of the data are in use. Under the same conditions.
+pub(crate) fn smash_the_bitmap(metadata: &Path) -> Outcome {
+    let file = File::options().read(true).write(true).open(metadata)?;
+    let superblock = Block::read(&file, 0, SUPERBLOCK)?;
+    let node = Block::read(&file, superblock.u64(DATA_BITMAPS), NODE)?;
+    let value = NODE_HEADER + 8 * usize::try_from(node.u32(NODE_MAX_ENTRIES))?;
+    file.write_all_at(&[0x5a; BLOCK], node.u64(value) * BLOCK as u64)?;
     Ok(file.sync_all()?)
 }
 
