@@ -12,12 +12,13 @@ use std::{
 use cowshed_gc::evict::{self, Floor, Growth, Marks, MarksError, Policy as GcPolicy, Share, Yields, Young};
 use cowshed_leases::{Grace, Ttl};
 use cowshed_pool::Bytes;
+use cowshed_pool::lvm::sizing::METADATA_MAX;
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
 use crate::{
     cosign::Policy,
-    evict::Settings as GcSettings,
+    evict::{Settings as GcSettings, Steps},
     image::{Checks, Others, PullLimits, Signatures, Unpacker, Verifiers},
     spares::{Settings, policy::Limits},
 };
@@ -312,6 +313,14 @@ pub struct Gc {
     pub prefetched_seconds: u64,
     /// Whether all spares go before the first image. Otherwise those that are wanted go after the last.
     pub spares_first: bool,
+    /// Whether the pool is extended from its volume group before anything goes.
+    pub grow: bool,
+    /// Its data grows by so much at a time, at the least: each time all disks stand still for a moment.
+    pub data_step: Bytes,
+    /// The same for its metadata. So much of the volume group is left to that.
+    pub metadata_step: Bytes,
+    /// Its data grows up to this in all; without it, as far as the volume group goes.
+    pub data_max: Option<Bytes>,
 }
 
 /// `[log]`
@@ -465,6 +474,10 @@ impl Default for Gc {
             interval_seconds: 3600,
             prefetched_seconds: 172_800,
             spares_first: true,
+            grow: false,
+            data_step: Bytes(10 << 30),
+            metadata_step: Bytes(256 << 20),
+            data_max: None,
         }
     }
 }
@@ -638,7 +651,7 @@ impl Config {
         GcPolicy {
             data: limits(gc.data_marks(), Marks::DATA, self.pool.data_headroom_percent),
             metadata: limits(gc.metadata_marks(), Marks::METADATA, self.pool.metadata_headroom_percent),
-            kept_for_metadata: evict::Bytes(0),
+            kept_for_metadata: if gc.grow { evict::Bytes(gc.metadata_step.0) } else { evict::Bytes(0) },
             min_age: Duration::from_secs(gc.min_age_seconds),
             in_emergency: if gc.young_in_emergency { Young::Go } else { Young::Stay },
             retention: (gc.retention_seconds > 0).then(|| Duration::from_secs(gc.retention_seconds)),
@@ -648,6 +661,19 @@ impl Config {
                 yields: if gc.spares_first { Yields::BeforeImages } else { Yields::AfterImages },
             },
         }
+    }
+
+    /// How the pool grows by itself, if it does.
+    pub fn gc_steps(&self) -> Option<Steps> {
+        let up_to = |step: Bytes, ceiling: u64| Growth::UpTo {
+            step: evict::Bytes(step.0),
+            ceiling: evict::Bytes(ceiling),
+        };
+        let gc = &self.gc;
+        gc.grow.then(|| Steps {
+            data: up_to(gc.data_step, gc.data_max.map_or(u64::MAX, |most| most.0)),
+            metadata: up_to(gc.metadata_step, METADATA_MAX),
+        })
     }
 
     /// When anything goes.
@@ -725,6 +751,15 @@ impl Gc {
                 self.retention_seconds, self.min_age_seconds
             );
             return Err(value("gc", "retention_seconds", what));
+        }
+        for (field, step) in [("data_step", self.data_step), ("metadata_step", self.metadata_step)] {
+            if step.0 == 0 {
+                return Err(value(
+                    "gc",
+                    field,
+                    "it is 0: the pool would not grow; say grow = false".to_owned(),
+                ));
+            }
         }
         Ok(())
     }
@@ -809,6 +844,10 @@ mod tests {
         "interval_seconds",
         "prefetched_seconds",
         "spares_first",
+        "grow",
+        "data_step",
+        "metadata_step",
+        "data_max",
         "format",
         "level",
     ];
@@ -839,6 +878,7 @@ mod tests {
             ("[gc]\nmetadata_emergency_percent = 101", "[gc] metadata_high_percent"),
             ("[gc]\nretention_seconds = 599", "[gc] retention_seconds"),
             ("[gc]\ninterval_seconds = 0", "[gc] interval_seconds"),
+            ("[gc]\ndata_step = \"0\"", "[gc] data_step"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

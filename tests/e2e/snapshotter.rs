@@ -392,7 +392,9 @@ fn pool_taken_away_for_a_moment() -> Outcome {
     // It is looked for every two seconds, and has to be seen to be there once: nothing tells when that was.
     block_on(async { tokio::time::sleep(Duration::from_secs(5)).await });
     let pid = service_pid()?;
-    sh("dmsetup table vg-pool > /tmp/pool-table; dmsetup info -c --noheadings -o uuid vg-pool > /tmp/pool-uuid")?;
+    sh(
+        "dmsetup table vg-pool > /tmp/pool-table; dmsetup info -c --noheadings -o uuid vg-pool > /tmp/pool-uuid",
+    )?;
     // The service brings back what it finds missing, and udev looks at what comes and goes.
     wait_for("the pool to be taken away", || {
         sh("dmsetup ls --target thin | awk '/^cowshed-/ { print $1 }' | xargs -r -n 1 dmsetup remove

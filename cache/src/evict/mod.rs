@@ -30,7 +30,7 @@ use std::{
 use cowshed_gc::evict::{Occupancy, Outcome, Plan, Policy, Trigger, plan};
 use tokio::time::Instant;
 
-pub use grow::{Grower, NoGrower};
+pub use grow::{ByLvm, Grower, NoGrower, Steps};
 pub(crate) use occupancy::is_ours;
 pub(crate) use room::deadline;
 pub use room::{MakesRoom, NoRoom, admit};

@@ -161,6 +161,7 @@ pub(crate) mod tests {
 
     pub(crate) fn active(mode: PoolMode) -> ActivePool {
         let usage = PoolUsage {
+            block_bytes: 64 << 10,
             name: "vg-pool".to_owned(),
             data_used: 0,
             data_total: 10 * GIB,

@@ -127,6 +127,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         tasks: tasks.clone(),
         clock,
         front: front.clone(),
+        snapshotter: plugin.as_ref().map(snapshotter::Served::snapshotter),
+        extensions: provision::grow::Metrics::register(metrics.registry())
+            .map_err(|e| ServeError::Broke(e.to_string()))?,
         stopped: stopped.clone(),
     };
     let work = match opened {

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use cowshed_pool::Standing;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
@@ -25,7 +26,7 @@ use crate::{
     containerd::{Containerd, Snapshots},
     crowd::Crowd,
     drain::Drain,
-    evict::{Evictor, MakesRoom, NoGrower, NoRoom, Parts},
+    evict::{ByLvm, Evictor, Grower, MakesRoom, NoGrower, NoRoom, Parts},
     flights::Flights,
     image::{Images, PullLimits},
     keeping::Keeper,
@@ -36,6 +37,7 @@ use crate::{
     metrics::Metrics,
     offer::Latencies,
     prefetch::{Permits, Prefetcher},
+    provision::grow::{self, Lvm},
     reclaim::{Reclaimer, Waiting, Wake},
     registry::Registries,
     rescue::Hindrances,
@@ -57,6 +59,10 @@ pub(super) struct Ground {
     pub(super) tasks: Tasks,
     pub(super) clock: Clock,
     pub(super) front: Front,
+    /// The one that this process serves, if it does.
+    pub(super) snapshotter: Option<Standing>,
+    /// What extensions of the pool tell.
+    pub(super) extensions: grow::Metrics,
     pub(super) stopped: watch::Receiver<bool>,
 }
 
@@ -89,6 +95,12 @@ impl Ground {
         };
         reaching.abort();
         Some(self.begin(opened).await)
+    }
+
+    fn grower(&self) -> Arc<dyn Grower> {
+        let Some(steps) = self.config.gc_steps() else { return Arc::new(NoGrower) };
+        let lvm = Lvm::new(self.config.pool.name.clone(), self.snapshotter.clone(), self.extensions.clone());
+        Arc::new(ByLvm::new(Arc::new(lvm), steps))
     }
 
     pub(super) async fn begin(self, Opened { ledger, .. }: Opened) -> Work {
@@ -169,7 +181,7 @@ impl Ground {
             survey: containerd.clone(),
             kernel: kernel.clone(),
             admission: admission.clone(),
-            grower: Arc::new(NoGrower),
+            grower: self.grower(),
             metrics: self.metrics.clone(),
             tasks: self.tasks.clone(),
         }));

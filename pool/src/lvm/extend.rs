@@ -373,6 +373,7 @@ mod tests {
         let with = |data_total, metadata_total| ActivePool {
             uuid: String::new(),
             usage: PoolUsage {
+                block_bytes: 64 << 10,
                 name: "vg-pool".to_owned(),
                 data_used: 0,
                 data_total,
