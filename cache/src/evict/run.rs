@@ -109,8 +109,8 @@ impl Evictor {
         let trigger = name_of(trigger);
         self.metrics.gc_ran(trigger, &ran);
         match &ran {
-            Ok(report) if report.steps.is_empty() => {
-                tracing::debug!(trigger, lacking = %report.lacking, "there is nothing to remove");
+            Ok(report) if !report.did_something() => {
+                tracing::debug!(trigger, lacking = %report.lacking, "nothing was to be had");
             }
             Ok(report) => {
                 tracing::info!(
