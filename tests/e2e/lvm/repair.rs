@@ -13,7 +13,7 @@ use crate::support::{
 };
 
 const METADATA: &str = "/dev/mapper/e2e-metadata";
-const CONFIG: &str = "/tmp/e2e-lvm-config";
+const CONFIG: &str = "/tmp/e2e-repair-config";
 
 /// Sound, with a block that nobody has, and with a map that cannot be read.
 pub(super) fn repaired() -> Outcome {
