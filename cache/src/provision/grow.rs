@@ -18,6 +18,9 @@ use crate::error::{Error, Reason, Result};
 /// for a moment to activate anything, which is tried again.
 const ALONE: Duration = Duration::from_secs(5);
 
+/// So long at the most what would be asked of the pool waits for an extension.
+const HELD: Duration = Duration::from_secs(10);
+
 /// What can make the pool larger; tests put a fake here.
 #[async_trait]
 pub trait Grower: Send + Sync {
@@ -57,15 +60,23 @@ impl Grower for Lvm {
     async fn extend(&self, part: Part, to_bytes: u64) -> Result<Extended> {
         let _alone = self.alone.lock().await;
         let name = self.name().await?;
+        // Who has LVM2 locked keeps nobody but us waiting.
+        self.room().await?;
         let begun = tokio::time::Instant::now();
         let held = match &self.snapshotter {
             Some(snapshotter) => snapshotter.hold(ALONE).await,
             None => None,
         };
         let is_held = held.is_some();
-        let extended = lvm::extend(&self.runner, &name, part, to_bytes).await;
+        let mut extending = std::pin::pin!(lvm::extend(&self.runner, &name, part, to_bytes));
+        let in_time = tokio::time::timeout(HELD, &mut extending).await;
         drop(held);
         let waited = begun.elapsed();
+        let extended = match in_time {
+            Ok(extended) => extended,
+            // LVM2 hangs, or its disks are slow: what works all the same is not kept from it.
+            Err(_) => extending.await,
+        };
         self.metrics.extended(part, waited, &extended);
         let pool = name.as_str();
         match extended {

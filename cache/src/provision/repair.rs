@@ -214,9 +214,11 @@ async fn thin_check(path: &Path) -> Result<Option<String>> {
     if ran.status.success() {
         return Ok(None);
     }
-    let said = [ran.stderr, ran.stdout].concat();
+    let said = [ran.stdout, ran.stderr].concat();
     let said = String::from_utf8_lossy(&said);
-    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).take(5).collect();
+    // Its progress comes first.
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines = &lines[lines.len().saturating_sub(3)..];
     Ok(Some(lines.join("; ")))
 }
 

@@ -55,11 +55,15 @@ pub async fn pool(runner: &Runner, dm_name: &str, dm_uuid: Option<&str>) -> Resu
     let found = pools.iter().find(is_it).cloned();
     found.ok_or_else(|| {
         let known: Vec<String> = pools.iter().map(PoolVolume::path).collect();
-        let known =
-            if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
-        LvmError::Unfit(format!(
-            "the thin pool {dm_name} is none of LVM2's ({known}): who has made it has to extend it"
-        ))
+        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
+        LvmError::Unfit(if dm_uuid.is_some_and(|uuid| uuid.starts_with("LVM-")) {
+            format!(
+                "the thin pool {dm_name} is LVM2's, which does not see it ({known}): it cannot open its disks, for they are filtered, or a \
+                 hardened unit forbids it (deploy/README.md: grow.conf)"
+            )
+        } else {
+            format!("the thin pool {dm_name} is none of LVM2's ({known}): who has made it has to extend it")
+        })
     })
 }
 
