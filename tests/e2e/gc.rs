@@ -35,10 +35,15 @@ pub(crate) const TESTS: &[Test] = &[
     ("races", || with_gc("", "", races)),
 ];
 
+/// The pool is larger after it: to be the last.
+pub(crate) const GROWTH: &[Test] = &[("before_anything_goes", || with_gc(GROWING, "", before_anything_goes))];
+
 const CONFIGURATION: &str = "/etc/cowshed/cowshed.toml";
 const MIB: u64 = 1 << 20;
 /// So much of the pool, in percent, the tests can fill in a moment.
 const MARKS: &str = "data_high_percent = 6\ndata_low_percent = 4\ndata_emergency_percent = 90\n";
+/// The same, and the volume group has what is needed.
+const GROWING: &str = "data_high_percent = 7\ndata_low_percent = 6\ndata_emergency_percent = 90\ngrow = true\ndata_step = \"256MiB\"\n";
 /// New disks are refused when a tenth of the pool is in use.
 const TIGHT: &str = "data_headroom_percent = 90\n";
 /// More than the pool has: all that can go goes.
@@ -259,12 +264,50 @@ fn who_would_be_refused_gets_room() -> Outcome {
         let moment = Duration::from_millis(if n % 2 == 0 { 1 } else { 1_500 });
         block_on(async { tokio::time::sleep(moment).await });
     }
-    check!(times.iter().all(|took| *took < Duration::from_millis(100)), "refusals took {times:?}");
+    // It is not waited for what cannot come.
+    check!(times.iter().all(|took| *took < Duration::from_secs(10)), "refusals took {times:?}");
     // What would help helps.
     release_fully("gc-full-3")?;
     wait_for("room", || acquire("gc-helped", &tiny).map(drop))?;
     for vm in ["gc-full-1", "gc-full-2", "gc-served", "gc-helped"] {
         release_fully(vm)?;
+    }
+    evict_all()
+}
+
+fn pool_total_bytes() -> Outcome<u64> {
+    number(&cowshed(&["status", "-o", "json"])?.json()?, "/pool/data_total_bytes")
+}
+
+/// A VM writes, the pool grows, and nobody notices.
+fn before_anything_goes() -> Outcome {
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    let names = cold(&registry, 500, 1, 60)?;
+    let tiny = image("tiny:1");
+    let writer = acquire("gc-grows", &tiny)?;
+    let before = pool_total_bytes()?;
+    write(&writer, before / 100 * 7 + 20 * MIB - pool_used_bytes()?)?;
+    let mut count = 0;
+    let grown = wait_for("the pool to grow", || {
+        // VMs come meanwhile.
+        count += 1;
+        acquire(&format!("gc-grows-{count}"), &tiny)?;
+        let now = pool_total_bytes()?;
+        check!(now >= before + 256 * MIB, "{now} bytes of {before}");
+        Ok(now)
+    })?;
+    // What was on its way is over.
+    wait_for("the next extension", || {
+        let extended = metric("cowshed_pool_extensions_total{part=\"data\",result=\"ok\"}")?;
+        check!(extended >= 1.0, "{extended} extensions are counted");
+        Ok(())
+    })?;
+    check!(grown % (4 * MIB) == 0, "{grown} bytes are no whole extents");
+    let left = containerd::images()?;
+    check!(names.iter().all(|name| left.contains(name)), "an image went: {left:?}");
+    write(&writer, 8 * MIB)?;
+    for vm in std::iter::once("gc-grows".to_owned()).chain((1..=count).map(|n| format!("gc-grows-{n}"))) {
+        release_fully(&vm)?;
     }
     evict_all()
 }

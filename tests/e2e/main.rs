@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 29] = [
+    let groups: [(&str, &[Test]); 30] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -80,6 +80,7 @@ fn main() -> ExitCode {
         ("rescue", own(rescue::OWN)),
         ("service", service::TESTS),
         ("stampede", stampede::TESTS),
+        ("growth", own(gc::GROWTH)),
     ];
     let trials = groups.iter().flat_map(|(group, tests)| {
         tests.iter().map(move |(name, test)| {
