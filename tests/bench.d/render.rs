@@ -1,6 +1,7 @@
 //! BENCHMARKS.md and its plots, out of the results of `tests/bench`. Nothing is in it that the results do not say.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     fs, iter,
     path::{Path, PathBuf},
@@ -13,12 +14,10 @@ use crate::{
     plot::{self, Bar},
 };
 
-/// Writes the page and a plot for every benchmark that there are results of.
+/// Writes the page, and a plot for every benchmark that there are results of. What the page says of others stays: each says
+/// itself of which commit it is.
 pub(crate) fn render(results: &Path, page: &Path, plots: &Path) -> Outcome {
-    let mut text = String::from(
-        "# Benchmarks\n\nMade by `tests/bench --render` from what `tests/bench NAME` measured; not edited by hand.\n\
-         *must* and *aim* are what the project wants of each figure; `value` is what was measured.\n",
-    );
+    let mut sections = fs::read_to_string(page).map(|text| sections(&text)).unwrap_or_default();
     let benchmarks = benchmarks(results)?;
     if benchmarks.is_empty() {
         return Err(format!("there are no results in {}", results.display()).into());
@@ -33,9 +32,20 @@ pub(crate) fn render(results: &Path, page: &Path, plots: &Path) -> Outcome {
         fs::write(&plot, plot::svg(&format!("{name}: measured against what it must be"), &bars(figures)))?;
         let shown = plot.strip_prefix(page.parent().unwrap_or(Path::new(""))).unwrap_or(&plot);
         let pictures = pictures(&meta, &plot, shown)?;
+        let mut text = String::new();
         section(&mut text, &name, figures, &meta, &pictures)?;
+        sections.insert(name, text);
     }
-    Ok(fs::write(page, text)?)
+    let head = "# Benchmarks\n\nMade by `tests/bench --render` from what `tests/bench NAME` measured; not edited by hand.\n\
+                *must* and *aim* are what the project wants of each figure; `value` is what was measured.\n";
+    Ok(fs::write(page, iter::once(head).chain(sections.values().map(String::as_str)).collect::<String>())?)
+}
+
+/// The page's sections, by the benchmark's name.
+fn sections(page: &str) -> BTreeMap<String, String> {
+    let parts = page.split("\n## ").skip(1);
+    let named = parts.filter_map(|part| part.split_once('\n').map(|(name, _)| (name, part)));
+    named.map(|(name, part)| (name.to_owned(), format!("\n## {}\n", part.trim_end()))).collect()
 }
 
 /// The benchmark's pictures, for the page: its plot, and what it has told others of, which are written beside it.
@@ -246,7 +256,16 @@ fn string(value: &Value) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::Verdict;
+    use super::{Verdict, sections};
+
+    #[test]
+    fn what_the_page_says_of_others_stays() {
+        let page = "# Benchmarks\n\nMade by.\n\n## acquire\n\nOurs: `a`.\n\n| ## b |\n\n## snapshots\n\nOurs: `b`.\n";
+        let sections = sections(page);
+        assert_eq!(sections.keys().map(String::as_str).collect::<Vec<_>>(), ["acquire", "snapshots"]);
+        assert_eq!(sections["acquire"], "\n## acquire\n\nOurs: `a`.\n\n| ## b |\n");
+        assert_eq!(sections["snapshots"], "\n## snapshots\n\nOurs: `b`.\n");
+    }
 
     #[test]
     fn a_verdict_is_of_the_right_side_of_the_goal() {

@@ -28,7 +28,8 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("dry_run", || with_gc("", "", dry_run)),
+    // Others have prefetched the images before.
+    ("dry_run", || with_gc("prefetched_seconds = 1\n", "", dry_run)),
     ("cold_images_go_and_others_stay", || with_gc("", "", cold_images_go_and_others_stay)),
     ("above_the_high_mark", || with_gc(MARKS, "", above_the_high_mark)),
     ("who_would_be_refused_gets_room", || with_gc("", TIGHT, who_would_be_refused_gets_room)),
