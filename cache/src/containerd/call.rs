@@ -49,6 +49,13 @@ impl CallError {
         self.is(Code::Unavailable)
     }
 
+    /// containerd has no connection to a snapshotter that it has to ask, and so has not asked it. gRPC for Go says so, in which it is
+    /// written, and of nothing that was sent.
+    pub fn is_without_snapshotter(&self) -> bool {
+        let says = |status: &Status| status.message().contains("connection error: desc = ");
+        self.is_unavailable() && matches!(self, Self::Status { status, .. } if says(status))
+    }
+
     /// It has not answered in time, and may be at it still.
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::Timeout { .. })

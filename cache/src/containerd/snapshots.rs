@@ -1,6 +1,9 @@
 //! containerd's snapshots, in the configured snapshotter.
 
-use std::{collections::HashMap, time::SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
@@ -8,6 +11,7 @@ use containerd_client::services::v1::snapshots::{
     snapshots_client::SnapshotsClient,
 };
 use cowshed_leases::Scratch;
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use super::{CallError, Containerd};
@@ -99,16 +103,17 @@ impl Containerd {
         parent: &str,
         labels: HashMap<String, String>,
     ) -> Result<Vec<Mount>, CallError> {
-        let request = self.leased(
-            lease,
-            PrepareSnapshotRequest {
-                snapshotter: self.snapshotter.clone(),
-                key: key.to_owned(),
-                parent: parent.to_owned(),
-                labels,
-            },
-        );
-        Ok(self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await?.mounts)
+        let message = PrepareSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels,
+        };
+        let prepare = async || {
+            let request = self.leased(lease, message.clone());
+            Ok(self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await?.mounts)
+        };
+        when_connected(prepare).await
     }
 
     /// Makes a read-only snapshot of `parent`, held by `lease`.
@@ -125,8 +130,11 @@ impl Containerd {
             parent: parent.to_owned(),
             labels,
         };
-        let request = self.leased(lease, message);
-        Ok(self.call("Snapshots.View", self.snapshots().view(request)).await?.mounts)
+        let view = async || {
+            let request = self.leased(lease, message.clone());
+            Ok(self.call("Snapshots.View", self.snapshots().view(request)).await?.mounts)
+        };
+        when_connected(view).await
     }
 
     /// All snapshots.
@@ -166,16 +174,17 @@ impl Containerd {
         key: &str,
         labels: HashMap<String, String>,
     ) -> Result<(), CallError> {
-        let request = self.leased(
-            lease,
-            CommitSnapshotRequest {
-                snapshotter: self.snapshotter.clone(),
-                name: name.to_owned(),
-                key: key.to_owned(),
-                labels,
-            },
-        );
-        self.call("Snapshots.Commit", self.snapshots().commit(request)).await
+        let message = CommitSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            labels,
+        };
+        let commit = async || {
+            let request = self.leased(lease, message.clone());
+            self.call("Snapshots.Commit", self.snapshots().commit(request)).await
+        };
+        when_connected(commit).await
     }
 
     /// The labels of the snapshot `name`, active or committed, if there is one.
@@ -195,6 +204,24 @@ impl Containerd {
             Ok(reply) => Ok(Some(u64::try_from(reply.size).unwrap_or_default())),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+}
+
+/// containerd 1.7 gives a proxy plugin one second for its first connection, and tries again three seconds later.
+const CONNECTS_WITHIN: Duration = Duration::from_secs(6);
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Makes a call again for as long as containerd may yet connect to the snapshotter.
+async fn when_connected<T>(call: impl AsyncFn() -> Result<T, CallError>) -> Result<T, CallError> {
+    let until = Instant::now() + CONNECTS_WITHIN;
+    loop {
+        match call().await {
+            Err(error) if error.is_without_snapshotter() && Instant::now() < until => {
+                tracing::debug!(%error, "containerd has not connected to the snapshotter yet");
+                tokio::time::sleep(PAUSE).await;
+            }
+            done => return done,
         }
     }
 }
@@ -259,5 +286,49 @@ impl Snapshots for Containerd {
 
     fn explain(&self, error: CallError) -> crate::error::Error {
         Self::explain(self, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tonic::{Code, Status};
+
+    use super::*;
+
+    const PREFACE: &str = "connection error: desc = \"error reading server preface: read unix \
+                           @->/run/cowshed/snapshotter.sock: use of closed network connection\": unavailable";
+
+    fn failed(code: Code, message: &str) -> CallError {
+        CallError::Status { call: "Snapshots.Prepare", status: Box::new(Status::new(code, message)) }
+    }
+
+    /// A call that fails so often, as that says.
+    async fn calls(failures: usize, code: Code, message: &str) -> (Result<(), CallError>, usize) {
+        let made = AtomicUsize::new(0);
+        let call = async || {
+            if made.fetch_add(1, Ordering::SeqCst) < failures { Err(failed(code, message)) } else { Ok(()) }
+        };
+        (when_connected(call).await, made.load(Ordering::SeqCst))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_snapshotter_that_containerd_has_not_reached_yet_is_waited_for() {
+        assert_eq!(calls(3, Code::Unavailable, PREFACE).await, (Ok(()), 4));
+        let begun = Instant::now();
+        let (refused, made) = calls(usize::MAX, Code::Unavailable, PREFACE).await;
+        assert!(refused.is_err_and(|error| error.is_without_snapshotter()));
+        assert!(made > 20 && begun.elapsed() >= CONNECTS_WITHIN, "{made} in {:?}", begun.elapsed());
+        assert!(begun.elapsed() < CONNECTS_WITHIN * 2, "{:?}", begun.elapsed());
+        // What may have been done, and what is refused for another reason.
+        for (code, message) in [
+            (Code::Unavailable, "error reading from server: EOF"),
+            (Code::Unknown, PREFACE),
+            (Code::NotFound, "no such snapshot"),
+        ] {
+            let (refused, made) = calls(1, code, message).await;
+            assert!(refused.is_err() && made == 1, "{message}: {made}");
+        }
     }
 }
