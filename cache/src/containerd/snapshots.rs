@@ -109,11 +109,14 @@ impl Containerd {
             parent: parent.to_owned(),
             labels,
         };
-        let prepare = async || {
+        let patience = Patience::begin();
+        loop {
             let request = self.leased(lease, message.clone());
-            Ok(self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await?.mounts)
-        };
-        when_connected(prepare).await
+            let made = self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await;
+            if let Some(answer) = patience.ends_with(made).await {
+                return Ok(answer?.mounts);
+            }
+        }
     }
 
     /// Makes a read-only snapshot of `parent`, held by `lease`.
@@ -130,11 +133,14 @@ impl Containerd {
             parent: parent.to_owned(),
             labels,
         };
-        let view = async || {
+        let patience = Patience::begin();
+        loop {
             let request = self.leased(lease, message.clone());
-            Ok(self.call("Snapshots.View", self.snapshots().view(request)).await?.mounts)
-        };
-        when_connected(view).await
+            let made = self.call("Snapshots.View", self.snapshots().view(request)).await;
+            if let Some(answer) = patience.ends_with(made).await {
+                return Ok(answer?.mounts);
+            }
+        }
     }
 
     /// All snapshots.
@@ -180,11 +186,14 @@ impl Containerd {
             key: key.to_owned(),
             labels,
         };
-        let commit = async || {
+        let patience = Patience::begin();
+        loop {
             let request = self.leased(lease, message.clone());
-            self.call("Snapshots.Commit", self.snapshots().commit(request)).await
-        };
-        when_connected(commit).await
+            let done = self.call("Snapshots.Commit", self.snapshots().commit(request)).await;
+            if let Some(answer) = patience.ends_with(done).await {
+                return answer;
+            }
+        }
     }
 
     /// The labels of the snapshot `name`, active or committed, if there is one.
@@ -212,16 +221,25 @@ impl Containerd {
 const CONNECTS_WITHIN: Duration = Duration::from_secs(6);
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Makes a call again for as long as containerd may yet connect to the snapshotter.
-async fn when_connected<T>(call: impl AsyncFn() -> Result<T, CallError>) -> Result<T, CallError> {
-    let until = Instant::now() + CONNECTS_WITHIN;
-    loop {
-        match call().await {
-            Err(error) if error.is_without_snapshotter() && Instant::now() < until => {
+/// With a containerd that may yet connect to the snapshotter.
+struct Patience {
+    until: Instant,
+}
+
+impl Patience {
+    fn begin() -> Self {
+        Self { until: Instant::now() + CONNECTS_WITHIN }
+    }
+
+    /// What a call has come to; `None`, after a moment, if it is to be made again.
+    async fn ends_with<T>(&self, answer: Result<T, CallError>) -> Option<Result<T, CallError>> {
+        match answer {
+            Err(error) if error.is_without_snapshotter() && Instant::now() < self.until => {
                 tracing::debug!(%error, "containerd has not connected to the snapshotter yet");
                 tokio::time::sleep(PAUSE).await;
+                None
             }
-            done => return done,
+            answer => Some(answer),
         }
     }
 }
@@ -291,8 +309,6 @@ impl Snapshots for Containerd {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use tonic::{Code, Status};
 
     use super::*;
@@ -304,13 +320,16 @@ mod tests {
         CallError::Status { call: "Snapshots.Prepare", status: Box::new(Status::new(code, message)) }
     }
 
-    /// A call that fails so often, as that says.
+    /// A call that fails so often, as that says: what it comes to, and how often it was made.
     async fn calls(failures: usize, code: Code, message: &str) -> (Result<(), CallError>, usize) {
-        let made = AtomicUsize::new(0);
-        let call = async || {
-            if made.fetch_add(1, Ordering::SeqCst) < failures { Err(failed(code, message)) } else { Ok(()) }
-        };
-        (when_connected(call).await, made.load(Ordering::SeqCst))
+        let (patience, mut made) = (Patience::begin(), 0);
+        loop {
+            made += 1;
+            let answer = if made <= failures { Err(failed(code, message)) } else { Ok(()) };
+            if let Some(answer) = patience.ends_with(answer).await {
+                return (answer, made);
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]
