@@ -169,9 +169,14 @@ impl Inner {
         &self,
         work: impl FnOnce(&dyn Pool) -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T> {
-        let _open = self.gate.read().await;
+        let open = self.gate.clone().read_owned().await;
         let pool = self.pool()?;
-        self.blocking(move || work(&*pool)).await
+        // Until it is done, whoever waits for it: a caller that goes away leaves it at work.
+        self.blocking(move || {
+            let _open = open;
+            work(&*pool)
+        })
+        .await
     }
 
     pub(crate) async fn blocking<T: Send + 'static>(

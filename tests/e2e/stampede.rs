@@ -6,6 +6,7 @@ use std::{
 };
 
 use cowshed_proto::v1::Lease;
+use serde_json::Value;
 
 use crate::{
     Test,
@@ -16,7 +17,7 @@ use crate::{
         command::sh,
         containerd,
         cow::{
-            evict, evict_all, host, image, leases, release, snapshots, thin_devices, wait_for_devices,
+            evict, evict_all, host, image, leases, pull, release, snapshots, thin_devices, wait_for_devices,
             wait_gone, wait_serving,
         },
         fake_image::{FakeImage, digest},
@@ -28,6 +29,7 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     ("twenty_vms_one_cold_image", twenty_vms_one_cold_image),
+    ("of_one_image_keeps_no_other_waiting", of_one_image_keeps_no_other_waiting),
     ("killed_while_it_pulls", || killed("a-pull", pulling)),
     ("killed_at_the_first_disk", || killed("first", || devices(1))),
     ("killed_at_the_sixth_disk", || killed("sixth", || devices(6))),
@@ -57,6 +59,39 @@ fn twenty_vms_one_cold_image() -> Outcome {
     wait_for_devices(&devices)?;
     same!(snapshots("Active")?.len(), 20, "the snapshots");
     vms.iter().try_for_each(|vm| release(vm))
+}
+
+/// More than are served at a time; whoever wants another image does not come after all of them.
+fn of_one_image_keeps_no_other_waiting() -> Outcome {
+    let (crowded, other) = (image("tiny:1"), image("app:1"));
+    pull(&crowded)?;
+    pull(&other)?;
+    let vms = crowd("fair", 200);
+    let asking = thread::spawn({
+        let (vms, crowded) = (vms.clone(), crowded.clone());
+        move || block_on(acquire_all(&vms, &crowded))
+    });
+    let served = || {
+        let of_the_crowd = |lease: &&Value| {
+            lease["state"] == "granted"
+                && lease["vm_id"].as_str().is_some_and(|vm| vm.starts_with("crowd-fair-"))
+        };
+        Outcome::Ok(leases()?.iter().filter(of_the_crowd).count())
+    };
+    wait_for("the first disks", || {
+        check!(served()? > 0, "none yet");
+        Ok(())
+    })?;
+    let alone = ["crowd-alone".to_owned()];
+    let [(_, reply)] = &block_on(acquire_all(&alone, &other))[..] else { return Err("not one reply".into()) };
+    let before = served()?;
+    for (vm, reply) in asking.join().map_err(|_| "the crowd panicked")? {
+        reply.map_err(|status| format!("{vm}: {status:?}"))?;
+    }
+    reply.as_ref().map_err(|status| format!("crowd-alone: {status:?}"))?;
+    // In the order in which they came it would have been all.
+    check!(before < 150, "{before} of 200 were served before it");
+    vms.iter().chain(&alone).try_for_each(|vm| release(vm))
 }
 
 fn pulling() -> Outcome {

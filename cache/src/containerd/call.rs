@@ -104,6 +104,17 @@ impl Containerd {
             )
             .with("address", address),
             CallError::Status { call, status } => match classify(status, &self.snapshotter) {
+                Reason::ContainerdUnavailable if error.is_without_snapshotter() => Error::new(
+                    Reason::ContainerdUnavailable,
+                    format!(
+                        "containerd at {address} has no connection to the snapshotter {:?} now ({}); it tries again by itself, \
+                         repeat the request; if that lasts, `ctr plugins ls` and its log say why",
+                        self.snapshotter,
+                        status.message()
+                    ),
+                )
+                .with("address", address)
+                .with("snapshotter", &self.snapshotter),
                 Reason::ContainerdUnavailable => Error::new(
                     Reason::ContainerdUnavailable,
                     format!("containerd does not answer at {address} ({}); start it, then repeat", status.message()),

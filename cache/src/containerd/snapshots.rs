@@ -11,10 +11,15 @@ use containerd_client::services::v1::snapshots::{
     snapshots_client::SnapshotsClient,
 };
 use cowshed_leases::Scratch;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::time::Instant;
-use tonic::transport::Channel;
+use tonic::{Request, Response, Status, transport::Channel};
 
 use super::{CallError, Containerd};
+
+type Client = SnapshotsClient<Channel>;
+/// A call under way.
+type Sent<T> = BoxFuture<'static, Result<Response<T>, Status>>;
 
 /// How a snapshot is mounted; for a block snapshotter, `source` is its device.
 pub type Mount = containerd_client::types::Mount;
@@ -91,8 +96,26 @@ fn kept(key: &str) -> HashMap<String, String> {
 }
 
 impl Containerd {
-    fn snapshots(&self) -> SnapshotsClient<Channel> {
+    fn snapshots(&self) -> Client {
         SnapshotsClient::new(self.channel.clone()).max_decoding_message_size(super::MAX_MESSAGE_BYTES)
+    }
+
+    /// Makes a call with a containerd that may yet connect to the snapshotter.
+    async fn when_connected<M: Clone, T>(
+        &self,
+        name: &'static str,
+        lease: &str,
+        message: M,
+        send: impl Fn(Client, Request<M>) -> Sent<T>,
+    ) -> Result<T, CallError> {
+        let patience = Patience::begin();
+        loop {
+            let request = self.leased(lease, message.clone());
+            let answer = self.call(name, send(self.snapshots(), request)).await;
+            if let Some(answer) = patience.ends_with(answer).await {
+                return answer;
+            }
+        }
     }
 
     /// Makes a writable snapshot of `parent` (of nothing if empty), held by `lease`.
@@ -109,14 +132,10 @@ impl Containerd {
             parent: parent.to_owned(),
             labels,
         };
-        let patience = Patience::begin();
-        loop {
-            let request = self.leased(lease, message.clone());
-            let made = self.call("Snapshots.Prepare", self.snapshots().prepare(request)).await;
-            if let Some(answer) = patience.ends_with(made).await {
-                return Ok(answer?.mounts);
-            }
-        }
+        let sent = self.when_connected("Snapshots.Prepare", lease, message, |mut snapshots, request| {
+            async move { snapshots.prepare(request).await }.boxed()
+        });
+        Ok(sent.await?.mounts)
     }
 
     /// Makes a read-only snapshot of `parent`, held by `lease`.
@@ -133,14 +152,10 @@ impl Containerd {
             parent: parent.to_owned(),
             labels,
         };
-        let patience = Patience::begin();
-        loop {
-            let request = self.leased(lease, message.clone());
-            let made = self.call("Snapshots.View", self.snapshots().view(request)).await;
-            if let Some(answer) = patience.ends_with(made).await {
-                return Ok(answer?.mounts);
-            }
-        }
+        let sent = self.when_connected("Snapshots.View", lease, message, |mut snapshots, request| {
+            async move { snapshots.view(request).await }.boxed()
+        });
+        Ok(sent.await?.mounts)
     }
 
     /// All snapshots.
@@ -154,7 +169,7 @@ impl Containerd {
         let mut pages = self.call(LIST, self.snapshots().list(self.request(message))).await?;
         let mut all = Vec::new();
         loop {
-            let next = async { pages.message().await.map(tonic::Response::new) };
+            let next = async { pages.message().await.map(Response::new) };
             let Some(page) = self.call(LIST, next).await? else { return Ok(all) };
             all.extend(page.info.into_iter().map(SnapshotRecord::from));
         }
@@ -167,7 +182,7 @@ impl Containerd {
             filters: vec!["kind==committed".to_owned()],
         };
         let mut stream = self.call("Snapshots.List", self.snapshots().list(self.request(message))).await?;
-        let next = async { stream.message().await.map(tonic::Response::new) };
+        let next = async { stream.message().await.map(Response::new) };
         let page = self.call("Snapshots.List", next).await?;
         Ok(page.and_then(|page| page.info.into_iter().next()).map(|info| info.name))
     }
@@ -186,14 +201,10 @@ impl Containerd {
             key: key.to_owned(),
             labels,
         };
-        let patience = Patience::begin();
-        loop {
-            let request = self.leased(lease, message.clone());
-            let done = self.call("Snapshots.Commit", self.snapshots().commit(request)).await;
-            if let Some(answer) = patience.ends_with(done).await {
-                return answer;
-            }
-        }
+        let sent = self.when_connected("Snapshots.Commit", lease, message, |mut snapshots, request| {
+            async move { snapshots.commit(request).await }.boxed()
+        });
+        sent.await
     }
 
     /// The labels of the snapshot `name`, active or committed, if there is one.
@@ -309,7 +320,7 @@ impl Snapshots for Containerd {
 
 #[cfg(test)]
 mod tests {
-    use tonic::{Code, Status};
+    use tonic::Code;
 
     use super::*;
 

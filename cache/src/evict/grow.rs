@@ -144,12 +144,10 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use cowshed_pool::{
-        device::Access,
-        lvm::{Extended, Group, PoolVolume, Room},
-    };
+    use cowshed_pool::lvm::{Extended, Group, Room};
 
     use super::*;
+    use crate::provision::fitness;
 
     /// Has so much less each time that it is asked.
     #[derive(Default)]
@@ -175,35 +173,8 @@ mod tests {
     }
 
     fn room(free_bytes: u64) -> Room {
-        let group = Group {
-            name: "vg".to_owned(),
-            uuid: "u".to_owned(),
-            size_bytes: 1000,
-            free_bytes,
-            extent_bytes: 4,
-            missing: 0,
-            access: Access::ReadWrite,
-            disks: 1,
-            volumes: 1,
-        };
-        let pool = PoolVolume {
-            group: "vg".to_owned(),
-            name: "pool".to_owned(),
-            dm_uuid: "LVM-u".to_owned(),
-            data_bytes: 32,
-            metadata_bytes: 4,
-            chunk_bytes: 1,
-            zeroing: true,
-            discards: "passdown".to_owned(),
-            transaction_id: 0,
-            when_full: "queue".to_owned(),
-            volumes: 0,
-            monitored: false,
-            active: true,
-            health: String::new(),
-            metadata_volume: "pool_tmeta".to_owned(),
-        };
-        Room { group, pool }
+        let Room { group, pool } = fitness::tests::room();
+        Room { group: Group { free_bytes, ..group }, pool }
     }
 
     fn free(group: Result<VolumeGroup>) -> Option<u64> {

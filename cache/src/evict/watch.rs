@@ -16,6 +16,8 @@ impl Evictor {
     /// Until `stopped` changes. Without `[gc] enabled` it only measures.
     pub async fn watch(self: Arc<Self>, events: Events, mut stopped: watch::Receiver<bool>) {
         let mut pace = Pace::default();
+        // So that it is known when the first one would be refused: LVM2 takes its time. What is wrong is said when it matters.
+        let _known = self.grower.group().await;
         let mut scheduled = Instant::now() + self.settings.interval;
         // After runs that came to nothing the next one waits longer and longer.
         let (mut rest, mut not_before) = (Duration::ZERO, Instant::now());
