@@ -164,6 +164,8 @@ pub struct Snapshotter {
     pub socket: PathBuf,
     /// Size of disks whose image or snapshot has no size of its own.
     pub base_size: Bytes,
+    /// How many snapshots are kept at the most that were made ahead of a Prepare; 0: none is made.
+    pub heirs: usize,
 }
 
 /// Whether `cowshed serve` serves the snapshotter.
@@ -390,6 +392,7 @@ impl Default for Snapshotter {
             serve: ServeSnapshotter::Auto,
             socket: "/run/cowshed/snapshotter.sock".into(),
             base_size: Bytes(10 << 30),
+            heirs: 64,
         }
     }
 }
@@ -692,6 +695,7 @@ impl Config {
             pool: self.pool.name.clone(),
             base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
             allow_unzeroed: self.pool.allow_unzeroed,
+            heirs: self.snapshotter.heirs,
         }
     }
 
@@ -813,6 +817,7 @@ mod tests {
         "allow_unzeroed",
         "serve",
         "base_size",
+        "heirs",
         "config_path",
         "concurrent_downloads",
         "connect_timeout_seconds",

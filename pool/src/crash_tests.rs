@@ -37,6 +37,7 @@ pub(crate) fn inner(directory: &Path, pool: &FakePool) -> Inner {
         pool: String::new(),
         base_size: Bytes(1 << 30),
         allow_unzeroed: false,
+        heirs: pool.heirs(),
     };
     let store = Store::start(connection, tree, path).unwrap();
     let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
@@ -102,7 +103,7 @@ async fn scenario(s: &Snapshotter, pool: &FakePool, told: &UnboundedSender<&'sta
 pub(crate) async fn quiet(s: &Snapshotter) {
     for _ in 0..2000 {
         let removing = s.0.store.read(|tree| tree.all().any(|s| s.state == State::Removing));
-        if !removing && s.0.active_origins().is_empty() {
+        if !removing && s.0.active_origins().is_empty() && s.0.heirs.are_quiet() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -121,7 +122,7 @@ async fn audit(s: &Snapshotter, pool: &FakePool, promised: &Promised, what: &str
     quiet(s).await;
     let (ours, to_be_active, keys) = s.0.store.read(|tree| {
         let ours: BTreeSet<ThinId> = tree.all().map(|s| s.thin).collect();
-        let active = tree.listed().filter(|s| s.kind.is_active());
+        let active = tree.listed().filter(|s| s.kind.is_active()).chain(tree.heirs());
         let active: BTreeSet<String> = active.map(|one| s.0.name(one.id).as_str().to_owned()).collect();
         let keys: BTreeSet<String> = tree.listed().map(|s| s.key.clone()).collect();
         (ours, active, keys)
@@ -223,20 +224,22 @@ enum Cause {
 
 #[test]
 fn stopped_at_every_effect_it_comes_back_whole() {
-    for cause in [Cause::Killed, Cause::PowerCut] {
+    for (cause, heirs) in
+        [Cause::Killed, Cause::PowerCut].into_iter().flat_map(|cause| [(cause, 0), (cause, 4)])
+    {
         let mut crashes = 0;
         for n in 0.. {
             let mut crashed = false;
             for fuse in [Fuse::CrashBefore(n), Fuse::CrashAfter(n + 1)] {
                 let directory = tempfile::tempdir().unwrap();
-                let pool = FakePool::new();
+                let pool = FakePool::with_heirs(heirs);
                 let (promised, stopped) = run_until_crash(directory.path(), &pool, fuse);
                 crashed |= stopped;
                 pool.set_fuse(Fuse::Whole);
                 if cause == Cause::PowerCut {
                     pool.cut_power();
                 }
-                let what = format!("{cause:?} {fuse:?}, promised {:?}", promised.0);
+                let what = format!("{cause:?} {fuse:?}, {heirs} heirs, promised {:?}", promised.0);
                 runtime().block_on(async {
                     let s = start(directory.path(), &pool).await;
                     audit(&s, &pool, &promised, &what).await;
@@ -258,7 +261,7 @@ fn stopped_again_while_it_comes_back() {
     for n in (1..).step_by(3) {
         for m in 0.. {
             let directory = tempfile::tempdir().unwrap();
-            let pool = FakePool::new();
+            let pool = FakePool::with_heirs(m % 2);
             let (promised, stopped) = run_until_crash(directory.path(), &pool, Fuse::CrashAfter(n));
             if !stopped {
                 assert!(starts > 15, "only {starts} starts were stopped");
@@ -284,9 +287,9 @@ fn stopped_again_while_it_comes_back() {
 
 #[test]
 fn an_effect_that_fails_leaves_nothing_behind() {
-    for n in 0..60 {
+    for (n, heirs) in (0..60).flat_map(|n| [(n, 4), (n, 0)]) {
         let directory = tempfile::tempdir().unwrap();
-        let pool = FakePool::new();
+        let pool = FakePool::with_heirs(heirs);
         let (told, mut heard) = unbounded_channel();
         let whole = runtime().block_on(async {
             let s = start(directory.path(), &pool).await;
@@ -304,7 +307,7 @@ fn an_effect_that_fails_leaves_nothing_behind() {
             audit(&s, &pool, &promised, &format!("failed at {n}, promised {:?}", promised.0)).await;
             whole
         });
-        if whole {
+        if whole && heirs == 0 {
             assert!(n > 15, "only {n} effects were seen");
             return;
         }
@@ -723,5 +726,46 @@ fn a_layer_that_is_mounted_still_is_frozen_before_it_is_flushed() {
         assert_eq!(pool.times_suspended(), 1);
         assert!(!pool.any_suspended());
         pool.open(name, 0);
+    });
+}
+
+#[test]
+fn what_was_made_ahead_is_handed_out_without_a_word_to_the_pool() {
+    let directory = tempfile::tempdir().unwrap();
+    runtime().block_on(async {
+        let pool = FakePool::with_heirs(4);
+        let s = start(directory.path(), &pool).await;
+        make(&s, "a", "", Kind::Active, &[(LAYER, "x")]).await.unwrap();
+        s.commit("base".into(), "a".into(), BTreeMap::new()).await.unwrap();
+        let heirs = || s.0.store.read(|tree| tree.heirs().map(|heir| heir.id).collect::<Vec<_>>());
+        let settled = async |count: usize| {
+            for _ in 0..1000 {
+                if s.0.heirs.are_quiet() && heirs().len() == count {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            panic!("there are {:?}", heirs());
+        };
+        // A layer's, at once; a disk's, from the second on.
+        for (n, left) in [("1", 0), ("2", 1), ("3", 1)] {
+            if n != "2" {
+                settled(1).await;
+            }
+            let (heir, thins) = (heirs().first().copied(), pool.thins().len());
+            let device = make(&s, n, "base", Kind::Active, &[]).await.unwrap();
+            if let Some(heir) = heir {
+                assert_eq!(device, s.0.name(heir).path(), "{n}");
+                assert!(n == "3" || pool.thins().len() == thins, "{n}: something was made");
+            }
+            settled(left).await;
+        }
+        // One whose device has gone wrong is not handed out.
+        let heir = heirs()[0];
+        pool.cut_power();
+        pool.lose(s.0.store.read(|tree| tree.get(heir).unwrap().thin));
+        let device = make(&s, "4", "base", Kind::Active, &[]).await.unwrap();
+        assert_ne!(device, s.0.name(heir).path());
+        assert!(pool.device_names().contains(device.strip_prefix("/dev/mapper/").unwrap()));
     });
 }

@@ -58,6 +58,8 @@ struct State {
     activations_refused: usize,
     /// Thin devices deactivated and deleted, in order.
     reclaimed: Vec<Reclaimed>,
+    /// How many heirs its snapshotter keeps.
+    heirs: usize,
 }
 
 /// What the reclaimer does to a thin device.
@@ -87,8 +89,19 @@ impl FakePool {
             refuses_activations: false,
             activations_refused: 0,
             reclaimed: Vec::new(),
+            heirs: 0,
         };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    pub(crate) fn with_heirs(heirs: usize) -> Self {
+        let pool = Self::new();
+        pool.state().heirs = heirs;
+        pool
+    }
+
+    pub(crate) fn heirs(&self) -> usize {
+        self.state().heirs
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

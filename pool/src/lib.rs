@@ -13,6 +13,7 @@ mod error;
 #[cfg(test)]
 mod fake;
 mod filter;
+mod heirs;
 #[cfg(test)]
 mod hold_tests;
 mod ids;

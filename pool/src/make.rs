@@ -20,10 +20,10 @@ use crate::{
 const BASE_IN_USE: Duration = Duration::from_secs(3);
 
 /// So many snapshots can be made in one pool, ever.
-const CREATIONS: u32 = 1 << 24;
+pub(crate) const CREATIONS: u32 = 1 << 24;
 
 /// A making that failed.
-struct Failed {
+pub(crate) struct Failed {
     error: Error,
     /// What it has left in the pool.
     traces: Traces,
@@ -31,12 +31,12 @@ struct Failed {
     lost_origin: bool,
 }
 
-/// What is about to be made, of what; the reclaimer leaves both alone. So an origin that the pool has lost does not leave
-/// its thin id to somebody else's disk before all who wanted a snapshot of it know.
-struct Intent {
-    new: Box<Snapshot>,
-    origin: Box<Snapshot>,
-    hold: Hold,
+enum Intent {
+    /// What is about to be made, of what; the reclaimer leaves both alone. So an origin that the pool has lost does not leave
+    /// its thin id to somebody else's disk before all who wanted a snapshot of it know.
+    Make { new: Box<Snapshot>, origin: Box<Snapshot>, hold: Hold },
+    /// What was made ahead, and is the caller's now.
+    Heir(Box<Snapshot>),
 }
 
 impl From<Error> for Failed {
@@ -47,13 +47,28 @@ impl From<Error> for Failed {
 
 impl Inner {
     /// Prepare and View. `is_wanted` says whether the caller still waits.
-    pub(crate) async fn make(&self, wish: Wish, is_wanted: impl Fn() -> bool) -> Result<Mount> {
+    pub(crate) async fn make(&self, mut wish: Wish, is_wanted: impl Fn() -> bool) -> Result<Mount> {
         self.pool()?;
         self.creations_are_left()?;
         let _making = self.traffic.making();
+        self.await_heir(&wish.parent).await;
         let mut remade = false;
         loop {
-            let Intent { new, origin, hold } = self.intend(wish.clone()).await?;
+            let (new, origin, hold) = match self.intend(wish.clone()).await? {
+                Intent::Make { new, origin, hold } => (new, origin, hold),
+                Intent::Heir(heir) => match self.inherit(&heir, &is_wanted).await {
+                    Ok(mount) => return Ok(mount),
+                    Err(error) => {
+                        let error = self.give_up(heir.id, error.into()).await;
+                        if error.code == Code::Cancelled {
+                            return Err(error);
+                        }
+                        tracing::warn!(heir = heir.id.0, %error, "what was made ahead cannot be used; it is made anew");
+                        wish.anew = true;
+                        continue;
+                    }
+                },
+            };
             if new.layer {
                 self.traffic.layer();
             }
@@ -103,8 +118,9 @@ impl Inner {
                     Plan::Needs(base) => Ok((Vec::new(), Err(base))),
                     Plan::Make(new, origin) => {
                         let hold = busy.hold([new.id, origin.id]);
-                        Ok((vec![Change::Put(new.clone())], Ok(Intent { new, origin, hold })))
+                        Ok((vec![Change::Put(new.clone())], Ok(Intent::Make { new, origin, hold })))
                     }
+                    Plan::Inherit(heir) => Ok((vec![Change::Put(heir.clone())], Ok(Intent::Heir(heir)))),
                 })
                 .await?;
             match decided {
@@ -115,7 +131,7 @@ impl Inner {
     }
 
     /// Writes down that it is not to be; the reclaimer does so later if that is not possible now.
-    async fn give_up(&self, id: SnapshotId, failed: Failed) -> Error {
+    pub(crate) async fn give_up(&self, id: SnapshotId, failed: Failed) -> Error {
         let traces = failed.traces;
         let given_up = self.write(move |tree| Ok((tree.give_up(id, traces), ()))).await;
         let error = match given_up {
@@ -130,7 +146,7 @@ impl Inner {
     }
 
     /// Makes the thin device of a record that is written, and activates it; returns how it is mounted.
-    async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<Mount, Failed> {
+    pub(crate) async fn effect(&self, new: &Snapshot, origin: Option<&Snapshot>) -> Result<Mount, Failed> {
         let (mut thin, begun) = (new.thin, Instant::now());
         loop {
             let made = match origin {

@@ -111,7 +111,9 @@ impl Metrics {
 
     /// To be called before a scrape.
     pub(crate) fn look_at(&self, tree: &Tree, now_nanos: i64) {
-        for kind in [Kind::Active, Kind::View, Kind::Committed, Kind::Blank, Kind::Raw, Kind::Grown] {
+        for kind in
+            [Kind::Active, Kind::View, Kind::Committed, Kind::Blank, Kind::Raw, Kind::Grown, Kind::Heir]
+        {
             let count = tree.all().filter(|s| s.state == State::Ready && s.kind == kind).count();
             self.snapshots.with_label_values(&[kind.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }

@@ -45,6 +45,9 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         let all_written = write_abandoned(&inner).await;
         let lively = inner.traffic.is_lively();
         let serving = *inner.health.read().unwrap_or_else(PoisonError::into_inner) == Health::Serving;
+        if serving {
+            inner.expire_heirs().await;
+        }
         let backlog = inner.store.read(|tree| tree.removing().count());
         let is_short = backlog > 0 && serving && pool_is_short(&inner).await;
         let haste = haste(backlog, is_short);

@@ -195,7 +195,7 @@ fn info(snapshot: &Snapshot, parent: &str) -> api::Info {
         Kind::Active => api::Kind::Active,
         Kind::View => api::Kind::View,
         Kind::Committed => api::Kind::Committed,
-        Kind::Blank | Kind::Raw | Kind::Grown => api::Kind::Unknown,
+        Kind::Blank | Kind::Raw | Kind::Grown | Kind::Heir => api::Kind::Unknown,
     };
     api::Info {
         name: snapshot.key.clone(),

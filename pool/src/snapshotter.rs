@@ -20,6 +20,7 @@ use crate::{
     busy::{Busy, Hold},
     device::{DeviceError, DeviceName, Filesystem, Pool, PoolEvents, Tools},
     error::{Code, Error, Result},
+    heirs::Heirs,
     metrics::Metrics,
     size::Bytes,
     store::{Store, WriteError},
@@ -38,6 +39,8 @@ pub struct Settings {
     pub base_size: Bytes,
     /// Whether a pool that does not zero new blocks is used all the same.
     pub allow_unzeroed: bool,
+    /// How many snapshots are kept at the most that were made ahead of need; 0: none is made.
+    pub heirs: usize,
 }
 
 /// Whether snapshots can be made.
@@ -103,6 +106,7 @@ pub(crate) struct Inner {
     pub(crate) traffic: Traffic,
     /// Snapshots ever made in the pool.
     pub(crate) creations: AtomicU32,
+    pub(crate) heirs: Heirs,
     /// One mkfs or resize2fs per base.
     pub(crate) bases: Mutex<HashMap<Base, Arc<tokio::sync::Mutex<()>>>>,
     pub(crate) wake: Notify,
@@ -130,6 +134,7 @@ impl Inner {
             devices: (0..STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             traffic: Traffic::default(),
             creations: AtomicU32::new(0),
+            heirs: Heirs::default(),
             bases: Mutex::default(),
             wake: Notify::new(),
             retired: AtomicBool::new(false),
@@ -283,14 +288,19 @@ impl Snapshotter {
         labels: BTreeMap<String, String>,
     ) -> Result<Mount> {
         let base_size = self.0.settings.base_size;
-        let wish = Wish { key, parent, kind, labels, base_size, now: now() };
+        let name = key.clone();
+        let wish = Wish { key, parent, kind, labels, base_size, now: now(), anew: false };
         let inner = self.0.clone();
         let (reply, answer) = oneshot::channel();
         // In a task of its own: a caller that goes away must not leave it half made.
         tokio::spawn(async move {
             let made = inner.make(wish, || !reply.is_closed()).await;
+            let is_made = made.is_ok();
             // A caller that has gone in this very moment has a snapshot that it does not know of.
             let _gone = reply.send(made);
+            if is_made {
+                inner.heir_beside(&name);
+            }
         });
         answer.await.map_err(|_| Error::new(Code::Internal, "making it has panicked; see the log"))?
     }
@@ -355,6 +365,7 @@ impl Snapshotter {
             if is_layer {
                 writer.unpacking().remove(&id);
                 writer.traffic.layer();
+                writer.heir_of_layer(id);
             }
             tokio::spawn(async move { writer.rest_later(id).await });
             Ok(())

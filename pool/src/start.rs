@@ -7,6 +7,7 @@
 //! | a record Ready, Active or View | its device is activated |
 //! | a layer Ready and Active, its device not in the kernel | the host has started anew while it was unpacked, without a journal: never committed |
 //! | a record Ready, of another kind, its device active | deactivated when nobody has it open |
+//! | a record Ready, an heir | marked Removing |
 //! | a record Removing | left to the reclaimer |
 //! | one of our devices, suspended | resumed: a snapshot of it was being made |
 //! | one of our devices without a record | deactivated if closed: its name is ours, and says so |
@@ -325,10 +326,13 @@ async fn half_made(
             let half: Vec<&Snapshot> = tree.all().filter(|s| s.state == State::Preparing).collect();
             let is_lost_base =
                 |s: &&Snapshot| s.state == State::Ready && !s.kind.is_listed() && is_missing(s);
+            // Whoever would have come for them has gone.
+            let heirs: Vec<&Snapshot> = tree.heirs().filter(|s| !is_missing(s)).collect();
             let mut changes: Vec<Change> = half
                 .iter()
                 .copied()
                 .chain(tree.all().filter(is_lost_base))
+                .chain(heirs)
                 .flat_map(|s| tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }))
                 .collect();
             changes.extend(new_uuid.map(Change::Pool));

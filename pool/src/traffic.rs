@@ -39,6 +39,11 @@ impl Traffic {
         Making(self)
     }
 
+    /// Whether a making is under way.
+    pub(crate) fn is_making(&self) -> bool {
+        self.makings.load(Ordering::Relaxed) > 0
+    }
+
     /// Something is removed.
     pub(crate) fn removal(&self) {
         note(&self.last_removal);
@@ -46,7 +51,7 @@ impl Traffic {
 
     /// Whether somebody waits at this moment.
     pub(crate) fn is_in_the_way(&self) -> bool {
-        self.makings.load(Ordering::Relaxed) > 0 || within(&self.last_removal, NEXT_REMOVAL)
+        self.is_making() || within(&self.last_removal, NEXT_REMOVAL)
     }
 
     /// An image's layer is made or committed.

@@ -31,7 +31,7 @@ pub struct ThinId(pub u32);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnixNanos(pub i64);
 
-/// What a snapshot is. The last three are ours, and never listed.
+/// What a snapshot is. The last four are ours, and never listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Writable, on its way to be committed, or a VM's.
@@ -46,6 +46,8 @@ pub enum Kind {
     Raw,
     /// Its parent, grown to another size.
     Grown,
+    /// Made ahead of need of its parent, and active: the next Active snapshot that is asked for.
+    Heir,
 }
 
 /// Where a snapshot is in its life.
@@ -69,12 +71,13 @@ impl Kind {
             Self::Blank => "blank",
             Self::Raw => "raw",
             Self::Grown => "grown",
+            Self::Heir => "heir",
         }
     }
 
     /// Reads what [`Self::as_str`] wrote.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Active, Self::View, Self::Committed, Self::Blank, Self::Raw, Self::Grown]
+        [Self::Active, Self::View, Self::Committed, Self::Blank, Self::Raw, Self::Grown, Self::Heir]
             .into_iter()
             .find(|kind| kind.as_str() == text)
     }
@@ -190,12 +193,14 @@ pub(crate) struct Wish {
     pub base_size: Bytes,
     /// The time.
     pub now: UnixNanos,
+    /// Whether it is to be made, although there is an heir.
+    pub anew: bool,
 }
 
 /// A snapshot of ours that others are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Base {
-    /// Grown from this; empty if `None`.
+    /// Grown from this, or its heir if it is as large; empty if `None`.
     pub of: Option<SnapshotId>,
     /// Size.
     pub bytes: Bytes,
@@ -216,6 +221,8 @@ pub(crate) enum Plan {
     Needs(Base),
     /// The record to write, and the snapshot whose thin device is its origin.
     Make(Box<Snapshot>, Box<Snapshot>),
+    /// The record to write: it was made ahead.
+    Inherit(Box<Snapshot>),
 }
 
 /// The record of a base that is to be made, and the snapshot that it is grown from.
@@ -225,6 +232,13 @@ pub(crate) struct BasePlan {
     pub(crate) origin: Option<Box<Snapshot>>,
     /// One that was begun and could not be given up: nobody is making it.
     left: Option<Box<Snapshot>>,
+}
+
+/// The record of an heir that is to be made, and the snapshot that it is made of.
+#[derive(Debug)]
+pub(crate) struct HeirPlan {
+    pub(crate) new: Snapshot,
+    pub(crate) origin: Snapshot,
 }
 
 impl BasePlan {
@@ -407,16 +421,64 @@ impl Tree {
                 None => return Ok(Plan::Needs(base)),
             },
         };
-        let new = Snapshot {
+        let named = |ours: Snapshot| Snapshot {
             key: wish.key.clone(),
             kind: wish.kind,
             labels: wish.labels.clone(),
             layer: is_layer(wish),
             created: wish.now,
             updated: wish.now,
-            ..self.intent(parent.map(|p| p.id), if raw { bytes } else { base.bytes })?
+            ..ours
         };
+        let heir = parent.and_then(|p| self.heir(p)).filter(|heir| heir.state == State::Ready);
+        if let Some(heir) = heir
+            && heir.bytes == base.bytes
+            && wish.kind == Kind::Active
+            && !wish.anew
+        {
+            return Ok(Plan::Inherit(Box::new(named(heir.clone()))));
+        }
+        let new = named(self.intent(parent.map(|p| p.id), if raw { bytes } else { base.bytes })?);
         Ok(Plan::Make(Box::new(new), Box::new(origin.clone())))
+    }
+
+    /// What was made ahead of need of `parent`, or is being made.
+    pub(crate) fn heir(&self, parent: &Snapshot) -> Option<&Snapshot> {
+        let base = Base { of: Some(parent.id), bytes: parent.bytes, raw: false };
+        self.bases.get(&base).and_then(|id| self.get(*id))
+    }
+
+    /// All heirs that are there, by id.
+    pub(crate) fn heirs(&self) -> impl Iterator<Item = &Snapshot> {
+        self.bases
+            .values()
+            .filter_map(|id| self.get(*id))
+            .filter(|s| s.kind == Kind::Heir && s.state == State::Ready)
+    }
+
+    /// Decides the making of an heir of this snapshot: its record and its origin. `None` if it has one, or can have none. With
+    /// `most` of them there, the one that was made first goes.
+    pub(crate) fn make_heir(
+        &self,
+        of: SnapshotId,
+        most: usize,
+        now: UnixNanos,
+    ) -> Option<(HeirPlan, Vec<Change>)> {
+        let is_parent = |s: &&Snapshot| s.state == State::Ready && s.kind == Kind::Committed;
+        let origin = self.get(of).filter(is_parent).filter(|parent| self.heir(parent).is_none())?.clone();
+        let new = self.intent(Some(of), origin.bytes).ok()?;
+        let new = Snapshot { kind: Kind::Heir, created: now, updated: now, ..new };
+        let mut surplus: Vec<&Snapshot> = self.heirs().collect();
+        surplus.sort_by_key(|heir| heir.id);
+        surplus.truncate((surplus.len() + 1).saturating_sub(most));
+        let gone = surplus.into_iter().map(|heir| removing(heir, now));
+        let changes = gone.chain([Change::Put(Box::new(new.clone()))]).collect();
+        Some((HeirPlan { new, origin }, changes))
+    }
+
+    /// The heirs that were made before `then`, and are not wanted any more.
+    pub(crate) fn old_heirs(&self, then: UnixNanos, now: UnixNanos) -> Vec<Change> {
+        self.heirs().filter(|heir| heir.created < then).map(|heir| removing(heir, now)).collect()
     }
 
     /// Decides how a base that is not there is made: its record, and its origin (none for a blank). `None` if another
@@ -505,7 +567,7 @@ impl Tree {
         [given_up].into_iter().chain(grown).collect()
     }
 
-    /// The bases grown from it. One that is being made finds at its confirmation that it is not wanted any more.
+    /// The bases grown from it, and its heir. One that is being made finds at its confirmation that it is not wanted any more.
     fn grown(&self, id: SnapshotId) -> impl Iterator<Item = &Snapshot> {
         let bases = self.bases.iter().filter(move |(base, _)| base.of == Some(id));
         bases.filter_map(|(_, base)| self.get(*base))

@@ -32,6 +32,7 @@ fn wish(key: &str, parent: &str) -> Wish {
         labels: BTreeMap::new(),
         base_size: GIB,
         now: UnixNanos(5),
+        anew: false,
     }
 }
 
@@ -57,6 +58,11 @@ fn make(tree: &mut Tree, wish: &Wish) -> Result<SnapshotId> {
                 let id = new.id;
                 tree.apply(Change::Put(new));
                 tree.apply(tree.confirm(id)?);
+                return Ok(id);
+            }
+            Plan::Inherit(heir) => {
+                let id = heir.id;
+                tree.apply(Change::Put(heir));
                 return Ok(id);
             }
         }
@@ -400,6 +406,7 @@ fn layers_are_known_by_their_label_or_by_the_name_that_containerd_gives_them() {
     let tree = Tree::default();
     let is_layer = |key: &str, labels| match tree.prepare(&Wish { labels, ..wish(key, "") }).unwrap() {
         Plan::Make(new, _) => new.layer,
+        Plan::Inherit(_) => false,
         // The base of its own size is what a disk with a size needs.
         Plan::Needs(base) => base.bytes == Bytes(1 << 30),
     };
@@ -410,4 +417,76 @@ fn layers_are_known_by_their_label_or_by_the_name_that_containerd_gives_them() {
     for key in ["default/7/extract-12", "default/7/my-extract-12 sha256:0", "extract-1 x/7/vm", "vm"] {
         assert!(!is_layer(key, sized()), "{key}");
     }
+}
+
+/// Makes an heir, unless there is one; returns its id.
+fn make_heir(tree: &mut Tree, of: SnapshotId, most: usize, now: i64) -> Option<SnapshotId> {
+    let (HeirPlan { new, origin }, changes) = tree.make_heir(of, most, UnixNanos(now))?;
+    assert_eq!((new.kind, new.state, new.parent), (Kind::Heir, State::Preparing, Some(origin.id)));
+    apply_all(tree, changes);
+    tree.apply(tree.confirm(new.id).unwrap());
+    Some(new.id)
+}
+
+#[test]
+fn an_heir_is_the_next_active_snapshot_of_its_parent_and_size() {
+    let mut tree = Tree::default();
+    make(&mut tree, &Wish { labels: label(LAYER_LABEL, "x"), ..wish("a", "") }).unwrap();
+    commit(&mut tree, "base", "a", BTreeMap::new()).unwrap();
+    let base = id_of(&tree, "base");
+    let heir = make_heir(&mut tree, base, 4, 1).unwrap();
+    assert_eq!(make_heir(&mut tree, base, 4, 1), None, "it has one");
+    assert_eq!(tree.listed().count(), 1, "containerd knows of none");
+    let anew = [
+        Wish { kind: Kind::View, ..wish("view", "base") },
+        Wish { labels: label(SIZE_LABELS[0], "2GiB"), ..wish("large", "base") },
+        Wish { anew: true, ..wish("anew", "base") },
+    ];
+    for wish in anew {
+        assert!(!matches!(tree.prepare(&wish).unwrap(), Plan::Inherit(_)), "{wish:?}");
+    }
+    let disk = Wish { labels: label("a", "1"), now: UnixNanos(9), ..wish("vm", "base") };
+    assert_eq!(make(&mut tree, &disk), Ok(heir));
+    let given = tree.ready("vm").unwrap();
+    assert_eq!((given.kind, given.parent, given.created), (Kind::Active, Some(base), UnixNanos(9)));
+    assert_eq!((given.layer, &given.labels), (false, &label("a", "1")));
+    assert_eq!(
+        tree.remove("base", UnixNanos(1)).unwrap_err().code,
+        Code::FailedPrecondition,
+        "it has a child now"
+    );
+    assert!(tree.heir(tree.ready("base").unwrap()).is_none());
+    assert_ne!(make(&mut tree, &wish("vm2", "base")), Ok(heir));
+    // Who has its record reads the same tree.
+    let stored = Tree::load(tree.all().cloned().collect(), 100, String::new()).unwrap();
+    assert_eq!(stored.ready("vm").unwrap(), tree.ready("vm").unwrap());
+}
+
+#[test]
+fn heirs_go_with_their_parents_or_when_they_are_old_or_too_many() {
+    let mut tree = Tree::default();
+    let bases = ["0", "1", "2"].map(|name| {
+        make(&mut tree, &wish("a", "")).unwrap();
+        commit(&mut tree, name, "a", BTreeMap::new()).unwrap();
+        id_of(&tree, name)
+    });
+    assert_eq!(make_heir(&mut tree, SnapshotId(99), 2, 1), None, "of what is not there");
+    let ids = |tree: &Tree| tree.heirs().map(|heir| heir.id).collect::<BTreeSet<_>>();
+    let [first, second] = [0, 1].map(|n| make_heir(&mut tree, bases[n], 2, n as i64 + 1).unwrap());
+    assert_eq!(ids(&tree), [first, second].into());
+    let third = make_heir(&mut tree, bases[2], 2, 3).unwrap();
+    assert_eq!(ids(&tree), [second, third].into(), "no more than two");
+    let old = tree.old_heirs(UnixNanos(3), UnixNanos(9));
+    apply_all(&mut tree, old);
+    assert_eq!(ids(&tree), [third].into(), "no old ones");
+    assert_eq!(remove(&mut tree, "2"), Ok(2));
+    assert_eq!(ids(&tree), [].into(), "none without its parent");
+    assert_eq!(tree.removing().count(), 4);
+    // One that is being made when its parent goes.
+    let (HeirPlan { new, .. }, changes) = tree.make_heir(bases[0], 2, UnixNanos(1)).unwrap();
+    apply_all(&mut tree, changes);
+    assert!(tree.heirs().next().is_none(), "it is not there yet");
+    assert!(matches!(tree.prepare(&wish("b", "0")).unwrap(), Plan::Make(..)));
+    remove(&mut tree, "0").unwrap();
+    assert_eq!(tree.confirm(new.id).unwrap_err().code, Code::Internal);
 }

@@ -18,8 +18,8 @@ use crate::{
         check,
         command::{lines, run, sh},
         cow::{
-            acquire, collect, evict_all, host, image, release_fully, service_pid, snapshotter, thin_devices,
-            wait_serving,
+            acquire, collect, evict_all, heirs, host, image, release_fully, service_pid, snapshotter,
+            thin_devices, wait_serving,
         },
         same,
         snapshots::{CONTAINERD, Snapshots},
@@ -31,6 +31,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("by_hand", by_hand),
     ("starts_no_process", starts_no_process),
     ("sizes", sizes),
+    ("what_is_asked_for_again_is_made_ahead", what_is_asked_for_again_is_made_ahead),
     ("an_open_device_outlives_its_snapshot", an_open_device_outlives_its_snapshot),
     ("views_of_what_was_not_unmounted", views_of_what_was_not_unmounted),
     ("what_is_not_ours_stays", what_is_not_ours_stays),
@@ -134,6 +135,57 @@ fn by_hand() -> Outcome {
     let printed = sh(&script)?;
     check!(printed.starts_with("moo\n"), "{printed}");
     evict_all()
+}
+
+/// A layer's next, and the third disk of one parent, are there before they are asked for, and have what their parent has.
+fn what_is_asked_for_again_is_made_ahead() -> Outcome {
+    let client = client()?;
+    let others = heirs()?;
+    let made_ahead = || {
+        wait_for("what is made ahead", || {
+            let heirs: Vec<_> = heirs()?.difference(&others).cloned().collect();
+            let there = thin_devices()?;
+            match &heirs[..] {
+                [heir] if Path::new("/dev/mapper").join(heir).exists() => Ok(format!("/dev/mapper/{heir}")),
+                _ => Err(format!("made ahead: {heirs:?}; other devices: {there:?}").into()),
+            }
+        })
+    };
+    let write = |device: &str, word: &str| {
+        sh(&format!(
+            "echo {word} | dd of={device} bs=64k seek=1000 conv=sync,fsync oflag=direct iflag=fullblock status=none"
+        ))
+    };
+    let written = |device: &str| {
+        Outcome::Ok(
+            sh(&format!("dd if={device} bs=64k skip=1000 count=1 iflag=direct status=none | head -1"))?
+                .trim()
+                .to_owned(),
+        )
+    };
+    let layer = block_on(client.prepare("heir-layer", "", &[LAYER]))?.path;
+    write(&layer, "layer")?;
+    block_on(client.commit("heir-base", "heir-layer", &[]))?;
+    let first = made_ahead()?;
+    same!(block_on(client.prepare("heir-1", "heir-base", &[]))?.path, first, "the first disk of a layer");
+    same!(written(&first)?, "layer", "what the first disk has");
+    write(&first, "first")?;
+    let second = block_on(client.prepare("heir-2", "heir-base", &[]))?.path;
+    let third = made_ahead()?;
+    let disk = block_on(client.prepare("heir-3", "heir-base", &[]))?.path;
+    check!(disk == third && disk != second, "the third disk is {disk}, made ahead was {third}");
+    same!(written(&disk)?, "layer", "what the third disk has");
+    made_ahead()?;
+    // Whoever would have come has gone.
+    host("restart", "cowshed")?;
+    wait_serving()?;
+    wait_for("those of before to go", || {
+        let left = heirs()?;
+        check!(left.is_empty(), "{left:?}");
+        Ok(())
+    })?;
+    same!(written(&first)?, "first", "what the first disk has after a restart");
+    remove_all(&client)
 }
 
 /// Counted on the whole machine, by the kernel.

@@ -36,6 +36,8 @@ pool: 27 its metadata damaged.";
 
 /// How long the end waits for threads that are in a call of the system's.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// So long a thread stays that has nothing to do: to start one is a good part of what a request takes that comes after a pause.
+const IDLE_THREAD: Duration = Duration::from_secs(300);
 
 /// Root disks for microVMs: images pulled once, a copy-on-write snapshot per VM, under a lease.
 #[derive(Debug, Parser)]
@@ -420,7 +422,8 @@ impl Cli {
             // Without a thread besides this one: what it locks and keeps is the process's.
             return ExitCode::from(cowshed_pool::lvm::run_child(*limit, command));
         }
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().thread_keep_alive(IDLE_THREAD).enable_all().build();
         let runtime = match runtime {
             Ok(runtime) => runtime,
             Err(error) => return fail(&format!("no threads can be had: {error}"), exit::FAILURE),

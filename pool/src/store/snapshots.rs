@@ -17,12 +17,12 @@ use crate::{
 const FORMAT: Format = Format {
     noun: "snapshot store",
     application_id: 0x434f_5750, // "COWP"
-    version: 2, // 1: without raw bases
+    version: 3, // 1: without raw bases; 2: without heirs
     tables: "
 CREATE TABLE snapshots (
     id      INTEGER PRIMARY KEY,   -- never used again; part of the device's name
     key     TEXT NOT NULL,         -- containerd's name; '' for what is ours
-    kind    TEXT NOT NULL,         -- active, view, committed, blank, grown
+    kind    TEXT NOT NULL,         -- active, view, committed, blank, raw, grown, heir
     state   TEXT NOT NULL,         -- preparing, ready, removing
     parent  INTEGER,               -- a committed one's id
     thin    INTEGER NOT NULL UNIQUE,

@@ -10,7 +10,7 @@ use super::{
     Outcome,
     api::{block_on, client, refusal},
     check,
-    command::{Ran, number, run, text},
+    command::{Ran, number, run, sh, text},
     containerd, same, wait_for,
 };
 
@@ -153,8 +153,24 @@ pub(crate) fn pull(image: &str) -> Outcome<Value> {
     Ok(last)
 }
 
-/// Names of the thin devices that there are, besides LVM's own.
+/// Names of the thin devices that there are, besides LVM's own and those that the snapshotter has made ahead of need.
 pub(crate) fn thin_devices() -> Outcome<BTreeSet<String>> {
+    let heirs = heirs()?;
+    let mut thin = all_thin_devices()?;
+    thin.retain(|name| !heirs.contains(name));
+    Ok(thin)
+}
+
+/// The device-mapper names of what the snapshotter has made ahead of need, as its store says; none without a store.
+pub(crate) fn heirs() -> Outcome<BTreeSet<String>> {
+    let query = "SELECT 'cowshed-' || (SELECT value FROM facts WHERE name = 'store_id') || '-' || id
+                 FROM snapshots WHERE kind = 'heir'";
+    let store = "/var/lib/cowshed/snapshots.db";
+    let names = sh(&format!("test ! -e {store} || sqlite3 -readonly {store} \"{query}\""))?;
+    Ok(names.split_whitespace().map(str::to_owned).collect())
+}
+
+fn all_thin_devices() -> Outcome<BTreeSet<String>> {
     let dm = DM::new()?;
     let mut thin = BTreeSet::new();
     for (name, _, _) in dm.list_devices()? {
