@@ -62,11 +62,6 @@ impl Heirs {
 }
 
 impl Inner {
-    /// Makes an heir of a layer that was just committed.
-    pub(crate) fn heir_of_layer(self: &Arc<Self>, of: SnapshotId) {
-        self.heir_later(of);
-    }
-
     /// Makes another heir of what a disk was made of, if that is asked for more often than once. Not while others wait: they
     /// had to wait for it too.
     pub(crate) fn heir_beside(self: &Arc<Self>, key: &str) {
@@ -83,7 +78,8 @@ impl Inner {
         }
     }
 
-    fn heir_later(self: &Arc<Self>, of: SnapshotId) {
+    /// Makes an heir of what was just committed, or is asked for again and again.
+    pub(crate) fn heir_later(self: &Arc<Self>, of: SnapshotId) {
         if self.settings.heirs == 0 || self.creations.load(Ordering::Relaxed) >= CREATIONS / 2 {
             return;
         }

@@ -365,7 +365,7 @@ impl Snapshotter {
             if is_layer {
                 writer.unpacking().remove(&id);
                 writer.traffic.layer();
-                writer.heir_of_layer(id);
+                writer.heir_later(id);
             }
             tokio::spawn(async move { writer.rest_later(id).await });
             Ok(())
