@@ -61,9 +61,9 @@ impl Promises {
         learnt.unwrap_or(policy.expected)
     }
 
-    /// A disk of the image is about to go, and has written so much.
-    pub(crate) fn learn(&self, image: &str, written: Bytes) {
-        self.lock().history.learn(image, written);
+    /// A disk of the image is about to go, of which so much was expected, and has written so much.
+    pub(crate) fn learn(&self, image: &str, expected: Bytes, written: Bytes) {
+        self.lock().history.learn(image, expected, written);
     }
 
     /// So much has been written by now.

@@ -22,7 +22,7 @@ fn leave(world: &World, gib: u64) {
 }
 
 fn limits(quotas: Quotas) -> Policy {
-    Policy { expected: Bytes(2 * GIB), learns: true, overcommit_percent: Some(100), quotas }
+    Policy { expected: Bytes(2 * GIB), learns: false, overcommit_percent: Some(100), quotas }
 }
 
 fn of(tenant: &str, vm: &str) -> Wish {
@@ -126,7 +126,8 @@ async fn who_writes_nothing_and_who_fails_takes_nothing() {
 #[tokio::test]
 async fn what_disks_write_is_seen_and_learnt() {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
-    let process = within(&world, directory.path(), Quotas::default());
+    let learning = Policy { learns: true, ..limits(Quotas::default()) };
+    let process = start_within(&world, directory.path(), learning.clone());
     let promises = process.acquirer.ledger.promises().clone();
     let write = |lease: &cowshed_leases::Lease, bytes: u64| {
         let device = lease.grant().unwrap().device.dm_name.clone();
@@ -147,11 +148,10 @@ async fn what_disks_write_is_seen_and_learnt() {
     process.settle().await;
     // The next is expected to write as much.
     let name = image().name.to_string();
-    assert_eq!(promises.expects(&limits(Quotas::default()), &name), Bytes(5 * GIB));
+    assert_eq!(promises.expects(&learning, &name), Bytes(5 * GIB));
     let next = process.acquirer.acquire(wish("vm-2")).await.unwrap().lease.clone();
     assert_eq!((next.expects, promises.reserved()), (5 * GIB, Bytes(5 * GIB)));
-    let fixed = Policy { learns: false, ..limits(Quotas::default()) };
-    assert_eq!(promises.expects(&fixed, &name), Bytes(2 * GIB));
+    assert_eq!(promises.expects(&limits(Quotas::default()), &name), Bytes(2 * GIB));
 }
 
 #[tokio::test]

@@ -113,7 +113,8 @@ impl Writes {
         let mapped = self.kernel.mapped(vec![disk.device.clone()]).await;
         let Some(mapped) = mapped.ok().and_then(|mapped| mapped.first().copied().flatten()) else { return };
         if let Some(base) = self.base(&disk, mapped).await {
-            self.ledger.promises().learn(&lease.spec.image, Bytes(mapped.saturating_sub(base)));
+            let written = Bytes(mapped.saturating_sub(base));
+            self.ledger.promises().learn(&lease.spec.image, Bytes(lease.expects), written);
         }
     }
 
