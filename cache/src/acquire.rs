@@ -12,6 +12,10 @@
 
 use std::sync::Arc;
 
+use cowshed_gc::{
+    evict::Bytes,
+    reserve::{self, Asked, Claim, Policy},
+};
 use cowshed_leases::{
     Acquisition, Ask, BookError, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
     Scratch, Seen, Share, Spare, Spec, Ttl, VmId,
@@ -30,14 +34,18 @@ use crate::{
     evict::{MakesRoom, admit},
     flights::{Arrival, Flights, GivenUp, Landing},
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
-    kernel::{Devices, KernelError},
+    kernel::{Devices, KernelError, PoolUsage},
     ledger::{HandedOut, Ledger},
     making::{Maker, Making},
+    promises::{self, Promises, Ticket},
     reclaim::Wake,
     spares::Spares,
     stages::{Stage, Stages},
     tasks::Tasks,
 };
+
+/// So often room is made for who finds that others have taken it.
+const TRIES: usize = 4;
 
 /// What a launcher wants, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +73,7 @@ pub struct Wish {
 }
 
 impl Wish {
-    fn ask(&self) -> Ask {
+    fn ask(&self, expects: Bytes) -> Ask {
         Ask {
             vm: self.vm.clone(),
             spec: Spec {
@@ -77,10 +85,21 @@ impl Wish {
             },
             ttl: self.ttl,
             fresh: self.fresh,
+            expects: expects.0,
             request: self.request.clone(),
             share: None,
             spare: None,
         }
+    }
+
+    /// What is due to its lease: a disk that the VM writes to is expected to have what disks of its image mostly have in the end.
+    pub(crate) fn claim(&self, promises: &Promises, limits: &Policy) -> Claim {
+        let size = match (self.mode, self.scratch) {
+            (Mode::CopyOnWrite, _) => u64::MAX,
+            (Mode::SharedReadOnly, scratch) => scratch.map_or(0, |scratch| scratch.size_bytes),
+        };
+        let expected = promises.expects(limits, &self.image.to_string());
+        Claim { tenant: self.access.tenant.clone(), expected: expected.min(Bytes(size)) }
     }
 
     /// Whether a spare would do.
@@ -193,7 +212,7 @@ impl Acquirer {
         let Some(grant) = acquired.lease.grant() else { return Ok(acquired) };
         let scratch = grant.scratch.as_ref().map(|scratch| scratch.device.clone());
         let (id, seen) = (acquired.lease.id.clone(), Seen { root: grant.device.clone(), scratch });
-        let lease = self.ledger.keep(wish.ask(), id, seen, self.clock.now()).await?;
+        let lease = self.ledger.keep(wish.ask(Bytes(0)), id, seen, self.clock.now()).await?;
         Ok(Arc::new(Acquired { lease, ..Acquired::clone(&acquired) }))
     }
 
@@ -292,7 +311,8 @@ impl Acquirer {
     ) -> Result<Option<Acquired>, Refusal> {
         let given_up = landing.given_up();
         let mut stages = Stages::start();
-        let ask = wish.ask();
+        let claim = wish.claim(self.ledger.promises(), &self.admission.limits);
+        let ask = wish.ask(claim.expected);
         let fresh = || LeaseId::from_random(uuid::Uuid::new_v4().as_u128());
         let known =
             self.ledger.read(|book| book.acquire(&ask, fresh(), &self.clock.now())).map_err(Error::from)?;
@@ -306,13 +326,16 @@ impl Acquirer {
         let found = self.images.resolve(&wish.image, &wish.platform, &wish.access).await?;
         stages.done(Stage::Resolve);
         if let Some(image) = found.as_ref().filter(|_| wish.is_plain())
-            && let Some(lease) = self.hand_out(&ask, image, &given_up, &mut stages).await?
+            && let Some(lease) = self.hand_out(wish, (&ask, &claim), image, &given_up, &mut stages).await?
         {
             self.spares.asked(image);
             tracing::Span::current().record("lease", lease.id.as_str());
             return Ok(Some(Acquired { lease, cache: Cache::Hit, stages, existing: false, spare: true }));
         }
         self.admit(wish).await?;
+        // Before anything that takes its time: who does not fit is told at once.
+        let id = fresh();
+        let ticket = self.promise(wish, id.clone(), &claim).await?;
         let (image, cache) = match found {
             Some(image) => (image, Cache::Hit),
             None => self.pulled(wish, &mut stages).await?,
@@ -325,7 +348,6 @@ impl Acquirer {
                 return Ok(None);
             }
         }
-        let id = fresh();
         let maker = self.making.begin(id.clone());
         let share = match wish.mode {
             Mode::CopyOnWrite => None,
@@ -338,6 +360,7 @@ impl Acquirer {
             Acquisition::Existing(lease) => return Ok(Some(self.existing(ask, *lease, stages).await?)),
             Acquisition::New { lease, .. } => *lease,
         };
+        ticket.keep();
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
         let plain = wish.is_plain().then(|| image.clone());
@@ -360,6 +383,34 @@ impl Acquirer {
         admit(&self.admission, &self.kernel, &*self.room, wish.until).await
     }
 
+    /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first.
+    async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim) -> Result<Ticket> {
+        let Self { ledger, kernel, admission, room, .. } = self;
+        let (promises, limits) = (ledger.promises(), &*admission.limits);
+        let held = || ledger.read(|book| book.held_by(&wish.vm).map(|lease| lease.id.clone()));
+        let instead_of = if wish.fresh { held() } else { None };
+        let ask = |pool: Result<PoolUsage, KernelError>| {
+            let free = pool.ok().map(|pool| admission.to_promise(&pool));
+            promises.promise(limits, id.clone(), &Asked { claim, instead_of: instead_of.as_ref(), free })
+        };
+        let explain = |refusal: &reserve::Refusal| {
+            let vm_of = |id: &LeaseId| ledger.read(|book| book.get(id).map(|lease| lease.vm.to_string()));
+            promises::refused(refusal, limits, promises, vm_of)
+        };
+        let mut asked = ask(kernel.pool_lately().await);
+        if matches!(asked, Err(reserve::Refusal::Pool { .. })) {
+            // Nobody is refused for what is over.
+            asked = ask(kernel.pool().await);
+        }
+        // Who waits with others may find that they have taken what was made.
+        for _ in 0..TRIES {
+            let Err(refusal @ reserve::Refusal::Pool { needed, .. }) = &asked else { break };
+            room.make(explain(refusal), *needed, wish.until).await?;
+            asked = ask(kernel.pool().await);
+        }
+        asked.map_err(|refusal| explain(&refusal))
+    }
+
     /// The VM's own lease again, if its device still is what was granted.
     async fn existing(&self, ask: Ask, lease: Lease, mut stages: Stages) -> Result<Acquired> {
         let seen = self.seen(&lease).await?;
@@ -372,7 +423,8 @@ impl Acquirer {
     /// has got a lease meanwhile.
     async fn hand_out(
         &self,
-        ask: &Ask,
+        wish: &Wish,
+        (ask, claim): (&Ask, &Claim),
         image: &ResolvedImage,
         given_up: &GivenUp,
         stages: &mut Stages,
@@ -408,6 +460,7 @@ impl Acquirer {
                 }
             };
             stages.done(Stage::Verify);
+            let ticket = self.promise(wish, id.clone(), claim).await?;
             let (image_digest, seen) = (image.manifest.to_string(), Seen { root: now, scratch: None });
             let chosen = Spare { lease: id.clone(), image_digest, seen };
             let ask = Ask { spare: Some(chosen), ..ask.clone() };
@@ -415,6 +468,7 @@ impl Acquirer {
             stages.done(Stage::Spare);
             match handed {
                 HandedOut::Lease(lease) => {
+                    ticket.keep();
                     spare.gone();
                     return Ok(Some(*lease));
                 }

@@ -1,5 +1,9 @@
 //! Whether another disk can be made, and the pool has room for it: refused at once, with the reason, never queued into a timeout.
 
+use std::sync::Arc;
+
+use cowshed_gc::{evict::Bytes, reserve::Policy};
+
 use crate::{
     error::{Error, Reason, Result},
     kernel::{Devices, KernelError, PoolMode, PoolUsage},
@@ -15,6 +19,8 @@ pub struct Admission {
     pub metadata_headroom_percent: u8,
     /// Whether a pool that does not zero new blocks is used all the same.
     pub allow_unzeroed: bool,
+    /// What may be promised to disks, and to tenants.
+    pub limits: Arc<Policy>,
     /// What else has to do its work.
     pub hindrances: Hindrances,
 }
@@ -77,6 +83,11 @@ impl Admission {
         )
     }
 
+    /// What disks can be promised of it.
+    pub fn to_promise(&self, pool: &PoolUsage) -> Bytes {
+        Bytes(self.free(pool).0)
+    }
+
     fn room(&self, pool: &PoolUsage) -> Result<()> {
         let parts = [
             ("data", pool.data_used, pool.data_total, self.data_headroom_percent, "data_headroom_percent"),
@@ -134,6 +145,7 @@ mod tests {
             data_headroom_percent,
             metadata_headroom_percent,
             allow_unzeroed,
+            limits: Arc::default(),
             hindrances: Hindrances::default(),
         };
         let none = admission(0, 0, true);

@@ -9,8 +9,11 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::evict::{self, Floor, Growth, Marks, MarksError, Policy as GcPolicy, Share, Yields, Young};
-use cowshed_leases::{Grace, Ttl};
+use cowshed_gc::{
+    evict::{self, Floor, Growth, Marks, MarksError, Policy as GcPolicy, Share, Yields, Young},
+    reserve::{self, Policy as Promised},
+};
+use cowshed_leases::{Grace, Tenant, Ttl, VmIdError};
 use cowshed_pool::Bytes;
 use cowshed_pool::lvm::sizing::METADATA_MAX;
 use serde::Deserialize;
@@ -74,6 +77,10 @@ pub struct Config {
     pub containerd: Containerd,
     /// Which thin pool.
     pub pool: Pool,
+    /// What of it may be promised to disks.
+    pub admission: Admission,
+    /// What tenants may have.
+    pub quota: Vec<Quota>,
     /// Cowshed's own snapshotter.
     pub snapshotter: Snapshotter,
     /// How to fetch images.
@@ -152,6 +159,33 @@ pub struct Pool {
     pub metadata_headroom_percent: u8,
     /// Whether a pool is used that does not zero new blocks: one disk's old bytes may then be read from another.
     pub allow_unzeroed: bool,
+}
+
+/// `[admission]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admission {
+    /// What disks are expected to write may be so much of what is free of the pool's data beyond its headroom, in percent; new disks
+    /// are refused otherwise. Absent: there is no limit.
+    pub overcommit_percent: Option<u32>,
+    /// What a disk is expected to have written in the end, as long as nothing is known of its image.
+    pub expected_bytes: Bytes,
+    /// Whether what disks of the image had written when they were released counts instead.
+    pub learn: bool,
+    /// How often it is looked what disks have written, in seconds.
+    pub look_seconds: u64,
+}
+
+/// `[[quota]]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quota {
+    /// Whose; "*": that of each tenant that has none of its own.
+    pub tenant: String,
+    /// At most so many leases.
+    pub leases: Option<u64>,
+    /// At most so much that their disks have written or are expected to, whichever is more.
+    pub bytes: Option<Bytes>,
 }
 
 /// `[snapshotter]`
@@ -386,6 +420,12 @@ impl Default for Pool {
     }
 }
 
+impl Default for Admission {
+    fn default() -> Self {
+        Self { overcommit_percent: None, expected_bytes: Bytes(256 << 20), learn: true, look_seconds: 10 }
+    }
+}
+
 impl Default for Snapshotter {
     fn default() -> Self {
         Self {
@@ -566,6 +606,7 @@ impl Config {
             ("reclaim", "retry_seconds", self.reclaim.retry_seconds),
             ("reclaim", "interval_seconds", self.reclaim.interval_seconds),
             ("gc", "interval_seconds", self.gc.interval_seconds),
+            ("admission", "look_seconds", self.admission.look_seconds),
             ("leases", "parallel", self.leases.parallel as u64),
             ("leases", "waiting_max", self.leases.waiting_max as u64),
             ("spares", "half_life_seconds", self.spares.half_life_seconds),
@@ -591,6 +632,12 @@ impl Config {
             Ttl::from_seconds(seconds).map_err(|e| value("leases", field, format!("{seconds}: {e}")))?;
         }
         self.gc.check()?;
+        self.quotas()?;
+        let overcommit = self.admission.overcommit_percent;
+        if let Some(percent) = overcommit.filter(|percent| !(1..=100_000).contains(percent)) {
+            let what = format!("{percent} is not between 1 and 100000; without it there is no limit");
+            return Err(value("admission", "overcommit_percent", what));
+        }
         if self.spares.pool_max_percent > 90 {
             let what = format!("{} is more than 90: VMs need the rest", self.spares.pool_max_percent);
             return Err(value("spares", "pool_max_percent", what));
@@ -612,6 +659,43 @@ impl Config {
         }
         self.snapshotter.base_size.of_disk().map_err(|what| value("snapshotter", "base_size", what))?;
         Ok(())
+    }
+
+    /// What may be promised to disks, and to tenants.
+    pub fn limits(&self) -> Promised {
+        let Admission { overcommit_percent, expected_bytes, learn, look_seconds: _ } = self.admission;
+        Promised {
+            expected: evict::Bytes(expected_bytes.0),
+            learns: learn,
+            overcommit_percent,
+            // Checked when it was read.
+            quotas: self.quotas().unwrap_or_default(),
+        }
+    }
+
+    fn quotas(&self) -> Result<reserve::Quotas, ConfigError> {
+        let mut quotas = reserve::Quotas::default();
+        for Quota { tenant, leases, bytes } in &self.quota {
+            if leases.is_none() && bytes.is_none() {
+                let what = format!(
+                    "that of tenant {tenant:?} has neither leases nor bytes: say one, or leave it out"
+                );
+                return Err(value("[quota]", "leases", what));
+            }
+            let quota = reserve::Quota { leases: *leases, bytes: bytes.map(|bytes| evict::Bytes(bytes.0)) };
+            let before = if tenant == "*" {
+                quotas.any_other.replace(quota)
+            } else {
+                let name = tenant.parse::<Tenant>();
+                let wrong =
+                    |e: VmIdError| value("[quota]", "tenant", format!("{tenant:?}: {e}; \"*\" is any other"));
+                quotas.own.insert(name.map_err(wrong)?, quota)
+            };
+            if before.is_some() {
+                return Err(value("[quota]", "tenant", format!("{tenant:?} has two")));
+            }
+        }
+        Ok(quotas)
     }
 
     /// Whether `cowshed serve` serves a snapshotter of its own.
@@ -794,6 +878,7 @@ mod tests {
         let with_all = Config::parse(&all, "shipped, all on").unwrap();
         assert!(with_all.server.tcp.is_some());
         assert_eq!(with_all.verification.cosign.len(), 2);
+        assert_eq!((with_all.quota.len(), with_all.admission.overcommit_percent), (2, Some(100)));
         for field in FIELDS {
             let named = |l: &str| l.trim_start_matches("# ").starts_with(&format!("{field} = "));
             assert!(shipped.lines().any(named), "{field} is not in deploy/cowshed.toml");
@@ -815,6 +900,13 @@ mod tests {
         "data_headroom_percent",
         "metadata_headroom_percent",
         "allow_unzeroed",
+        "overcommit_percent",
+        "expected_bytes",
+        "learn",
+        "look_seconds",
+        "tenant",
+        "leases",
+        "bytes",
         "serve",
         "base_size",
         "heirs",
@@ -884,6 +976,14 @@ mod tests {
             ("[gc]\nretention_seconds = 599", "[gc] retention_seconds"),
             ("[gc]\ninterval_seconds = 0", "[gc] interval_seconds"),
             ("[gc]\ndata_step = \"0\"", "[gc] data_step"),
+            ("[admission]\novercommit_percent = 0", "[admission] overcommit_percent"),
+            ("[admission]\nlook_seconds = 0", "[admission] look_seconds"),
+            ("[admission]\nexpected_bytes = \"much\"", "much"),
+            ("[[quota]]\ntenant = \"red\"", "[[quota]] leases"),
+            ("[[quota]]\nleases = 5", "tenant"),
+            ("[[quota]]\ntenant = \"r d\"\nleases = 5", "[[quota]] tenant"),
+            ("[[quota]]\ntenant = \"*\"\nleases = 5\n[[quota]]\ntenant = \"*\"\nleases = 6", "has two"),
+            ("[[quota]]\ntenant = \"red\"\nsize = 5", "size"),
             ("[log]\nlevel = \"warning\"", "[log] level"),
             ("[log]\nformat = \"xml\"", "xml"),
             ("[registry", "line 1"),

@@ -65,6 +65,7 @@ pub enum Reason {
     PrefetchCancelled,
     RevisionCompacted,
     PoolFull,
+    QuotaExceeded,
     StateDirectoryFull,
     ContainerdFull,
     Overloaded,
@@ -117,9 +118,11 @@ impl Reason {
             | Self::DeviceMismatch => Code::FailedPrecondition,
             Self::Released | Self::RequestOver | Self::PrefetchCancelled => Code::Aborted,
             Self::RevisionCompacted => Code::OutOfRange,
-            Self::PoolFull | Self::StateDirectoryFull | Self::ContainerdFull | Self::Overloaded => {
-                Code::ResourceExhausted
-            }
+            Self::PoolFull
+            | Self::QuotaExceeded
+            | Self::StateDirectoryFull
+            | Self::ContainerdFull
+            | Self::Overloaded => Code::ResourceExhausted,
             Self::ContainerdUnavailable
             | Self::RegistryUnavailable
             | Self::SnapshotterMissing
@@ -180,6 +183,7 @@ impl Reason {
             Self::PrefetchCancelled => "PREFETCH_CANCELLED",
             Self::RevisionCompacted => "REVISION_COMPACTED",
             Self::PoolFull => "POOL_FULL",
+            Self::QuotaExceeded => "QUOTA_EXCEEDED",
             Self::Overloaded => "OVERLOADED",
             Self::StateDirectoryFull => "STATE_DIRECTORY_FULL",
             Self::ContainerdFull => "CONTAINERD_FULL",

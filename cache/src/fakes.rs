@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use cowshed_gc::reserve::Policy;
 use cowshed_leases::{
     BootId, DeviceIdentity, DeviceNumber, Grace, Lease, Mode, Moment, Release, Scratch, State, Ttl,
     UnixMicros, Uptime,
@@ -37,6 +38,7 @@ use crate::{
     reclaim::{Reclaimer, Waiting, Wake},
     rescue::Hindrances,
     tasks::Tasks,
+    writes::{Usage, Writes},
 };
 
 /// containerd and the kernel in one: leases, snapshots, devices; and a count-down to a failure.
@@ -117,6 +119,8 @@ pub(crate) struct State_ {
     pub(crate) data_used: u64,
     /// Whether it works.
     pub(crate) pool_mode: PoolMode,
+    /// What was written to each device, in bytes.
+    pub(crate) written: BTreeMap<String, u64>,
     /// Sizes of empty devices.
     sizes: BTreeMap<String, u64>,
 }
@@ -328,6 +332,19 @@ fn mount(device: &str) -> Mount {
     Mount { r#type: "ext4".into(), source: format!("/dev/mapper/{device}"), ..Mount::default() }
 }
 
+/// What each disk shares with its image, in bytes.
+const BASE: u64 = 1000;
+
+#[async_trait::async_trait]
+impl Usage for World {
+    async fn usage(&self, snapshot: &str) -> Option<u64> {
+        self.look(|s| {
+            let device = s.snapshots.get(snapshot)?;
+            Some(s.written.get(device).copied().unwrap_or_default())
+        })
+    }
+}
+
 impl Kernel for World {
     fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
         let name = path.rsplit('/').next().unwrap().to_owned();
@@ -358,6 +375,11 @@ impl Kernel for World {
 
     fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError> {
         Ok(self.look(|s| s.devices.get(name).copied()))
+    }
+
+    fn mapped(&self, name: &str) -> Result<Option<u64>, KernelError> {
+        let written = |s: &State_| s.written.get(name).copied().unwrap_or_default();
+        Ok(self.look(|s| s.devices.contains_key(name).then(|| BASE + written(s))))
     }
 
     fn holders(&self, _path: &str) -> Result<Vec<Holder>, KernelError> {
@@ -438,7 +460,7 @@ pub(crate) mod book {
 
     pub(crate) fn ask(n: u32) -> Ask {
         let vm = format!("vm-{n}").parse().unwrap();
-        Ask { vm, spec: spec(), ttl: None, fresh: false, request: None, share: None, spare: None }
+        Ask { vm, spec: spec(), ttl: None, fresh: false, expects: 0, request: None, share: None, spare: None }
     }
 
     /// Whatever VM `n` has.
@@ -483,9 +505,15 @@ pub(crate) mod book {
 pub(crate) struct Process_ {
     pub(crate) acquirer: Arc<Acquirer>,
     pub(crate) reclaimer: Reclaimer,
+    pub(crate) writes: Arc<Writes>,
 }
 
 pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
+    start_within(world, directory, Policy::default())
+}
+
+/// One in which no more is promised than that.
+pub(crate) fn start_within(world: &Arc<World>, directory: &Path, limits: Policy) -> Process_ {
     let ledger = Ledger::open(directory).unwrap();
     let kernel = Devices::new(world.clone());
     let (wake, making) = (Wake::default(), Making::default());
@@ -493,6 +521,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         let world = world.clone();
         Clock::of(move || world.now())
     };
+    let writes = Arc::new(Writes::new(ledger.clone(), kernel.clone(), world.clone()));
     let acquirer = Acquirer {
         ledger: ledger.clone(),
         images: world.clone(),
@@ -502,6 +531,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
             data_headroom_percent: 5,
             metadata_headroom_percent: 5,
             allow_unzeroed: false,
+            limits: Arc::new(limits),
             hindrances: Hindrances::default(),
         },
         room: Arc::new(crate::evict::NoRoom),
@@ -521,6 +551,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         kernel,
         running_pulls: world.clone(),
         making,
+        writes: writes.clone(),
         wake,
         clock,
         grace: Grace { expired: Ttl::from_seconds(10).unwrap(), boot: Ttl::from_seconds(100).unwrap() },
@@ -532,7 +563,7 @@ pub(crate) fn start(world: &Arc<World>, directory: &Path) -> Process_ {
         closed: Mutex::default(),
         collected: Mutex::default(),
     };
-    Process_ { acquirer: Arc::new(acquirer), reclaimer }
+    Process_ { acquirer: Arc::new(acquirer), reclaimer, writes }
 }
 
 pub(crate) fn world() -> Arc<World> {

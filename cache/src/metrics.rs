@@ -5,7 +5,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cowshed_gc::evict::{Kind, Outcome, Step};
+use cowshed_gc::{
+    evict::{Kind, Outcome, Step},
+    reserve::Policy,
+};
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
@@ -19,6 +22,7 @@ use crate::{
     kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
     offer::Warmth,
+    promises::Promises,
     rescue::Cause,
     spares::Count,
 };
@@ -57,6 +61,9 @@ struct Inner {
     gc_freed: IntCounterVec,
     gc_lacking: GaugeVec,
     pool_full_in: GaugeVec,
+    reserved: Gauge,
+    quota_leases: GaugeVec,
+    quota_bytes: GaugeVec,
     prefetch_jobs: IntGauge,
     prefetched: IntCounterVec,
     warm_set_errors: IntGauge,
@@ -195,6 +202,26 @@ impl Metrics {
                 "cowshed_pool_full_in_seconds",
                 "How long it takes at the present rate until the pool is full, by part (data or metadata); +Inf if it does not fill",
                 &["part"],
+            )?,
+            reserved: register(
+                &r,
+                Gauge::new(
+                    "cowshed_reserved_bytes",
+                    "What disks of VMs are expected to write yet, beyond what they have written, in bytes",
+                )?,
+            )?,
+            quota_leases: gauges(
+                &r,
+                "cowshed_quota_leases",
+                "Leases of tenants that have a quota by name, by measure (used or limit)",
+                &["tenant", "measure"],
+            )?,
+            quota_bytes: gauges(
+                &r,
+                "cowshed_quota_bytes",
+                "What disks of tenants that have a quota by name have written or are expected to, whichever is more, in bytes, by \
+                 measure (used or limit)",
+                &["tenant", "measure"],
             )?,
             prefetch_jobs: register(
                 &r,
@@ -397,13 +424,20 @@ impl Metrics {
         self.0.grpc_seconds.with_label_values(&[method]).observe(took.as_secs_f64());
     }
 
-    /// What a scrape gets, in Prometheus' text format; `pool` as the kernel has just said, `ledger` if it is open.
+    /// What a scrape gets, in Prometheus' text format; `pool` as the kernel has just said, `ledger` if it is open, `limits` as
+    /// configured.
     ///
     /// # Errors
     /// If a metric cannot be encoded.
-    pub fn scrape(&self, ledger: Option<&Ledger>, pool: Option<&PoolUsage>) -> prometheus::Result<Vec<u8>> {
+    pub fn scrape(
+        &self,
+        ledger: Option<&Ledger>,
+        pool: Option<&PoolUsage>,
+        limits: &Policy,
+    ) -> prometheus::Result<Vec<u8>> {
         if let Some(ledger) = ledger {
             self.read_ledger(ledger);
+            self.read_promises(ledger.promises(), limits);
         }
         self.read_pool(pool);
         encode(&self.0.registry)
@@ -419,6 +453,22 @@ impl Metrics {
             ("failed", counts.failed),
         ] {
             self.0.leases.with_label_values(&[state]).set(i64::from(count));
+        }
+    }
+
+    fn read_promises(&self, promises: &Promises, limits: &Policy) {
+        let m = &self.0;
+        m.reserved.set(promises.reserved().0 as f64);
+        for (tenant, quota) in &limits.quotas.own {
+            let used = promises.used_by(tenant);
+            let leases = (&m.quota_leases, used.leases as f64, quota.leases.map(|limit| limit as f64));
+            let bytes = (&m.quota_bytes, used.bytes.0 as f64, quota.bytes.map(|limit| limit.0 as f64));
+            for (gauge, used, limit) in [leases, bytes] {
+                gauge.with_label_values(&[tenant.as_str(), "used"]).set(used);
+                if let Some(limit) = limit {
+                    gauge.with_label_values(&[tenant.as_str(), "limit"]).set(limit);
+                }
+            }
         }
     }
 

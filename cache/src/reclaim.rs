@@ -31,6 +31,7 @@ use crate::{
     making::Making,
     metrics::Metrics,
     stages::Laps,
+    writes::Writes,
 };
 
 /// So many disks go per garbage collection of containerd's, so that a crowd that leaves together does not hold
@@ -79,6 +80,8 @@ pub struct Reclaimer {
     pub running_pulls: Arc<dyn RunningPulls>,
     /// Which leases are being made.
     pub making: Making,
+    /// Learns what was written to disks before they go.
+    pub writes: Arc<Writes>,
     /// Its alarm clock.
     pub wake: Wake,
     /// What time it is.
@@ -511,6 +514,7 @@ impl Reclaimer {
         if let Some(why) = self.device_use(&lease).await.hinders() {
             return LetGo::Fenced(why);
         }
+        self.writes.learn(&lease).await;
         let key = id.snapshot_key();
         let gone = async {
             self.snapshots.remove(&key).await?;

@@ -5,6 +5,7 @@
 
 mod audit;
 pub mod evict;
+pub mod reserve;
 
 use std::{collections::BTreeSet, fmt};
 

@@ -48,7 +48,16 @@ pub(crate) fn grace() -> Grace {
 }
 
 pub(crate) fn ask(n: u8, s: u8) -> Ask {
-    Ask { vm: vm(n), spec: spec(s), ttl: None, fresh: false, request: None, share: None, spare: None }
+    Ask {
+        vm: vm(n),
+        spec: spec(s),
+        ttl: None,
+        fresh: false,
+        expects: 0,
+        request: None,
+        share: None,
+        spare: None,
+    }
 }
 
 fn request(n: u8) -> RequestId {
@@ -1003,6 +1012,7 @@ fn step(desk: &mut Desk, oracle: &mut Oracle, fresh: u64, command: &Command) {
                 spec: spec(*s),
                 ttl: time.map(ttl),
                 fresh: *anew,
+                expects: 0,
                 request: name.map(request),
                 share: (*s >= SHARED).then(|| Share { image: vm(IMAGE), fresh: id(BASES + fresh) }),
             };

@@ -34,7 +34,7 @@ impl<'a> Draft<'a> {
         &mut self,
         id: LeaseId,
         vm: VmId,
-        (spec, ttl): (Spec, Option<Ttl>),
+        (spec, ttl, expects): (Spec, Option<Ttl>, u64),
         shares: Option<LeaseId>,
         now: &Moment,
     ) -> Lease {
@@ -48,6 +48,7 @@ impl<'a> Draft<'a> {
             term: Term { ttl, boot: now.boot, until: None },
             revision: Revision::default(),
             shares,
+            expects,
             state: State::Preparing,
         };
         self.put(&lease, State::Preparing)
@@ -65,6 +66,7 @@ impl<'a> Draft<'a> {
             spec: ask.spec.clone(),
             created_at: now.wall,
             term: Term { ttl: ask.ttl, boot: now.boot, until: None }.begun(now),
+            expects: ask.expects,
             ..spare.clone()
         };
         Some(self.put(&lease, State::Granted(grant)))
@@ -76,7 +78,7 @@ impl<'a> Draft<'a> {
             return held.id.clone();
         }
         let (id, spec) = (share.fresh.clone(), Spec { scratch: None, ..spec.clone() });
-        self.intend(id, share.image.clone(), (spec, None), None, now).id
+        self.intend(id, share.image.clone(), (spec, None, 0), None, now).id
     }
 
     /// `user` shares nothing any more. Who was the last to share something has it released.

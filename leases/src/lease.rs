@@ -215,6 +215,9 @@ pub struct Lease {
     /// The lease, in the name of its image, whose device it shares.
     #[serde(default)]
     pub shares: Option<LeaseId>,
+    /// What its VM was expected to write when it was acquired, in bytes. 0 of those of versions that did not expect anything.
+    #[serde(default)]
+    pub expects: u64,
     /// Where it stands.
     pub state: State,
 }

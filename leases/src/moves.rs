@@ -22,6 +22,8 @@ pub struct Ask {
     pub ttl: Option<Ttl>,
     /// A Suspect lease's disk is not wanted any more, but a new one.
     pub fresh: bool,
+    /// What the VM is expected to write, in bytes.
+    pub expects: u64,
     /// The client's name for this request.
     pub request: Option<RequestId>,
     /// What it is to share, once that is known: without it, nothing is.
@@ -244,7 +246,7 @@ impl Book {
             return Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes });
         }
         let shares = ask.share.as_ref().map(|share| draft.share(share, &ask.spec, now));
-        let lease = draft.intend(id, ask.vm.clone(), (ask.spec.clone(), ask.ttl), shares, now);
+        let lease = draft.intend(id, ask.vm.clone(), (ask.spec.clone(), ask.ttl, ask.expects), shares, now);
         draft.answer(ask.request.as_ref(), Kind::Acquire, &ask.vm, Some(&lease.id));
         Ok(Acquisition::New { lease: Box::new(lease), changes: draft.changes })
     }
@@ -273,7 +275,7 @@ impl Book {
         }
         let mut draft = Draft::on(self);
         let vm = VmId::of_spare(&id);
-        let lease = draft.intend(id, vm, (spec, None), None, now);
+        let lease = draft.intend(id, vm, (spec, None, 0), None, now);
         Ok((lease, draft.changes))
     }
 

@@ -239,6 +239,12 @@ fn who_would_be_refused_gets_room() -> Outcome {
     let missing = tenth + 60 * MIB - pool_used_bytes()?;
     writers.iter().try_for_each(|disk| write(disk, missing / 2))?;
     check!(pool_used_bytes()? > tenth, "the pool is not as full as it should be");
+    // Who asks before is told so, once it is known.
+    wait_for("an offer with room that could be made", || {
+        let offer = cowshed(&["offer", &tiny, "-o", "json"])?.json()?;
+        check!(offer["accepted"] == true && number(&offer, "/data_free_bytes")? == 0, "{offer}");
+        Ok(())
+    })?;
     let begun = Instant::now();
     acquire_as("hit", "gc-served", &tiny)?;
     let (took, left) = (begun.elapsed(), containerd::images()?);

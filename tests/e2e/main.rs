@@ -17,6 +17,7 @@ mod pins;
 mod prefetch;
 mod private_registry;
 mod pulls;
+mod quota;
 mod release;
 mod rescue;
 mod service;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 30] = [
+    let groups: [(&str, &[Test]); 31] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         ("prefetch", prefetch::TESTS),
         ("spares", spares::TESTS),
         ("gc", own(gc::TESTS)),
+        ("quota", own(quota::TESTS)),
         ("snapshotter", own(snapshotter::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),

@@ -185,6 +185,7 @@ pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> S
             "data_free_bytes": offer.data_free_bytes,
             "metadata_free_bytes": offer.metadata_free_bytes,
             "spares": offer.spares,
+            "data_reserved_bytes": offer.data_reserved_bytes,
         }));
     }
     let mut text = match &offer.refusal {
@@ -207,7 +208,9 @@ pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> S
         ),
         _ => writeln!(text, "  expected  unknown: none like it was acquired yet"),
     };
-    let _ = writeln!(text, "  pool      {} of data are free", bytes(offer.data_free_bytes));
+    let (free, reserved) = (bytes(offer.data_free_bytes), bytes(offer.data_reserved_bytes));
+    let _ =
+        writeln!(text, "  pool      {free} of data are free, and {reserved} are expected to be written yet");
     text
 }
 

@@ -11,6 +11,7 @@
 //! removals; a step that has become impossible is passed over, and what is left is planned again. What was removed counts as
 //! coming back until the kernel shows it, so that nothing else goes for it meanwhile.
 
+mod could;
 mod grow;
 mod holds;
 mod inventory;
@@ -80,6 +81,7 @@ pub struct Evictor {
     /// Whose turn it is.
     turn: tokio::sync::Mutex<()>,
     room: room::State,
+    could: could::State,
     /// What times are measured from.
     origin: Instant,
 }
@@ -131,6 +133,7 @@ impl Evictor {
             returning: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             room: room::State::default(),
+            could: could::State::default(),
             origin: Instant::now(),
         }
     }

@@ -5,11 +5,11 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::evict::{Bytes, Outcome, Room, Trigger};
+use cowshed_gc::evict::{Bytes, Kind, Outcome, Room, Trigger};
 use futures_util::{FutureExt as _, future::Shared};
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Evictor, inventory::total, run::Report};
+use super::{Evictor, inventory::total};
 use crate::{
     admission::Admission,
     error::{Error, Reason, Result},
@@ -31,11 +31,12 @@ const NAMED: usize = 3;
 /// Makes room where there is none.
 #[async_trait::async_trait]
 pub trait MakesRoom: Send + Sync {
-    /// Makes some, or refuses as `refused` does, with what would help; by `until`, if the caller does not wait for longer.
+    /// Makes some, so that new disks are admitted and so much data is free beside the reserve, or refuses as `refused` does, with
+    /// what would help; by `until`, if the caller does not wait for longer.
     ///
     /// # Errors
     /// If there is still none.
-    async fn make(&self, refused: Error, until: Option<Instant>) -> Result<()>;
+    async fn make(&self, refused: Error, needed: Bytes, until: Option<Instant>) -> Result<()>;
 }
 
 /// Of a service that removes nothing by itself.
@@ -43,7 +44,7 @@ pub struct NoRoom;
 
 #[async_trait::async_trait]
 impl MakesRoom for NoRoom {
-    async fn make(&self, refused: Error, _until: Option<Instant>) -> Result<()> {
+    async fn make(&self, refused: Error, _needed: Bytes, _until: Option<Instant>) -> Result<()> {
         Err(refused)
     }
 }
@@ -60,7 +61,7 @@ pub async fn admit(
 ) -> Result<()> {
     match admission.admit(kernel).await {
         Err(full) if full.reason() == Reason::PoolFull => {
-            room.make(full, until).await?;
+            room.make(full, Bytes(0), until).await?;
             admission.hindrances.admit()
         }
         admitted => admitted,
@@ -76,13 +77,14 @@ pub(super) struct State(Mutex<Latest>);
 #[derive(Default)]
 struct Latest {
     flight: Option<Flight>,
-    barren: Option<(Instant, Error)>,
+    /// When one came to nothing, for what was needed then, and what was said.
+    barren: Option<(Instant, Bytes, Error)>,
 }
 
 #[async_trait::async_trait]
 impl MakesRoom for Arc<Evictor> {
-    async fn make(&self, refused: Error, until: Option<Instant>) -> Result<()> {
-        let flight = match self.join(&refused) {
+    async fn make(&self, refused: Error, needed: Bytes, until: Option<Instant>) -> Result<()> {
+        let flight = match self.join(&refused, needed) {
             Ok(flight) => flight,
             Err(barren) => return Err(barren),
         };
@@ -110,10 +112,11 @@ pub(crate) fn deadline(patience: Duration) -> Instant {
 
 impl Evictor {
     /// Joins the run for those who would be refused, or begins it; unless a moment ago there was nothing to be had.
-    fn join(self: &Arc<Self>, refused: &Error) -> Result<Flight> {
+    fn join(self: &Arc<Self>, refused: &Error, needed: Bytes) -> Result<Flight> {
         let mut latest = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, error)) = &latest.barren
+        if let Some((at, of, error)) = &latest.barren
             && at.elapsed() < BARREN
+            && needed >= *of
         {
             return Err(error.clone());
         }
@@ -127,10 +130,14 @@ impl Evictor {
         drop(latest);
         let (this, refused) = (self.clone(), refused.clone());
         let begun = self.tasks.spawn(async move {
-            let made = this.make_room(refused).await;
+            let begun = Instant::now();
+            let made = this.make_room(refused, needed).await;
+            if made.is_ok() {
+                this.could.took(begun.elapsed());
+            }
             let mut latest = this.room.0.lock().unwrap_or_else(PoisonError::into_inner);
             latest.flight = None;
-            latest.barren = made.as_ref().err().map(|error| (Instant::now(), error.clone()));
+            latest.barren = made.as_ref().err().map(|error| (Instant::now(), needed, error.clone()));
             drop(latest);
             let _nobody_waits = sender.send(made);
         });
@@ -141,13 +148,27 @@ impl Evictor {
         Ok(flight)
     }
 
-    async fn make_room(self: &Arc<Self>, refused: Error) -> Result<()> {
+    async fn make_room(self: &Arc<Self>, refused: Error, needed: Bytes) -> Result<()> {
         let ample = match self.kernel.pool().await {
             Ok(usage) => {
                 let total = total(&usage);
-                Room::each(|kind| Bytes(total.of(kind).0 / PART))
+                let part = Room::each(|kind| Bytes(total.of(kind).0 / PART));
+                part.plus(Room::only(Kind::Data, needed))
             }
-            Err(_) => Room::NONE,
+            Err(_) => Room::only(Kind::Data, needed),
+        };
+        if needed.0 > 0 {
+            // A promise is no reason to remove what would not be enough.
+            let planned = self.plan(Trigger::Admission(Room::only(Kind::Data, needed))).await;
+            match planned.map(|plan| plan.outcome) {
+                Ok(Outcome::Met) => {}
+                Ok(short) => return Err(with_advice(refused, &short)),
+                Err(error) => return Err(refused.and(format!("and no room can be made: {error}"))),
+            }
+        }
+        let judge = |usage: PoolUsage| {
+            let is_free = self.admission.to_promise(&usage) >= needed;
+            self.admission.judge(&Ok(usage)).and(if is_free { Ok(()) } else { Err(refused.clone()) })
         };
         let ran = self.run_in_turn(Trigger::Admission(ample)).await;
         let limit = Instant::now() + COMES_WITHIN;
@@ -157,7 +178,7 @@ impl Evictor {
                     let settled = pool.settled().used;
                     let (data_used, metadata_used) = (settled.data.0, settled.metadata.0);
                     let settled = PoolUsage { data_used, metadata_used, ..usage.clone() };
-                    (self.admission.judge(&Ok(usage)), self.admission.judge(&Ok(settled)).is_ok())
+                    (judge(usage), judge(settled).is_ok())
                 }
                 Err(error) => (Err(error), false),
             };
@@ -168,15 +189,15 @@ impl Evictor {
             tokio::time::sleep(POLL).await;
         };
         Err(match ran {
-            Ok(report) => with_advice(refused, &report),
+            Ok(report) => with_advice(refused, &report.outcome),
             Err(error) => refused.and(format!("and no room can be made: {error}")),
         })
     }
 }
 
 /// Says what is lacking, and what would help.
-fn with_advice(refused: Error, report: &Report) -> Error {
-    let Outcome::Short { lacking, helps } = &report.outcome else {
+fn with_advice(refused: Error, outcome: &Outcome) -> Error {
+    let Outcome::Short { lacking, helps } = outcome else {
         let more = format!("enough was removed, and has not come back within {COMES_WITHIN:?}: repeat it");
         return refused.and(more).retry_after(COMES_WITHIN / 4);
     };

@@ -296,7 +296,7 @@ impl Host {
 
     async fn make(&self) -> Result<()> {
         let full = self.process.acquirer.admission.admit(&self.process.acquirer.kernel).await.unwrap_err();
-        self.evictor.make(full, None).await
+        self.evictor.make(full, Bytes(0), None).await
     }
 
     /// A spare of the fakes' image, made.
@@ -539,6 +539,26 @@ async fn who_would_be_refused_gets_room_if_there_is_any() {
     assert_eq!(host.store.looks.load(Ordering::SeqCst), looks, "and nothing is looked at for it");
 }
 
+#[tokio::test]
+async fn a_promise_gets_room_if_it_comes_to_enough_and_removes_nothing_otherwise() {
+    let host = host();
+    host.store.put("old", 30, 9 * DAY);
+    host.store.put("recent", 100, DAY);
+    // 51 are kept free, and 52 are free beside them.
+    host.fill(TOTAL * 90 / 100);
+    let refused = Error::new(Reason::PoolFull, "promised");
+    let make = |gib: u64| host.evictor.make(refused.clone(), Bytes(gib * GIB), None);
+    let short = make(200).await.unwrap_err();
+    assert_eq!(short.reason(), Reason::PoolFull);
+    assert!(short.to_string().contains("lacking: "), "{short}");
+    assert_eq!(host.store.names(), ["old", "recent"]);
+    make(60).await.unwrap();
+    assert_eq!(host.store.names(), ["recent"], "only what was lacking");
+    let looks = host.store.looks.load(Ordering::SeqCst);
+    assert_eq!(make(300).await.unwrap_err().reason(), Reason::PoolFull);
+    assert!(host.store.looks.load(Ordering::SeqCst) > looks, "since then room was made");
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_does_not_wait_so_long_is_told_in_time() {
     let host = host();
@@ -548,7 +568,7 @@ async fn who_does_not_wait_so_long_is_told_in_time() {
     let full = host.process.acquirer.admission.admit(&host.process.acquirer.kernel).await.unwrap_err();
     let begun = Instant::now();
     let until = deadline(Duration::from_secs(2));
-    let refused = host.evictor.make(full, Some(until)).await.unwrap_err();
+    let refused = host.evictor.make(full, Bytes(0), Some(until)).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::PoolFull);
     assert!(refused.to_string().contains("room is being made"), "{refused}");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());

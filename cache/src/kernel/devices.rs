@@ -31,6 +31,8 @@ pub struct Devices {
     pool_turn: Arc<Semaphore>,
     /// So is who has a device open.
     holders_turn: Arc<Semaphore>,
+    /// And what devices map, for which the pool's metadata lock is waited for as well.
+    mapped_turn: Arc<Semaphore>,
     /// What the pool was like when it was last asked, and whether it is being asked again.
     lately: Arc<Mutex<Lately>>,
 }
@@ -50,6 +52,7 @@ impl Devices {
             turns: turns(PARALLEL),
             pool_turn: turns(1),
             holders_turn: turns(1),
+            mapped_turn: turns(1),
             lately: Arc::default(),
         }
     }
@@ -79,6 +82,18 @@ impl Devices {
     pub async fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {
         let (what, path) = (format!("looking who has {path} open"), path.to_owned());
         self.ask(&self.holders_turn, HOLDERS_LIMIT, what, move |kernel| kernel.holders(&path)).await
+    }
+
+    /// See [`Kernel::mapped`]: of each of these, one after the other; `None` also where it is not told.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    pub async fn mapped(&self, names: Vec<String>) -> Result<Vec<Option<u64>>, KernelError> {
+        let what = "looking at what devices map".to_owned();
+        self.ask(&self.mapped_turn, DEVICE_LIMIT, what, move |kernel| {
+            Ok(names.iter().map(|name| kernel.mapped(name).ok().flatten()).collect())
+        })
+        .await
     }
 
     /// See [`Kernel::pool`].
@@ -170,6 +185,10 @@ mod tests {
 
         fn open_count(&self, _name: &str) -> Result<Option<u32>, KernelError> {
             Ok(Some(3))
+        }
+
+        fn mapped(&self, _name: &str) -> Result<Option<u64>, KernelError> {
+            Ok(None)
         }
 
         fn holders(&self, _path: &str) -> Result<Vec<Holder>, KernelError> {

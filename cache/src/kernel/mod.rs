@@ -28,6 +28,8 @@ pub trait Kernel: Send + Sync {
     fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError>;
     /// How often the device-mapper device `name` is open, mounted or held. `None` if there is no such device.
     fn open_count(&self, name: &str) -> Result<Option<u32>, KernelError>;
+    /// How much the thin device `name` maps, what it shares included, in bytes. `None` if there is no such device.
+    fn mapped(&self, name: &str) -> Result<Option<u64>, KernelError>;
     /// Who has the device behind `path` open, as far as that can be told.
     fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError>;
     /// The thin pool that the configuration means.
@@ -208,6 +210,14 @@ impl Kernel for DeviceMapper {
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(refused(name, &error)),
         }
+    }
+
+    fn mapped(&self, name: &str) -> Result<Option<u64>, KernelError> {
+        let Some((_, status)) = Self::targets(self.context()?, name, DmFlags::empty())? else {
+            return Ok(None);
+        };
+        let not_thin = |what: String| KernelError::NotThin { path: name.to_owned(), what };
+        table::parse_thin_status(&status).map(Some).map_err(not_thin)
     }
 
     fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {

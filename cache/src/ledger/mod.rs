@@ -26,13 +26,17 @@ pub use slot::LedgerSlot;
 use crate::{
     error::{Error, Reason, Result},
     prefetch::job::{End, Job, JobId, Jobs, Plan, Stage},
+    promises::{Leads, Promises},
 };
 use marks::Mark;
 use schema::{Change, FORMAT, Records};
 
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
-pub struct Ledger(Store<Records>);
+pub struct Ledger {
+    store: Store<Records>,
+    promises: Promises,
+}
 
 impl Ledger {
     /// Opens `directory/ledger.db`, making it if there is none, and starts its writer.
@@ -54,34 +58,41 @@ impl Ledger {
             IfMissing::Make => FORMAT.open(&path, load)?,
             IfMissing::Refuse => FORMAT.open_there(&path, load)?,
         };
+        let promises = Promises::of(&records.book);
+        let records = Records { leads: Leads::these(&promises), ..records };
         let store = Store::start(connection, records, path.clone());
-        store.map(Self).map_err(|source| FORMAT.io(&path, source))
+        store.map(|store| Self { store, promises }).map_err(|source| FORMAT.io(&path, source))
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.store.path()
     }
 
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
-        self.0.read(|records| look(&records.book))
+        self.store.read(|records| look(&records.book))
     }
 
     /// The same, and at what is kept of images.
     pub fn read_all<T>(&self, look: impl FnOnce(&Book, &Marks) -> T) -> T {
-        self.0.read(|records| look(&records.book, &records.marks))
+        self.store.read(|records| look(&records.book, &records.marks))
+    }
+
+    /// What the pool has promised to the leases of this ledger, and is about to.
+    pub fn promises(&self) -> &Promises {
+        &self.promises
     }
 
     /// The containerd leases of pulls that have begun and not ended, with their images.
     pub fn pulls(&self) -> BTreeMap<String, String> {
-        self.0.read(|records| records.pulls.clone())
+        self.store.read(|records| records.pulls.clone())
     }
 
     /// Those of them that nobody needs if they are not alive any more: a prefetch job that still waits for the image goes on
     /// with what a pull of it has left, which its containerd lease holds.
     pub fn pulls_of_no_job(&self) -> Vec<String> {
-        self.0.read(|records| {
+        self.store.read(|records| {
             let awaited = records.jobs.awaited();
             let is_left = |(_, image): &(&String, &String)| !awaited.contains(image.as_str());
             records.pulls.iter().filter(is_left).map(|(lease, _)| lease.clone()).collect()
@@ -90,7 +101,7 @@ impl Ledger {
 
     /// Told each time that what [`Self::read`] sees has changed.
     pub fn changes(&self) -> watch::Receiver<()> {
-        self.0.changes()
+        self.store.changes()
     }
 
     /// Writes the intent of a new lease, or finds the one that the VM holds. Refused if it was given up by then.
@@ -363,7 +374,7 @@ impl Ledger {
 
     /// Looks at the prefetch jobs.
     pub fn read_jobs<T>(&self, look: impl FnOnce(&Jobs) -> T) -> T {
-        self.0.read(|records| look(&records.jobs))
+        self.store.read(|records| look(&records.jobs))
     }
 
     /// Writes a new prefetch job, or finds the one of this name; see [`Jobs::create`].
@@ -412,14 +423,14 @@ impl Ledger {
 
     /// Finishes the writes that have begun and closes the file; later ones are refused. To be called once, at the end.
     pub async fn close(&self) {
-        self.0.close().await;
+        self.store.close().await;
     }
 
     async fn write<T: Send + 'static>(
         &self,
         decide: impl FnOnce(&mut Batch<'_, Records>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.0.write(decide).await
+        self.store.write(decide).await
     }
 }
 

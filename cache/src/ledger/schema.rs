@@ -12,7 +12,10 @@ use cowshed_pool::store::{
 use rusqlite::{Connection, params};
 
 use super::marks::{self, Mark, Marks};
-use crate::prefetch::job::{self, Job, JobId, Jobs};
+use crate::{
+    prefetch::job::{self, Job, JobId, Jobs},
+    promises::{Leads, lease_of},
+};
 
 /// What ledgers of earlier versions lack: of version 3, of version 4, and of version 5.
 const LATER_TABLES: &str = "
@@ -96,6 +99,8 @@ pub(super) struct Records {
     pub(super) marks: Marks,
     /// Prefetch jobs.
     pub(super) jobs: Jobs,
+    /// Who hears of each lease that changes.
+    pub(super) leads: Leads,
 }
 
 /// A change of it.
@@ -113,7 +118,12 @@ impl Stored for Records {
 
     fn apply(&mut self, change: Change) -> Change {
         match change {
-            Change::Lease(change) => Change::Lease(self.book.apply(change)),
+            Change::Lease(change) => {
+                let lease = lease_of(&change);
+                let undo = self.book.apply(change);
+                self.leads.changed(&self.book, lease.as_ref());
+                Change::Lease(undo)
+            }
             Change::Pull(lease, Some(image)) => {
                 let before = self.pulls.insert(lease.clone(), image);
                 Change::Pull(lease, before)
@@ -269,7 +279,7 @@ pub(super) fn load(connection: &Connection, path: &Path) -> Result<Records, Open
     let jobs = if format < JOBS_SINCE { Vec::new() } else { rows("SELECT id, body FROM jobs")? };
     let jobs = jobs.iter().map(|(id, body)| parse_job(id, body)).collect::<Result<_, _>>();
     let jobs = jobs.and_then(Jobs::load).map_err(damaged)?;
-    Ok(Records { book, pulls, marks: Marks::load(connection, path)?, jobs })
+    Ok(Records { book, pulls, marks: Marks::load(connection, path)?, jobs, leads: Leads::default() })
 }
 
 fn parse_job(id: &str, body: &str) -> Result<Job, String> {

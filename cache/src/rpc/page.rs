@@ -59,6 +59,7 @@ mod tests {
             term: Term { ttl: None, boot: BootId::from_bits(0), until: None },
             revision: Revision(0),
             shares: None,
+            expects: 0,
             state: State::Preparing,
         }
     }

@@ -217,7 +217,8 @@ fn scrape(
         let (source, metrics) = (source.clone(), metrics.clone());
         Box::pin(async move {
             let pool = source.kernel.pool().await;
-            metrics.scrape(source.ledger.get().ok().as_ref(), pool.ok().as_ref())
+            let ledger = source.ledger.get().ok();
+            metrics.scrape(ledger.as_ref(), pool.ok().as_ref(), &source.admission.limits)
         })
     }
 }

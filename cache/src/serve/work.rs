@@ -45,6 +45,7 @@ use crate::{
     spares::{Spares, refill::Refiller},
     status::StatusSource,
     tasks::Tasks,
+    writes::Writes,
 };
 
 const REACH_RETRY: Duration = Duration::from_secs(2);
@@ -132,7 +133,10 @@ impl Ground {
         tokio::spawn(Arc::new(refiller).run(self.stopped.clone()));
         tokio::spawn(evictor.watch(Events::listen(), self.stopped.clone()));
         let stopped = self.stopped.clone();
+        let writes = reclaimer.writes.clone();
         tokio::spawn(async move { reclaimer.watch_time(stopped).await });
+        let every = Duration::from_secs(self.config.admission.look_seconds);
+        tokio::spawn(writes.watch(every, self.stopped.clone()));
         // It makes containerd connect to the snapshotter, if nothing else does.
         tokio::spawn(sweep(self.source.containerd.clone(), self.tasks.clone()));
         Work { reclaiming, ledger }
@@ -147,12 +151,14 @@ impl Ground {
         let spares = Spares::new(self.config.spares());
         let _first = self.source.spares.set(spares.clone());
         let snapshots: Arc<dyn Snapshots> = containerd.clone();
+        let writes = Arc::new(Writes::new(ledger.clone(), kernel.clone(), containerd.clone()));
         let reclaimer = Reclaimer {
             ledger: ledger.clone(),
             snapshots: snapshots.clone(),
             kernel: kernel.clone(),
             running_pulls: Arc::new(images.clone()),
             making: making.clone(),
+            writes: writes.clone(),
             wake: wake.clone(),
             clock: self.clock.clone(),
             grace: self.config.grace(),
@@ -243,6 +249,7 @@ pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served
         data_headroom_percent: config.pool.data_headroom_percent,
         metadata_headroom_percent: config.pool.metadata_headroom_percent,
         allow_unzeroed: config.pool.allow_unzeroed,
+        limits: Arc::new(config.limits()),
         hindrances: Hindrances::of(plugin.map(Served::snapshotter)),
     };
     Arc::new(StatusSource {

@@ -73,6 +73,7 @@ impl Wish {
             spec,
             ttl: (self.vm == 0).then(|| steps(TTL_STEPS)),
             fresh: self.fresh,
+            expects: 0,
             request: self.named.then(|| request("acquire", self.vm)),
             share: self.shares().then(|| Share { image: vm(IMAGE), fresh }),
         }

@@ -87,7 +87,8 @@ impl View {
 
 impl LeaseView {
     fn of(lease: &Lease) -> Self {
-        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, shares, state } = lease;
+        let Lease { id, vm, generation, spec, created_at: _, term, revision: _, shares, expects: _, state } =
+            lease;
         let (Term { ttl, boot, until }, Spec { image, platform: _, tenant: _, mode, scratch }) =
             (*term, spec);
         let stand = match state {

@@ -1,0 +1,204 @@
+//! What the pool has promised, shared by who acquires, who releases and who looks; decided by `cowshed_gc::reserve`.
+//!
+//! Sums follow the ledger's records as writes are decided: a lease counts when its intent is decided, and no more when its release
+//! is. Who is on the way to an intent has a [`Ticket`] under the id that the lease will have, so that it counts once.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cowshed_gc::{
+    evict::Bytes,
+    reserve::{Asked, Claim, History, Policy, Refusal, Reserve, Use},
+};
+use cowshed_leases::{Book, Change, LeaseId, Tenant};
+
+use crate::error::{Error, Reason};
+
+/// All that was promised, and what disks were seen to write. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Promises(Arc<Mutex<Inner>>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    reserve: Reserve,
+    history: History,
+}
+
+impl Promises {
+    /// To all leases of the book.
+    pub(crate) fn of(book: &Book) -> Self {
+        let this = Self::default();
+        let mut inner = this.lock();
+        for lease in book.after(None) {
+            let _nothing_known = inner.reserve.set(&lease.id, Claim::of(lease));
+        }
+        drop(inner);
+        this
+    }
+
+    /// Promises the lease of this id its room, if that can be.
+    ///
+    /// # Errors
+    /// What stands against it.
+    pub(crate) fn promise(&self, policy: &Policy, id: LeaseId, asked: &Asked<'_>) -> Result<Ticket, Refusal> {
+        let mut inner = self.lock();
+        policy.admit(&inner.reserve, asked)?;
+        let _nothing_known = inner.reserve.set(&id, Some(asked.claim.clone()));
+        drop(inner);
+        Ok(Ticket { promises: self.clone(), id, is_kept: false })
+    }
+
+    /// Whether that could be promised now.
+    ///
+    /// # Errors
+    /// What stands against it.
+    pub fn would(&self, policy: &Policy, asked: &Asked<'_>) -> Result<(), Refusal> {
+        policy.admit(&self.lock().reserve, asked)
+    }
+
+    /// What a disk of the image is expected to write.
+    pub fn expects(&self, policy: &Policy, image: &str) -> Bytes {
+        let learnt = if policy.learns { self.lock().history.expects(image) } else { None };
+        learnt.unwrap_or(policy.expected)
+    }
+
+    /// A disk of the image is about to go, of which so much was expected, and has written so much.
+    pub(crate) fn learn(&self, image: &str, expected: Bytes, written: Bytes) {
+        self.lock().history.learn(image, expected, written);
+    }
+
+    /// So much has been written by now.
+    pub(crate) fn wrote<'a>(&self, written: impl IntoIterator<Item = &'a (LeaseId, Bytes)>) {
+        let mut inner = self.lock();
+        written.into_iter().for_each(|(id, written)| inner.reserve.wrote(id, *written));
+    }
+
+    /// What is promised, and not written yet.
+    pub fn reserved(&self) -> Bytes {
+        self.lock().reserve.reserved()
+    }
+
+    /// What the tenant has.
+    pub fn used_by(&self, tenant: &Tenant) -> Use {
+        self.lock().reserve.of(tenant)
+    }
+
+    /// The tenant's lease with the largest disk.
+    pub(crate) fn largest(&self, tenant: &Tenant) -> Option<LeaseId> {
+        self.lock().reserve.largest(tenant).map(|(id, _)| id.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A promise that no lease has yet. It is taken back when it is dropped.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    promises: Promises,
+    id: LeaseId,
+    is_kept: bool,
+}
+
+impl Ticket {
+    /// The lease is in the ledger, which says from now on whether it counts.
+    pub(crate) fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            let _nobody_looked = self.promises.lock().reserve.set(&self.id, None);
+        }
+    }
+}
+
+/// Has the promises follow the records on which is decided, what is taken back included. A copy of those leads nobody.
+#[derive(Debug, Default)]
+pub(crate) struct Leads(Option<Promises>);
+
+impl Clone for Leads {
+    fn clone(&self) -> Self {
+        Self(None)
+    }
+}
+
+impl Leads {
+    pub(crate) fn these(promises: &Promises) -> Self {
+        Self(Some(promises.clone()))
+    }
+
+    /// The book has this change.
+    pub(crate) fn changed(&self, book: &Book, id: Option<&LeaseId>) {
+        if let (Some(promises), Some(id)) = (&self.0, id) {
+            let claim = book.get(id).and_then(Claim::of);
+            let _written = promises.lock().reserve.set(id, claim);
+        }
+    }
+}
+
+/// Which lease a change is about.
+pub(crate) fn lease_of(change: &Change) -> Option<LeaseId> {
+    match change {
+        Change::Put(lease) | Change::Undelete(lease, _) => Some(lease.id.clone()),
+        Change::Delete(tombstone) => Some(tombstone.id.clone()),
+        Change::Unmake(id) => Some(id.clone()),
+        Change::Expunge(_) | Change::Request(..) | Change::Bury(_) => None,
+    }
+}
+
+/// As a caller is told; `vm_of` says whose a lease is.
+pub(crate) fn refused(
+    refusal: &Refusal,
+    policy: &Policy,
+    promises: &Promises,
+    vm_of: impl Fn(&LeaseId) -> Option<String>,
+) -> Error {
+    let release = |tenant: &Tenant| match promises.largest(tenant).and_then(|id| vm_of(&id)) {
+        Some(vm) => format!("release one, such as that of VM {vm}, which has most"),
+        None => "release one".to_owned(),
+    };
+    match refusal {
+        Refusal::Pool { free, reserved, expected, needed } => {
+            let percent = policy.overcommit_percent.unwrap_or_default();
+            let message = format!(
+                "the thin pool has promised what it has: {reserved} are still expected of the disks that there are, {expected} of this \
+                 one, and {free} of data are free, where {needed} would have to be ([admission] overcommit_percent is {percent}); \
+                 release disks, remove images, or extend it (lvextend)"
+            );
+            let error = Error::new(Reason::PoolFull, message).with("reserved_bytes", reserved.0);
+            error.with("expected_bytes", expected.0).with("free_bytes", free.0).with("needed_bytes", needed.0)
+        }
+        Refusal::Leases { whose, tenant, has, limit } => {
+            let message = format!(
+                "tenant {tenant} has {has} leases, and its quota is {limit} ([[quota]] leases, {whose}); {}, or raise the quota",
+                release(tenant)
+            );
+            Error::new(Reason::QuotaExceeded, message)
+                .with("tenant", tenant)
+                .with("field", "leases")
+                .with("has", has)
+                .with("limit", limit)
+        }
+        Refusal::Bytes { whose, tenant, has, expected, limit } => {
+            let message = format!(
+                "disks of tenant {tenant} have written, or are expected to, {has}, and {expected} are expected of this one, \
+                 and its quota is {limit} ([[quota]] bytes, {whose}); {}, or raise the quota",
+                release(tenant)
+            );
+            Error::new(Reason::QuotaExceeded, message)
+                .with("tenant", tenant)
+                .with("field", "bytes")
+                .with("has", has.0)
+                .with("expected", expected.0)
+                .with("limit", limit.0)
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "promises_tests.rs"]
+mod tests;
