@@ -25,6 +25,7 @@ use crate::{
     store::{Store, WriteError},
     traffic::Traffic,
     tree::{self, Base, Change, Kind, Snapshot, SnapshotId, State, Traces, Tree, UnixNanos, Wish},
+    trim::Trim,
 };
 
 /// What a snapshotter is told.
@@ -38,6 +39,8 @@ pub struct Settings {
     pub base_size: Bytes,
     /// Whether a pool that does not zero new blocks is used all the same.
     pub allow_unzeroed: bool,
+    /// Whether, and how fast, what is removed is discarded on the disk below.
+    pub trim: Option<Trim>,
 }
 
 /// Whether snapshots can be made.
@@ -112,6 +115,7 @@ pub(crate) struct Inner {
 
 impl Inner {
     pub(crate) fn new(settings: Settings, store_id: String, store: Store<Tree>, metrics: Metrics) -> Self {
+        store.count_transactions(metrics.transactions());
         Self {
             settings,
             store_id,

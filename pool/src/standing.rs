@@ -251,6 +251,7 @@ mod tests {
             pool: "there-is-none".to_owned(),
             base_size: Bytes(1 << 30),
             allow_unzeroed: false,
+            trim: None,
         }
     }
 
