@@ -39,3 +39,4 @@ pub mod stages;
 pub mod status;
 pub mod tasks;
 mod time;
+pub mod usage;

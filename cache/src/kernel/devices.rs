@@ -8,7 +8,7 @@ use std::{
 use cowshed_leases::DeviceIdentity;
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 
-use super::{Holder, Kernel, KernelError, PoolUsage};
+use super::{Holder, Kernel, KernelError, Load, PoolUsage};
 
 /// dm-thin tells of a pool when it gets the pool's metadata lock, which the deletion of a large disk can hold for long.
 const POOL_LIMIT: Duration = Duration::from_secs(2);
@@ -19,6 +19,8 @@ const HOLDERS_LIMIT: Duration = Duration::from_secs(1);
 /// From this age on, what was learnt of the pool is learnt again, behind the answer; and from that on before it.
 const FRESH: Duration = Duration::from_secs(1);
 const STALE: Duration = Duration::from_secs(5);
+/// So many devices are asked for what they count in one turn.
+const LOADS: usize = 64;
 /// So many threads may be stuck in the kernel.
 const PARALLEL: usize = 64;
 
@@ -79,6 +81,23 @@ impl Devices {
     pub async fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError> {
         let (what, path) = (format!("looking who has {path} open"), path.to_owned());
         self.ask(&self.holders_turn, HOLDERS_LIMIT, what, move |kernel| kernel.holders(&path)).await
+    }
+
+    /// See [`Kernel::load`]; of many, in their order. Some at a time, so that others come in between.
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn loads(&self, names: Vec<String>) -> Result<Vec<Option<Load>>, KernelError> {
+        let mut loads = Vec::with_capacity(names.len());
+        for some in names.chunks(LOADS) {
+            let (what, some) = (format!("looking at {} devices", some.len()), some.to_vec());
+            // One that does not tell keeps no other from it.
+            let load = |kernel: &dyn Kernel, name: &String| kernel.load(name).unwrap_or_default();
+            let look =
+                move |kernel: &dyn Kernel| Ok(some.iter().map(|name| load(kernel, name)).collect::<Vec<_>>());
+            loads.extend(self.ask(&self.turns, DEVICE_LIMIT, what, look).await?);
+        }
+        Ok(loads)
     }
 
     /// See [`Kernel::pool`].
@@ -174,6 +193,10 @@ mod tests {
 
         fn holders(&self, _path: &str) -> Result<Vec<Holder>, KernelError> {
             Ok(Vec::new())
+        }
+
+        fn load(&self, _name: &str) -> Result<Option<Load>, KernelError> {
+            Ok(None)
         }
 
         fn pool(&self) -> Result<PoolUsage, KernelError> {

@@ -63,6 +63,11 @@ impl Ledger {
         self.0.path()
     }
 
+    /// Has its transactions counted there from now on, in seconds.
+    pub fn count_transactions(&self, seconds: prometheus::Histogram) {
+        self.0.count_transactions(seconds);
+    }
+
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
         self.0.read(|records| look(&records.book))

@@ -216,6 +216,9 @@ fn scrape(
         look.iter().for_each(|look| look());
         let (source, metrics) = (source.clone(), metrics.clone());
         Box::pin(async move {
+            if let Some(usage) = source.usage.get() {
+                usage.count().await;
+            }
             let pool = source.kernel.pool().await;
             metrics.scrape(source.ledger.get().ok().as_ref(), pool.ok().as_ref())
         })

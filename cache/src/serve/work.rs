@@ -45,6 +45,7 @@ use crate::{
     spares::{Spares, refill::Refiller},
     status::StatusSource,
     tasks::Tasks,
+    usage::Usage,
 };
 
 const REACH_RETRY: Duration = Duration::from_secs(2);
@@ -104,6 +105,7 @@ impl Ground {
     }
 
     pub(super) async fn begin(self, Opened { ledger, .. }: Opened) -> Work {
+        ledger.count_transactions(self.metrics.transactions());
         let api = self.assemble(&ledger);
         let reclaimer = api.reclaimer.clone();
         if let Err(error) = reclaimer.recover().await {
@@ -185,6 +187,11 @@ impl Ground {
             metrics: self.metrics.clone(),
             tasks: self.tasks.clone(),
         }));
+        // As for the images.
+        let _first = self.source.evictor.set(evictor.clone());
+        let usage =
+            Arc::new(Usage::new(ledger.clone(), kernel.clone(), evictor.clone(), self.metrics.clone()));
+        let _first = self.source.usage.set(usage.clone());
         let room: Arc<dyn MakesRoom> =
             if self.config.gc.enabled { Arc::new(evictor.clone()) } else { Arc::new(NoRoom) };
         let acquirer = Acquirer {
@@ -232,6 +239,7 @@ impl Ground {
             waiting,
             spares,
             latencies: Latencies::default(),
+            usage,
             metrics: self.metrics.clone(),
         }
     }
@@ -254,6 +262,8 @@ pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served
         images: std::sync::OnceLock::new(),
         prefetcher: std::sync::OnceLock::new(),
         spares: std::sync::OnceLock::new(),
+        evictor: std::sync::OnceLock::new(),
+        usage: std::sync::OnceLock::new(),
         connected: plugin.map(Served::connected),
         started_at: SystemTime::now(),
     })
