@@ -25,6 +25,7 @@ mod signatures;
 mod snapshotter;
 mod spares;
 mod stampede;
+mod status;
 mod support;
 mod terms;
 mod upkeep;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 30] = [
+    let groups: [(&str, &[Test]); 31] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         ("spares", spares::TESTS),
         ("gc", own(gc::TESTS)),
         ("snapshotter", own(snapshotter::TESTS)),
+        ("status", own(status::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
         ("private_registry", private_registry::TESTS),
