@@ -131,24 +131,31 @@ impl Usage {
 
     /// Asks what new disks have besides their origins, a disk or two of each, as far as there is time.
     async fn learn(&self, belows: &mut Belows, meters: &Meters, seen: &[(Lease, crate::kernel::Load)]) {
-        let mut asked: HashMap<Origin, (String, u64)> = HashMap::new();
+        let mut asked: HashMap<Origin, (&Lease, u64)> = HashMap::new();
         for (lease, load) in seen {
             if let Some(origin) = Origin::of(lease)
                 && belows.wants(&origin)
                 && (!meters.knows(&lease.id) || belows.own(&origin, load.mapped).is_none())
             {
-                asked.entry(origin).or_insert_with(|| (lease.id.snapshot_key(), load.mapped));
+                asked.entry(origin).or_insert((lease, load.mapped));
             }
         }
-        let ask = |(origin, (key, mapped)): (Origin, (String, u64))| async move {
-            let own = self.evictor.usage_of(&key).await;
-            (origin, mapped, own)
+        let ask = |(origin, (lease, mapped)): (Origin, (&Lease, u64))| {
+            let (key, name) =
+                (lease.id.snapshot_key(), lease.own_device().map(|device| device.dm_name.clone()));
+            async move {
+                let own = self.evictor.usage_of(&key).await.ok()??;
+                // What was written meanwhile is not to be taken for the disk's own.
+                let after = self.kernel.loads(name.into_iter().collect()).await.ok()?;
+                let after = after.into_iter().flatten().map(|load| load.mapped).max();
+                Some((origin, mapped.max(after?), own))
+            }
         };
         let asked: Vec<_> = asked.into_iter().map(ask).collect();
         let mut answers = stream::iter(asked).buffer_unordered(ABREAST);
         let learning = async {
-            while let Some((origin, mapped, own)) = answers.next().await {
-                if let Ok(Some(own)) = own {
+            while let Some(answer) = answers.next().await {
+                if let Some((origin, mapped, own)) = answer {
                     belows.learn(origin, mapped, own);
                 }
             }
