@@ -320,6 +320,7 @@ impl Acquirer {
             return Ok(Some(self.existing(ask, *lease, stages).await?));
         }
         self.drain.admit()?;
+        self.within_quota(wish, &claim)?;
         if self.admission.admit_lately(&self.kernel).await.is_err() {
             self.admit(wish).await?;
         }
@@ -383,19 +384,31 @@ impl Acquirer {
         admit(&self.admission, &self.kernel, &*self.room, wish.until).await
     }
 
+    /// Refuses at once what its tenant's quota does not let through; what counts is the promise.
+    fn within_quota(&self, wish: &Wish, claim: &Claim) -> Result<()> {
+        let (promises, limits) = (self.ledger.promises(), &*self.admission.limits);
+        let instead_of = self.held_by(wish).filter(|_| wish.fresh);
+        let asked = Asked { claim, instead_of: instead_of.as_ref(), free: None };
+        promises.would(limits, &asked).map_err(|refusal| self.over_limit(&refusal))
+    }
+
+    fn held_by(&self, wish: &Wish) -> Option<LeaseId> {
+        self.ledger.read(|book| book.held_by(&wish.vm).map(|lease| lease.id.clone()))
+    }
+
+    fn over_limit(&self, refusal: &reserve::Refusal) -> Error {
+        let vm_of = |id: &LeaseId| self.ledger.read(|book| book.get(id).map(|lease| lease.vm.to_string()));
+        promises::refused(refusal, &self.admission.limits, self.ledger.promises(), vm_of)
+    }
+
     /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first.
     async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim) -> Result<Ticket> {
         let Self { ledger, kernel, admission, room, .. } = self;
         let (promises, limits) = (ledger.promises(), &*admission.limits);
-        let held = || ledger.read(|book| book.held_by(&wish.vm).map(|lease| lease.id.clone()));
-        let instead_of = if wish.fresh { held() } else { None };
+        let instead_of = self.held_by(wish).filter(|_| wish.fresh);
         let ask = |pool: Result<PoolUsage, KernelError>| {
             let free = pool.ok().map(|pool| admission.to_promise(&pool));
             promises.promise(limits, id.clone(), &Asked { claim, instead_of: instead_of.as_ref(), free })
-        };
-        let explain = |refusal: &reserve::Refusal| {
-            let vm_of = |id: &LeaseId| ledger.read(|book| book.get(id).map(|lease| lease.vm.to_string()));
-            promises::refused(refusal, limits, promises, vm_of)
         };
         let mut asked = ask(kernel.pool_lately().await);
         if matches!(asked, Err(reserve::Refusal::Pool { .. })) {
@@ -405,10 +418,10 @@ impl Acquirer {
         // Who waits with others may find that they have taken what was made.
         for _ in 0..TRIES {
             let Err(refusal @ reserve::Refusal::Pool { needed, .. }) = &asked else { break };
-            room.make(explain(refusal), *needed, wish.until).await?;
+            room.make(self.over_limit(refusal), *needed, wish.until).await?;
             asked = ask(kernel.pool().await);
         }
-        asked.map_err(|refusal| explain(&refusal))
+        asked.map_err(|refusal| self.over_limit(&refusal))
     }
 
     /// The VM's own lease again, if its device still is what was granted.

@@ -14,8 +14,8 @@ use cowshed_gc::{
     reserve::{self, Policy as Promised},
 };
 use cowshed_leases::{Grace, Tenant, Ttl, VmIdError};
-use cowshed_pool::Bytes;
 use cowshed_pool::lvm::sizing::METADATA_MAX;
+use cowshed_pool::{Bytes, Trim};
 use serde::Deserialize;
 use thiserror::Error as ThisError;
 
@@ -159,6 +159,20 @@ pub struct Pool {
     pub metadata_headroom_percent: u8,
     /// Whether a pool is used that does not zero new blocks: one disk's old bytes may then be read from another.
     pub allow_unzeroed: bool,
+    /// Whether the disk below the pool is told what is free.
+    pub trim: TrimWhen,
+    /// At most so many bytes a second are trimmed.
+    pub trim_rate: Bytes,
+}
+
+/// When the disk below the pool is told what is free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrimWhen {
+    /// Never, but for what guests discard themselves.
+    Off,
+    /// When a removed disk or layer is deleted, if it has enough of its own.
+    OnReclaim,
 }
 
 /// `[admission]`
@@ -416,6 +430,8 @@ impl Default for Pool {
             data_headroom_percent: 5,
             metadata_headroom_percent: 10,
             allow_unzeroed: false,
+            trim: TrimWhen::OnReclaim,
+            trim_rate: Bytes(256 << 20),
         }
     }
 }
@@ -650,6 +666,10 @@ impl Config {
                 return Err(value("pool", field, format!("{percent} is not between 0 and 90")));
             }
         }
+        if self.pool.trim_rate.0 < 1 << 20 {
+            let what = format!("{} is less than 1MiB a second: say trim = \"off\"", self.pool.trim_rate);
+            return Err(value("pool", "trim_rate", what));
+        }
         let levels = ["off", "error", "warn", "info", "debug", "trace"];
         let bare = |part: &&str| !part.contains('=') && !levels.contains(part);
         if let Some(word) = self.log.level.split(',').map(str::trim).find(bare) {
@@ -780,6 +800,10 @@ impl Config {
             base_size: self.snapshotter.base_size.of_disk().unwrap_or(self.snapshotter.base_size),
             allow_unzeroed: self.pool.allow_unzeroed,
             heirs: self.snapshotter.heirs,
+            trim: match self.pool.trim {
+                TrimWhen::Off => None,
+                TrimWhen::OnReclaim => Some(Trim { rate: self.pool.trim_rate }),
+            },
         }
     }
 
@@ -907,6 +931,8 @@ mod tests {
         "tenant",
         "leases",
         "bytes",
+        "trim",
+        "trim_rate",
         "serve",
         "base_size",
         "heirs",
@@ -961,6 +987,8 @@ mod tests {
             ("[containerd]\ncall_timeout_seconds = 0", "[containerd] call_timeout_seconds"),
             ("[metrics]\nlisten = \"9850\"", "[metrics] listen"),
             ("[pool]\ndata_headroom_percent = 91", "[pool] data_headroom_percent"),
+            ("[pool]\ntrim = \"daily\"", "daily"),
+            ("[pool]\ntrim_rate = \"1KiB\"", "[pool] trim_rate"),
             ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),

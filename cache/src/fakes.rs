@@ -31,7 +31,7 @@ use crate::{
     image::{
         Access, Cache, Digest, ImageCache, ImageRef, Platform, ProcessConfig, ResolvedImage, RunningPulls,
     },
-    kernel::{Devices, Holder, Kernel, KernelError, PoolMode, PoolUsage},
+    kernel::{Devices, Holder, Kernel, KernelError, Load, PoolMode, PoolUsage},
     ledger::Ledger,
     making::Making,
     metrics::Metrics,
@@ -123,6 +123,8 @@ pub(crate) struct State_ {
     pub(crate) written: BTreeMap<String, u64>,
     /// Sizes of empty devices.
     sizes: BTreeMap<String, u64>,
+    /// What devices count, by name.
+    pub(crate) loads: BTreeMap<String, Load>,
 }
 
 impl State_ {
@@ -386,6 +388,10 @@ impl Kernel for World {
         Ok(Vec::new())
     }
 
+    fn load(&self, name: &str) -> Result<Option<Load>, KernelError> {
+        Ok(self.look(|s| s.devices.get(name).map(|_| s.loads.get(name).copied().unwrap_or_default())))
+    }
+
     fn pool(&self) -> Result<PoolUsage, KernelError> {
         Ok(PoolUsage {
             name: "pool".into(),
@@ -489,6 +495,23 @@ pub(crate) mod book {
             image_digest,
             process: Process::default(),
             at: UnixMicros(0),
+        }
+    }
+
+    /// What VM `n` has then.
+    pub(crate) fn lease(n: u32) -> Lease {
+        use cowshed_leases::{Generation, Revision, State, Term};
+        Lease {
+            id: id(n),
+            vm: ask(n).vm,
+            generation: Generation(u64::from(n)),
+            spec: spec(),
+            created_at: UnixMicros(0),
+            term: Term { ttl: None, boot: now().boot, until: None },
+            revision: Revision(0),
+            shares: None,
+            expects: 0,
+            state: State::Granted(Box::new(grant(n))),
         }
     }
 

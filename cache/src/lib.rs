@@ -40,4 +40,5 @@ pub mod stages;
 pub mod status;
 pub mod tasks;
 mod time;
+pub mod usage;
 pub mod writes;

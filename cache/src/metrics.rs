@@ -3,15 +3,16 @@
 //! Counters and histograms are fed as things happen; gauges are read from the ledger, and from what the
 //! kernel has said of the pool, at each scrape.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use cowshed_gc::{
+    Foreign,
     evict::{Kind, Outcome, Step},
     reserve::Policy,
 };
 use prometheus::{
-    Encoder as _, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+    Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
 };
 
 use crate::{
@@ -52,6 +53,12 @@ struct Inner {
     layer_unpack_seconds: HistogramVec,
     reclaimed: IntCounter,
     reclaim_failures: IntCounter,
+    reclaim_age: Histogram,
+    foreign: IntGaugeVec,
+    transactions: Histogram,
+    vm_disks: IntGauge,
+    vm_own_bytes: GaugeVec,
+    vm_written: IntCounter,
     spares: IntGaugeVec,
     spare_seconds: HistogramVec,
     spares_dropped: IntCounterVec,
@@ -141,6 +148,39 @@ impl Metrics {
                 IntCounter::new(
                     "cowshed_reclaim_failures_total",
                     "Removals of released disks that have to be tried again",
+                )?,
+            )?,
+            reclaim_age: histogram(
+                &r,
+                "cowshed_reclaim_age_seconds",
+                "How long ago disks had been released when they were gone",
+                &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0],
+            )?,
+            foreign: int_gauges(
+                &r,
+                "cowshed_leaked",
+                "Things that look like Cowshed's, are in no record, and are left alone, by kind (lease or snapshot of containerd's)",
+                &["kind"],
+            )?,
+            transactions: histogram(
+                &r,
+                "cowshed_ledger_transaction_seconds",
+                "How long transactions of the ledger took, fsync included",
+                LATENCY_BUCKETS,
+            )?,
+            vm_disks: register(&r, IntGauge::new("cowshed_vm_disks", "Active disks of VMs' own")?)?,
+            vm_own_bytes: gauges(
+                &r,
+                "cowshed_vm_disk_bytes",
+                "Bytes of the pool that VMs' disks have, by measure: own (at the least, all disks together) and largest (the disk \
+                 that has most)",
+                &["measure"],
+            )?,
+            vm_written: register(
+                &r,
+                IntCounter::new(
+                    "cowshed_vm_written_bytes_total",
+                    "Bytes that were written to VMs' disks, as far as they were seen: from scrape to scrape, and GetUsage",
                 )?,
             )?,
             spares: int_gauges(
@@ -292,6 +332,9 @@ impl Metrics {
             inner.rescue.with_label_values(&[cause.as_str()]);
         }
         inner.releases.with_label_values(&["ok"]);
+        for kind in Foreign::KINDS {
+            inner.foreign.with_label_values(&[kind]);
+        }
         for trigger in ["pressure", "admission", "schedule"] {
             inner.gc_runs.with_label_values(&[trigger, "met"]);
             inner.gc_runs.with_label_values(&[trigger, "short"]);
@@ -410,6 +453,33 @@ impl Metrics {
     /// Disks should be gone and are not.
     pub fn reclaim_failures(&self, disks: usize) {
         self.0.reclaim_failures.inc_by(disks as u64);
+    }
+
+    /// A disk that was released so long ago is gone.
+    pub fn reclaimed_after(&self, age: Duration) {
+        self.0.reclaim_age.observe(age.as_secs_f64());
+    }
+
+    /// These are there without a record.
+    pub fn leaked(&self, foreign: &BTreeSet<Foreign>) {
+        for kind in Foreign::KINDS {
+            let count = foreign.iter().filter(|what| what.kind() == kind).count();
+            self.0.foreign.with_label_values(&[kind]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Where the ledger counts its transactions.
+    pub fn transactions(&self) -> Histogram {
+        self.0.transactions.clone()
+    }
+
+    /// What VMs' disks have: how many there are, what they and the largest have of their own, in bytes, and what was written since
+    /// the look before.
+    pub fn vm_disks(&self, count: usize, own: u64, largest: u64, written: u64) {
+        self.0.vm_disks.set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.0.vm_own_bytes.with_label_values(&["own"]).set(own as f64);
+        self.0.vm_own_bytes.with_label_values(&["largest"]).set(largest as f64);
+        self.0.vm_written.inc_by(written);
     }
 
     /// Whether this keeps the service from all of its work.
@@ -571,4 +641,9 @@ fn histograms(
 ) -> prometheus::Result<HistogramVec> {
     let options = HistogramOpts::new(name, help).buckets(LATENCY_BUCKETS.to_vec());
     register(registry, HistogramVec::new(options, labels)?)
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
+    let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    register(registry, Histogram::with_opts(options)?)
 }

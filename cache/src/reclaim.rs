@@ -605,10 +605,22 @@ impl Reclaimer {
         }
         let count = gone.len();
         self.collected().disks.retain(|id, _| !gone.contains(id));
+        let now = self.clock.now();
+        let ages = self.ledger.read(|book| {
+            let since = |id: &LeaseId| match book.get(id)?.state {
+                State::Releasing { since, .. } => Some(now.wall.0.saturating_sub(since.0)),
+                _ => None,
+            };
+            gone.iter().filter_map(since).collect::<Vec<_>>()
+        });
         let shares = |id: &LeaseId| self.ledger.read(|book| book.get(id).is_some_and(|l| l.shares.is_some()));
         let shared = gone.iter().any(shares);
-        match self.ledger.remove_all(gone, self.clock.now()).await {
+        match self.ledger.remove_all(gone, now).await {
             Ok(()) => {
+                for age in ages {
+                    self.metrics
+                        .reclaimed_after(Duration::from_micros(u64::try_from(age).unwrap_or_default()));
+                }
                 if shared {
                     // Perhaps nobody has it any more.
                     self.wake.now();
@@ -647,6 +659,7 @@ impl Reclaimer {
             );
         }
         let both: BTreeSet<Foreign> = foreign.intersection(&suspects.seen).cloned().collect();
+        self.metrics.leaked(&both);
         suspects.reported = both;
         suspects.seen = foreign;
     }

@@ -37,7 +37,7 @@ impl Cause {
     }
 
     /// Of what an error tells, when everybody was asked how they are. `None`: of nothing that has to be mended.
-    fn of(reason: Reason) -> Option<Self> {
+    pub(crate) fn of(reason: Reason) -> Option<Self> {
         match reason {
             Reason::LedgerUnusable => Some(Self::Ledger),
             Reason::SnapshotterMissing | Reason::SnapshotterUnfit | Reason::SnapshotterUnusable => {

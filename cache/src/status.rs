@@ -1,6 +1,7 @@
 //! What the service says of itself: versions, problems, pool, counts.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
@@ -14,12 +15,15 @@ use crate::{
     containerd::{CallError, Containerd},
     drain::Drain,
     error::{Error, Reason},
+    evict::{Evictor, Outlook, Trend},
     image::Images,
     kernel::{Devices, PoolUsage},
     ledger::{Ledger, LedgerSlot},
     prefetch::Prefetcher,
+    rescue::Cause,
     serve::Connected,
     spares::Spares,
+    usage::Usage,
 };
 
 /// containerd has so long to say how it is.
@@ -43,6 +47,10 @@ pub struct StatusSource {
     pub prefetcher: OnceLock<Prefetcher>,
     /// Disks that are ready; not before the ledger is open.
     pub spares: OnceLock<Spares>,
+    /// Where the pool is going; not before the ledger is open.
+    pub evictor: OnceLock<Arc<Evictor>>,
+    /// Who takes how much of it; not before the ledger is open.
+    pub usage: OnceLock<Arc<Usage>>,
     /// Whether containerd has found the snapshotter that this process serves, if it does.
     pub(crate) connected: Option<Connected>,
     /// Start of this process.
@@ -63,12 +71,15 @@ impl StatusSource {
         let look = self.ask().await;
         let spares = self.spares.get().map(Spares::total).unwrap_or_default();
         let pulls = self.images.get().map_or(0, Images::pulls_in_flight);
+        let outlook = self.evictor.get().map(|evictor| evictor.outlook()).unwrap_or_default();
+        let rescue: BTreeSet<Cause> =
+            look.problems.iter().filter_map(|problem| Cause::of(problem.reason())).collect();
         v1::GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             serving: look.problems.is_empty(),
             problems: look.problems.iter().map(ToString::to_string).collect(),
             containerd: look.containerd,
-            pool: look.pool.map(pool_status),
+            pool: look.pool.map(|pool| pool_status(pool, &outlook)),
             leases: self.ledger.get().ok().map(|ledger| count_leases(&ledger)),
             pulls_in_flight: u32::try_from(pulls).unwrap_or(u32::MAX),
             prefetch_jobs: u32::try_from(self.prefetcher.get().map_or(0, Prefetcher::running))
@@ -77,6 +88,7 @@ impl StatusSource {
             spares: spares.ready,
             spares_in_the_making: spares.making,
             started_at: Some(self.started_at.into()),
+            rescue: rescue.into_iter().map(|cause| cause.as_str().to_owned()).collect(),
         }
     }
 
@@ -138,7 +150,11 @@ pub fn count_leases(ledger: &Ledger) -> v1::LeaseCounts {
     })
 }
 
-fn pool_status(pool: PoolUsage) -> v1::PoolStatus {
+fn pool_status(pool: PoolUsage, outlook: &Outlook) -> v1::PoolStatus {
+    let full_in = |trend: &Trend| {
+        let seconds = trend.full_in?.as_secs();
+        Some(prost_types::Duration { seconds: i64::try_from(seconds).unwrap_or(i64::MAX), nanos: 0 })
+    };
     v1::PoolStatus {
         name: pool.name,
         data_used_bytes: pool.data_used,
@@ -146,5 +162,10 @@ fn pool_status(pool: PoolUsage) -> v1::PoolStatus {
         metadata_used_bytes: pool.metadata_used,
         metadata_total_bytes: pool.metadata_total,
         mode: pool.mode.to_string(),
+        data_bytes_per_second: outlook.data.rate,
+        metadata_bytes_per_second: outlook.metadata.rate,
+        data_full_in: full_in(&outlook.data),
+        metadata_full_in: full_in(&outlook.metadata),
+        group_free_bytes: outlook.group_free,
     }
 }

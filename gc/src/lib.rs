@@ -114,6 +114,19 @@ pub enum Foreign {
     Snapshot(String),
 }
 
+impl Foreign {
+    /// All kinds.
+    pub const KINDS: [&str; 2] = ["lease", "snapshot"];
+
+    /// Which of them it is.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::ContainerdLease(_) => "lease",
+            Self::Snapshot(_) => "snapshot",
+        }
+    }
+}
+
 impl fmt::Display for Foreign {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

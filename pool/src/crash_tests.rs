@@ -38,6 +38,7 @@ pub(crate) fn inner(directory: &Path, pool: &FakePool) -> Inner {
         base_size: Bytes(1 << 30),
         allow_unzeroed: false,
         heirs: pool.heirs(),
+        trim: None,
     };
     let store = Store::start(connection, tree, path).unwrap();
     let mut inner = Inner::new(settings, store_id, store, Metrics::register(&Registry::new()).unwrap());
@@ -46,7 +47,10 @@ pub(crate) fn inner(directory: &Path, pool: &FakePool) -> Inner {
 }
 
 pub(crate) async fn start(directory: &Path, pool: &FakePool) -> Snapshotter {
-    let inner = Arc::new(inner(directory, pool));
+    start_inner(Arc::new(inner(directory, pool)), pool).await
+}
+
+pub(crate) async fn start_inner(inner: Arc<Inner>, pool: &FakePool) -> Snapshotter {
     let found = Found { new_uuid: None, thin_ids: Some(pool.thins().into_keys().collect()), creations: 0 };
     tokio::spawn(reclaim::run(inner.clone()));
     reconcile(&inner, Arc::new(pool.clone()), found).await.unwrap();
@@ -193,7 +197,7 @@ fn run_until_crash(directory: &Path, pool: &FakePool, fuse: Fuse) -> (Promised, 
 }
 
 /// Runs it until its end or until the fuse blows; says whether it has ended. Whoever had devices open is gone then.
-fn until_crash(pool: &FakePool, run: impl Future<Output = ()> + Send + 'static) -> bool {
+pub(crate) fn until_crash(pool: &FakePool, run: impl Future<Output = ()> + Send + 'static) -> bool {
     let runtime = runtime();
     let ended = runtime.block_on(async {
         let running = tokio::spawn(run);

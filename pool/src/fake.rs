@@ -60,12 +60,16 @@ struct State {
     reclaimed: Vec<Reclaimed>,
     /// How many heirs its snapshotter keeps.
     heirs: usize,
+    /// Bytes that each active device maps, until they are discarded.
+    mapped: u64,
+    passes_discards: bool,
 }
 
 /// What the reclaimer does to a thin device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reclaimed {
     Deactivated,
+    Discarded,
     Deleted,
 }
 
@@ -90,6 +94,8 @@ impl FakePool {
             activations_refused: 0,
             reclaimed: Vec::new(),
             heirs: 0,
+            mapped: 65536,
+            passes_discards: true,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -209,6 +215,14 @@ impl FakePool {
 
     pub(crate) fn reclaimed(&self) -> Vec<Reclaimed> {
         self.state().reclaimed.clone()
+    }
+
+    pub(crate) fn set_mapped(&self, bytes: u64) {
+        self.state().mapped = bytes;
+    }
+
+    pub(crate) fn set_passes_discards(&self, passes: bool) {
+        self.state().passes_discards = passes;
     }
 
     /// All calls wait while this is held.
@@ -376,6 +390,24 @@ impl Pool for FakePool {
         .map_err(|error| DeviceError::NotFlushed { path: name.path(), error: error.to_string() })
     }
 
+    fn passes_discards(&self) -> Result<bool, DeviceError> {
+        Ok(self.state().passes_discards)
+    }
+
+    fn discard(&self, name: &DeviceName, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        self.effect(|state| {
+            let device = state.devices.get(name.as_str()).ok_or_else(|| refused("discard"))?;
+            assert!(
+                device.access == Access::ReadWrite && device.open == 0,
+                "{name} is not for that: {device:?}"
+            );
+            assert!(from.is_multiple_of(65536) && bytes > 0, "{bytes} from {from} on");
+            state.mapped = state.mapped.saturating_sub(bytes);
+            state.reclaimed.push(Reclaimed::Discarded);
+            Ok(())
+        })
+    }
+
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
         self.effect(|state| {
             state.devices.get_mut(name.as_str()).ok_or_else(|| refused("suspend"))?.suspended = true;
@@ -395,7 +427,11 @@ impl Pool for FakePool {
     fn look(&self, name: &DeviceName) -> Result<Option<Live>, DeviceError> {
         let state = self.state();
         let device = state.devices.get(name.as_str());
-        Ok(device.map(|d| Live { open: d.open, suspended: d.suspended, mapped: d.loaded.then_some(65536) }))
+        Ok(device.map(|d| Live {
+            open: d.open,
+            suspended: d.suspended,
+            mapped: d.loaded.then_some(state.mapped),
+        }))
     }
 
     fn names(&self) -> Result<BTreeSet<String>, DeviceError> {

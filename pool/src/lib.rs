@@ -32,6 +32,7 @@ mod start_tests;
 pub mod store;
 mod traffic;
 mod tree;
+mod trim;
 
 pub use error::{Code, Error, Result};
 pub use metrics::Metrics;
@@ -40,3 +41,4 @@ pub use size::Bytes;
 pub use snapshotter::{Health, Held, Settings, Snapshotter};
 pub use standing::Standing;
 pub use tree::{Kind, Snapshot, SnapshotId, ThinId};
+pub use trim::Trim;

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use prometheus::{
-    Counter, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    core::Collector,
+    Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, core::Collector,
 };
 
 use crate::{
     error::Result,
-    tree::{Kind, State, Tree},
+    tree::{Kind, State, Tree, UnixNanos},
 };
 
 /// Counters and gauges of one snapshotter. Clones share them.
@@ -23,6 +23,9 @@ pub struct Metrics {
     backlog: IntGauge,
     oldest: IntGauge,
     reclaimed: Counter,
+    reclaim_age: Histogram,
+    trimmed: IntCounter,
+    transactions: Histogram,
     healthy: IntGauge,
 }
 
@@ -80,6 +83,34 @@ impl Metrics {
                     "Bytes that deleted snapshots mapped, shared ones too",
                 )?,
             )?,
+            reclaim_age: on(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        "cowshed_snapshotter_reclaim_age_seconds",
+                        "How long ago snapshots had been removed when they were deleted from the pool",
+                    )
+                    .buckets(prometheus::exponential_buckets(0.01, 4.0, 10)?),
+                )?,
+            )?,
+            trimmed: on(
+                registry,
+                IntCounter::new(
+                    "cowshed_snapshotter_trimmed_bytes_total",
+                    "Bytes that snapshots were made to forget before they were deleted, so that the disk below forgets what was \
+                     theirs alone",
+                )?,
+            )?,
+            transactions: on(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        "cowshed_snapshotter_transaction_seconds",
+                        "How long transactions of the snapshot store took, fsync included",
+                    )
+                    .buckets(prometheus::exponential_buckets(0.0005, 2.0, 16)?),
+                )?,
+            )?,
             healthy: gauge(
                 "cowshed_snapshotter_up",
                 "1 when it has found its pool and store good, 0 as long as it waits or refuses",
@@ -103,6 +134,21 @@ impl Metrics {
     pub(crate) fn deleted(&self, bytes: u64) {
         #[allow(clippy::cast_precision_loss)]
         self.reclaimed.inc_by(bytes as f64);
+    }
+
+    /// A snapshot that was removed then is deleted now.
+    pub(crate) fn reclaimed(&self, removed: UnixNanos, now: UnixNanos) {
+        let age = u64::try_from(now.0 - removed.0).unwrap_or_default();
+        self.reclaim_age.observe(Duration::from_nanos(age).as_secs_f64());
+    }
+
+    pub(crate) fn trimmed(&self, bytes: u64) {
+        self.trimmed.inc_by(bytes);
+    }
+
+    /// Where the store counts its transactions.
+    pub(crate) fn transactions(&self) -> Histogram {
+        self.transactions.clone()
     }
 
     pub(crate) fn healthy(&self, healthy: bool) {

@@ -12,8 +12,9 @@ use futures_util::future::join_all;
 use crate::{
     device::{Deactivated, PoolUsage},
     error::{Code, Error},
-    snapshotter::{Health, Inner},
+    snapshotter::{Health, Inner, now},
     tree::{Change, Snapshot, SnapshotId},
+    trim::{self, Trim},
 };
 
 /// At most so many are deactivated at a time: each waits for the kernel, and they can wait together.
@@ -26,6 +27,8 @@ const GIVE_WAY: Duration = Duration::from_millis(150);
 const REST: u32 = 3;
 /// From twice as many that wait on, it gives way and rests for half as long and does twice as much, and so on.
 const CROWD: usize = 128;
+/// When more wait, none is trimmed before it is deleted: who releases that many waits for the room.
+const TRIMMED: usize = 16;
 /// In a pool with less than this percentage of its space left there is no giving way: VMs would see errors first.
 const SHORT: u64 = 10;
 const NO_MANNERS: u32 = 1024;
@@ -62,7 +65,8 @@ pub(crate) async fn run(inner: Arc<Inner>) {
                 () = tokio::time::sleep(pause) => {}
             }
         } else {
-            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / haste).await;
+            let trim = inner.settings.trim.filter(|_| !is_short && backlog <= TRIMMED);
+            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / haste, trim).await;
             rest(&inner, worked * REST / haste).await;
         }
         if serving && counted.elapsed() > RECOUNT {
@@ -154,7 +158,13 @@ fn longest_due<'a>(
 }
 
 /// Each step gives way for a moment; returns how long the rest of it took.
-async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience: Duration) -> Duration {
+async fn reclaim(
+    inner: &Inner,
+    batch: Vec<Snapshot>,
+    held: &mut Held,
+    patience: Duration,
+    trim: Option<Trim>,
+) -> Duration {
     let begun = Instant::now();
     let mut waited = give_way(inner, patience).await;
     let deactivated = join_all(batch.iter().map(|snapshot| async {
@@ -164,16 +174,24 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
         inner
             .on_pool(move |pool| {
                 let active = pool.look(&name)?.and_then(|live| live.mapped);
-                Ok((pool.deactivate(&name)?, active.or(mapped)))
+                // One that was killed may have left that.
+                let became = match pool.deactivate(&name.while_trimmed())? {
+                    Deactivated::Gone => pool.deactivate(&name)?,
+                    Deactivated::InUse => Deactivated::InUse,
+                };
+                Ok((became, active.or(mapped)))
             })
             .await
     }))
     .await;
-    let (mut gone, mut freed, mut told) = (Vec::new(), 0, false);
+    let (mut gone, mut freed, mut told, mut removed) = (Vec::new(), 0, false, Vec::new());
     for (snapshot, outcome) in batch.into_iter().zip(deactivated) {
         let id = snapshot.id;
         let deleted = match outcome {
             Ok((Deactivated::Gone, mapped)) => {
+                if let Some(trim) = trim {
+                    waited += trim::trim(inner, trim, &snapshot, mapped, patience).await;
+                }
                 waited += give_way(inner, patience).await;
                 let thin = snapshot.thin;
                 let deleted = inner.on_pool(move |pool| pool.delete(thin)).await;
@@ -188,6 +206,7 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
         match deleted {
             Ok(bytes) => {
                 gone.push(id);
+                removed.push(snapshot.updated);
                 freed += bytes;
             }
             Err(error) => {
@@ -210,7 +229,10 @@ async fn reclaim(inner: &Inner, batch: Vec<Snapshot>, held: &mut Held, patience:
     inner.unpacking().retain(|id, _| !gone.contains(id));
     let deletions = gone.iter().copied().map(Change::Delete).collect();
     match inner.write(move |_| Ok((deletions, ()))).await {
-        Ok(()) => inner.metrics.deleted(freed),
+        Ok(()) => {
+            inner.metrics.deleted(freed);
+            removed.into_iter().for_each(|since| inner.metrics.reclaimed(since, now()));
+        }
         Err(error) => {
             tracing::warn!(%error, "deleted snapshots could not be struck off the store; trying again");
             gone.into_iter().for_each(|id| try_later(held, id));
@@ -225,8 +247,13 @@ fn try_later(held: &mut Held, id: SnapshotId) {
     held.insert(id, (Instant::now() + pause, pause));
 }
 
+/// Whether more wait than are trimmed.
+pub(crate) fn is_crowded(inner: &Inner) -> bool {
+    inner.store.read(|tree| tree.removing().count()) > TRIMMED
+}
+
 /// Waits for the makings and removals under way; returns how long.
-async fn give_way(inner: &Inner, patience: Duration) -> Duration {
+pub(crate) async fn give_way(inner: &Inner, patience: Duration) -> Duration {
     wait_while(patience, || inner.traffic.is_in_the_way()).await
 }
 

@@ -26,6 +26,7 @@ use crate::{
     store::{Store, WriteError},
     traffic::Traffic,
     tree::{self, Base, Change, Kind, Snapshot, SnapshotId, State, Traces, Tree, UnixNanos, Wish},
+    trim::Trim,
 };
 
 /// What a snapshotter is told.
@@ -41,6 +42,8 @@ pub struct Settings {
     pub allow_unzeroed: bool,
     /// How many snapshots are kept at the most that were made ahead of need; 0: none is made.
     pub heirs: usize,
+    /// Whether, and how fast, what is removed is discarded on the disk below.
+    pub trim: Option<Trim>,
 }
 
 /// Whether snapshots can be made.
@@ -116,6 +119,7 @@ pub(crate) struct Inner {
 
 impl Inner {
     pub(crate) fn new(settings: Settings, store_id: String, store: Store<Tree>, metrics: Metrics) -> Self {
+        store.count_transactions(metrics.transactions());
         Self {
             settings,
             store_id,

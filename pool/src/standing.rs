@@ -252,6 +252,7 @@ mod tests {
             base_size: Bytes(1 << 30),
             allow_unzeroed: false,
             heirs: 0,
+            trim: None,
         }
     }
 

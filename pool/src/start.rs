@@ -411,6 +411,12 @@ async fn tear_layers(inner: &Inner, in_kernel: BTreeSet<SnapshotId>) -> crate::e
 fn kernel_side(pool: &dyn Pool, store_id: &str, tree: &Tree) -> Result<InKernel, DeviceError> {
     let mut found = InKernel::default();
     for name in pool.names()? {
+        if let Some(name) = DeviceName::parse_while_trimmed(&name, store_id) {
+            if let Err(error) = pool.deactivate(&name) {
+                tracing::error!(%name, %error, "a device that was being trimmed stays");
+            }
+            continue;
+        }
         let Some(id) = DeviceName::parse(&name, store_id) else {
             tracing::warn!(name, "a device of another snapshot store: left alone");
             continue;

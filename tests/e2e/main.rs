@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod fillup;
 mod gc;
 mod guest;
 mod held;
@@ -26,6 +27,7 @@ mod signatures;
 mod snapshotter;
 mod spares;
 mod stampede;
+mod status;
 mod support;
 mod terms;
 mod upkeep;
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
     // Another snapshotter is not ours to test.
     let is_own = support::cow::snapshotter() == "cowshed";
     let own = |tests| if is_own { tests } else { &[][..] };
-    let groups: [(&str, &[Test]); 31] = [
+    let groups: [(&str, &[Test]); 32] = [
         ("lifecycle", lifecycle::TESTS),
         ("held", held::TESTS),
         ("release", release::TESTS),
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         ("gc", own(gc::TESTS)),
         ("quota", own(quota::TESTS)),
         ("snapshotter", own(snapshotter::TESTS)),
+        ("status", own(status::TESTS)),
         ("bad_input", bad_input::TESTS),
         ("odd_registries", odd_registries::TESTS),
         ("private_registry", private_registry::TESTS),
@@ -90,7 +93,12 @@ fn main() -> ExitCode {
             Trial::test(name.clone(), move || timed(name, *test))
         })
     });
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    // These want another pool: see `tests/fillup`.
+    let small = fillup::TESTS.iter().map(|(name, test)| {
+        let name = format!("fillup::{name}");
+        Trial::test(name.clone(), move || timed(name, *test)).with_ignored_flag(true)
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.chain(small).collect());
     tell_slowest();
     conclusion.exit_code()
 }

@@ -32,6 +32,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("starts_no_process", starts_no_process),
     ("sizes", sizes),
     ("what_is_asked_for_again_is_made_ahead", what_is_asked_for_again_is_made_ahead),
+    ("what_containerd_has_forgotten_goes_when_it_comes_back", forgotten_by_containerd),
     ("an_open_device_outlives_its_snapshot", an_open_device_outlives_its_snapshot),
     ("views_of_what_was_not_unmounted", views_of_what_was_not_unmounted),
     ("what_is_not_ours_stays", what_is_not_ours_stays),
@@ -186,6 +187,24 @@ fn what_is_asked_for_again_is_made_ahead() -> Outcome {
     })?;
     same!(written(&first)?, "first", "what the first disk has after a restart");
     remove_all(&client)
+}
+
+/// As if containerd had ended between the snapshotter's answer and writing it down.
+fn forgotten_by_containerd() -> Outcome {
+    let known = client()?;
+    block_on(known.prepare("known", "", &[]))?;
+    let plugin = block_on(containerd_client::connect("/run/cowshed/snapshotter.sock"))?;
+    let disk =
+        block_on(Snapshots::new(plugin, snapshotter(), "e2e").prepare("e2e/1000000/forgotten", "", &[]))?;
+    let device = disk.path.trim_start_matches("/dev/mapper/").to_owned();
+    check!(thin_devices()?.contains(&device), "it is not there");
+    host("kill", "containerd")?;
+    wait_for("what containerd does not know to go", || {
+        check!(!thin_devices()?.contains(&device), "{device} is still there");
+        Ok(())
+    })?;
+    same!(block_on(known.list())?.len(), 1, "what containerd knows");
+    remove_all(&known)
 }
 
 /// Counted on the whole machine, by the kernel.

@@ -16,7 +16,7 @@ use tonic::{
 
 use super::{
     Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, gc, images, prefetch, print, pull,
-    show,
+    show, status, top,
 };
 use crate::exit;
 
@@ -38,6 +38,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
             | Command::Gc { .. }
             | Command::Watch { .. }
             | Command::Drain { .. }
+            | Command::Top { .. }
             | Command::Release { wait: Some(_), .. }
     );
     if at_leisure {
@@ -177,7 +178,12 @@ async fn ask(command: Command) -> Result<(), Failure> {
         }
         Command::RemoveImage { images: names, reach } => remove_images(names, &reach).await,
         Command::Gc { dry_run, free, reach } => make_room(dry_run, free.map(|size| size.0), &reach).await,
-        Command::Status { reach } => status(&reach).await,
+        Command::Status { top, reach } => status(top, &reach).await,
+        Command::Top { by, interval, vms, once, reach } => {
+            let asked =
+                top::Asked { by, interval: Duration::from_secs(interval), vms, once, output: reach.output };
+            top::run(&mut connect(&reach.socket).await?, asked).await
+        }
         // Answered without a service, by the caller.
         Command::Serve { .. }
         | Command::Snapshotter { .. }
@@ -370,11 +376,19 @@ async fn make_room(dry_run: bool, free_bytes: Option<u64>, reach: &Reach) -> Res
 }
 
 /// Exits with 8 (unavailable) if the service runs but cannot serve.
-async fn status(reach: &Reach) -> Result<(), Failure> {
-    let reply =
-        connect(&reach.socket).await?.get_status(v1::GetStatusRequest {}).await.map_err(|s| refused(&s))?;
+async fn status(top: u32, reach: &Reach) -> Result<(), Failure> {
+    let mut client = connect(&reach.socket).await?;
+    let reply = client.get_status(v1::GetStatusRequest {}).await.map_err(|s| refused(&s))?;
     let status = reply.into_inner();
-    print(&show::status(&status, reach.output))?;
+    // A containerd that does not answer is not waited for once more.
+    let images = if status.serving { top } else { 0 };
+    let request = v1::GetUsageRequest { vms: top, images, order: v1::UsageOrder::Own.into() };
+    // What keeps it from telling is told by the status itself.
+    let usage = match top {
+        0 => None,
+        _ => client.get_usage(request).await.ok().map(tonic::Response::into_inner),
+    };
+    print(&status::status(&status, usage.as_ref(), status::Look::of_stdout(), reach.output))?;
     if status.serving {
         return Ok(());
     }

@@ -9,6 +9,8 @@ mod prefetch;
 mod progress;
 mod pull;
 mod show;
+mod status;
+mod top;
 
 use std::{
     io::Write as _,
@@ -112,6 +114,17 @@ enum PullPolicy {
     Always,
     /// Nothing.
     Never,
+}
+
+/// By what VMs are ordered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum By {
+    /// By what they write a second.
+    Rate,
+    /// By what their disks have of their own.
+    Own,
+    /// By what they have written.
+    Written,
 }
 
 /// To whom the pulls of a prefetch job give way.
@@ -382,8 +395,28 @@ enum Command {
         #[command(flatten)]
         reach: Reach,
     },
-    /// Say whether the service can serve, and how full the pool is.
+    /// Say whether the service can serve, how full the pool is and how soon it will be, and who takes most of it.
     Status {
+        /// Of VMs and of images, so many: those that take most; 0 for none.
+        #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u32).range(..=1000))]
+        top: u32,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Watch which VMs write, and what they and the images take, until interrupted.
+    Top {
+        /// By what VMs are ordered.
+        #[arg(long, value_enum, default_value = "rate")]
+        by: By,
+        /// Time between two looks, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = clap::value_parser!(u64).range(1..=3600))]
+        interval: u64,
+        /// So many VMs; as many as the terminal has lines for if absent, 20 elsewhere.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+        vms: Option<u32>,
+        /// Look twice, print once, and end; as it is where the output is no terminal, but for --output json.
+        #[arg(long)]
+        once: bool,
         #[command(flatten)]
         reach: Reach,
     },

@@ -81,87 +81,6 @@ pub(super) fn leases(leases: &[v1::Lease], output: Output) -> String {
     table(&rows)
 }
 
-pub(super) fn status(status: &v1::GetStatusResponse, output: Output) -> String {
-    if output == Output::Json {
-        return line(&status_json(status));
-    }
-    let mut text = String::new();
-    let _ = writeln!(
-        text,
-        "cowshed     {}, {}",
-        status.version,
-        if status.serving { "serving" } else { "NOT SERVING" }
-    );
-    for problem in &status.problems {
-        let _ = writeln!(text, "problem     {problem}");
-    }
-    if let Some(c) = &status.containerd {
-        let _ = writeln!(
-            text,
-            "containerd  {} at {}, namespace {}, snapshotter {}",
-            c.version, c.address, c.namespace, c.snapshotter
-        );
-    }
-    if let Some(pool) = &status.pool {
-        let _ = writeln!(text, "pool        {} ({})", pool.name, pool.mode);
-        let _ = writeln!(text, "  data      {}", share(pool.data_used_bytes, pool.data_total_bytes));
-        let _ = writeln!(text, "  metadata  {}", share(pool.metadata_used_bytes, pool.metadata_total_bytes));
-    }
-    let _ = match status.leases {
-        None => writeln!(text, "leases      unknown, without the ledger"),
-        Some(leases) => writeln!(
-            text,
-            "leases      {} granted, {} preparing, {} suspect, {} releasing, {} failed",
-            leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
-        ),
-    };
-    let _ = match status.spares_in_the_making {
-        0 => writeln!(text, "spares      {} ready", status.spares),
-        making => writeln!(text, "spares      {} ready, {making} being made", status.spares),
-    };
-    let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
-    let _ = writeln!(text, "prefetch    {} jobs run", status.prefetch_jobs);
-    for problem in &status.warm_set_problems {
-        let _ = writeln!(text, "warm set    {problem}");
-    }
-    text
-}
-
-fn status_json(status: &v1::GetStatusResponse) -> Value {
-    json!({
-        "version": status.version,
-        "serving": status.serving,
-        "problems": status.problems,
-        "containerd": status.containerd.as_ref().map(|c| json!({
-            "address": c.address,
-            "version": c.version,
-            "namespace": c.namespace,
-            "snapshotter": c.snapshotter,
-        })),
-        "pool": status.pool.as_ref().map(|pool| json!({
-            "name": pool.name,
-            "data_used_bytes": pool.data_used_bytes,
-            "data_total_bytes": pool.data_total_bytes,
-            "metadata_used_bytes": pool.metadata_used_bytes,
-            "metadata_total_bytes": pool.metadata_total_bytes,
-            "mode": pool.mode,
-        })),
-        "leases": status.leases.map(|leases| json!({
-            "granted": leases.granted,
-            "preparing": leases.preparing,
-            "suspect": leases.suspect,
-            "releasing": leases.releasing,
-            "failed": leases.failed,
-        })),
-        "spares": status.spares,
-        "spares_in_the_making": status.spares_in_the_making,
-        "pulls_in_flight": status.pulls_in_flight,
-        "prefetch_jobs": status.prefetch_jobs,
-        "warm_set_problems": status.warm_set_problems,
-        "started_at": status.started_at.map(|at| at.to_string()),
-    })
-}
-
 pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> String {
     let warmth = match offer.warmth() {
         v1::Warmth::Spare => "spare",
@@ -463,7 +382,7 @@ pub(super) fn event(response: &v1::WatchResponse, output: Output) -> String {
     format!("{revision:>8}  {what}\n")
 }
 
-fn state_name(state: v1::LeaseState) -> &'static str {
+pub(super) fn state_name(state: v1::LeaseState) -> &'static str {
     match state {
         v1::LeaseState::Unspecified => "unknown",
         v1::LeaseState::Preparing => "preparing",

@@ -53,6 +53,17 @@ impl Containerd {
         }
     }
 
+    /// Returns when containerd's process has ended, or cannot be reached.
+    pub async fn ended(&self) {
+        // Of nothing: the answer never begins, and ends with the connection.
+        let filter = format!("namespace=={},topic==\"/cowshed/nothing\"", self.namespace);
+        let mut client = EventsClient::new(self.channel.clone());
+        if let Ok(events) = client.subscribe(SubscribeRequest { filters: vec![filter] }).await {
+            let mut events = events.into_inner();
+            while let Ok(Some(_)) = events.message().await {}
+        }
+    }
+
     /// Until the subscription breaks off. No deadline: containerd answers with its first event, and that may be never.
     async fn follow(&self, tell: &impl Fn(Option<&str>)) {
         let filter = format!("namespace=={},topic~=\"^/images/\"", self.namespace);

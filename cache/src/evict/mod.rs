@@ -28,7 +28,9 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::evict::{Occupancy, Outcome, Plan, Policy, Trigger, plan};
+use cowshed_gc::evict::{
+    Growth, Kind, Occupancy, Outcome, Plan, Policy, Takes, Target, Trigger, VolumeGroup, plan, takes,
+};
 use tokio::time::Instant;
 
 pub use grow::{ByLvm, Grower, NoGrower, Steps};
@@ -65,11 +67,57 @@ pub struct Settings {
     pub prefetched_for: Duration,
 }
 
+/// Where the pool is going, as far as it is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Outlook {
+    /// Of its data.
+    pub data: Trend,
+    /// Of its metadata.
+    pub metadata: Trend,
+    /// Bytes that are free in its volume group, if the pool grows by itself.
+    pub group_free: Option<u64>,
+}
+
+/// How a kind of room is filling.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Trend {
+    /// Bytes a second, negative while it empties; `None` before there were two looks.
+    pub rate: Option<f64>,
+    /// Until it is full; `None`: it does not fill.
+    pub full_in: Option<Duration>,
+}
+
+/// What an image takes of the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// What its names lead to.
+    pub target: Target,
+    /// All its names.
+    pub names: Vec<String>,
+    /// Whether one of them is pinned.
+    pub pinned: bool,
+    /// How much.
+    pub takes: Takes,
+}
+
+/// What all images take, and what else there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AllTaken {
+    /// Of each image that is ours to remove, those that take most first.
+    pub images: Vec<Taken>,
+    /// Unpacked layers, of whatever image.
+    pub layers: usize,
+    /// Bytes that these have.
+    pub layer_bytes: u64,
+    /// Snapshots that are disks, of whatever client.
+    pub disks: usize,
+}
+
 /// Who makes room.
 pub struct Evictor {
     policy: Policy,
     settings: Settings,
-    keeper: Arc<Keeper>,
+    pub(crate) keeper: Arc<Keeper>,
     survey: Arc<dyn Survey>,
     kernel: Devices,
     admission: Admission,
@@ -82,6 +130,7 @@ pub struct Evictor {
     turn: tokio::sync::Mutex<()>,
     room: room::State,
     could: could::State,
+    outlook: Mutex<Outlook>,
     /// What times are measured from.
     origin: Instant,
 }
@@ -112,10 +161,10 @@ impl Evictor {
     /// Of these.
     pub fn new(parts: Parts) -> Self {
         let Parts { mut policy, settings, keeper, survey, kernel, admission, grower, metrics, tasks } = parts;
-        for kind in cowshed_gc::evict::Kind::ALL {
+        for kind in Kind::ALL {
             let limits = match kind {
-                cowshed_gc::evict::Kind::Data => &mut policy.data,
-                cowshed_gc::evict::Kind::Metadata => &mut policy.metadata,
+                Kind::Data => &mut policy.data,
+                Kind::Metadata => &mut policy.metadata,
             };
             limits.growth = grower.growth(kind);
         }
@@ -134,6 +183,7 @@ impl Evictor {
             turn: tokio::sync::Mutex::default(),
             room: room::State::default(),
             could: could::State::default(),
+            outlook: Mutex::default(),
             origin: Instant::now(),
         }
     }
@@ -176,6 +226,39 @@ impl Evictor {
         deciding.await.map_err(|e| Error::new(Reason::InternalError, format!("planning what goes: {e}")))
     }
 
+    /// How much each image takes.
+    ///
+    /// # Errors
+    /// If the pool does not write, or nobody tells what there is.
+    pub async fn taken(&self) -> Result<AllTaken> {
+        let (seen, wanted) = self.take_stock().await?;
+        let summing = tokio::task::spawn_blocking(move || {
+            let disks = seen.snapshots.iter().filter(|snapshot| !snapshot.committed).count();
+            taken(&occupancy::occupancy(&seen, &wanted), disks)
+        });
+        summing.await.map_err(|e| Error::new(Reason::InternalError, format!("summing up images: {e}")))
+    }
+
+    /// What a snapshot has besides its parent's, in bytes; `None` if it has gone.
+    pub(crate) async fn usage_of(&self, snapshot: &str) -> Result<Option<u64>> {
+        self.survey.usage(snapshot).await
+    }
+
+    /// Where the pool is going.
+    pub fn outlook(&self) -> Outlook {
+        *self.outlook.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the volume group has, if the pool grows by itself and LVM2 has told.
+    async fn group_free(&self) -> Option<u64> {
+        if self.grower.growth(Kind::Data) == Growth::Never
+            && self.grower.growth(Kind::Metadata) == Growth::Never
+        {
+            return None;
+        }
+        self.grower.group().await.ok().map(|VolumeGroup { free, .. }| free.0)
+    }
+
     fn returning(&self) -> MutexGuard<'_, Returning> {
         self.returning.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -183,6 +266,19 @@ impl Evictor {
     fn elapsed(&self) -> Duration {
         self.origin.elapsed()
     }
+}
+
+fn taken(occupancy: &Occupancy, disks: usize) -> AllTaken {
+    let image = |(target, takes): (Target, Takes)| {
+        let image = occupancy.images.get(&target)?;
+        let names = image.names.iter().map(|name| name.image.0.clone()).collect();
+        let pinned = image.names.iter().any(|name| name.pin.is_some());
+        Some(Taken { target, names, pinned, takes })
+    };
+    let mut images: Vec<Taken> = takes(occupancy).into_iter().filter_map(image).collect();
+    images.sort_by_key(|image| std::cmp::Reverse((image.takes.alone.data, image.takes.layers.data)));
+    let layer_bytes = occupancy.layers.values().map(|layer| layer.own.data.0).sum();
+    AllTaken { images, layers: occupancy.layers.len(), layer_bytes, disks }
 }
 
 /// What has asked for a run, in metrics and logs.
@@ -203,4 +299,4 @@ enum Growing {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -16,6 +16,7 @@ const MEMORY: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
     last: Option<(Duration, Room)>,
+    is_known: bool,
     data: f64,
     metadata: f64,
 }
@@ -29,6 +30,7 @@ impl Pace {
             self.last = Some((then, before));
             return;
         }
+        self.is_known = true;
         let weight = 1.0 - (-seconds / MEMORY.as_secs_f64()).exp();
         for kind in Kind::ALL {
             let change = used.of(kind).0 as f64 - before.of(kind).0 as f64;
@@ -50,6 +52,11 @@ impl Pace {
             Kind::Data => self.data,
             Kind::Metadata => self.metadata,
         }
+    }
+
+    /// The same; `None` before there were two looks.
+    pub(super) fn known_rate(&self, kind: Kind) -> Option<f64> {
+        self.is_known.then(|| self.rate(kind))
     }
 
     /// How long it takes at this rate until so much is in use; `None`: it never comes to it.

@@ -26,7 +26,7 @@ use crate::{
     rescue::Hindrances,
 };
 
-const GIB: u64 = 1 << 30;
+pub(crate) const GIB: u64 = 1 << 30;
 /// The fake pool's data.
 const TOTAL: u64 = 1024;
 /// When the tests are, in seconds.
@@ -43,7 +43,7 @@ fn digest(of: &str) -> String {
 type Hook = Box<dyn FnOnce() + Send>;
 
 /// containerd's images and layers. What a layer has goes from the pool with it.
-struct Store {
+pub(crate) struct Store {
     world: Arc<World>,
     records: Mutex<BTreeMap<String, ImageRecord>>,
     /// Name, parent, GiB.
@@ -72,7 +72,7 @@ impl Store {
     }
 
     /// An image of one layer of so many GiB, not used for so many seconds. That of the fakes has an index.
-    fn put(&self, short: &str, gib: u64, unused: u64) {
+    pub(crate) fn put(&self, short: &str, gib: u64, unused: u64) {
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(NOW.unsigned_abs() - unused);
         let target = if short == "app" { digest("target") } else { digest(short) };
         let target = Descriptor { digest: target, ..Descriptor::default() };
@@ -234,15 +234,15 @@ impl Grower for Group {
     }
 }
 
-struct Host {
-    world: Arc<World>,
-    process: Process_,
-    store: Arc<Store>,
-    evictor: Arc<Evictor>,
+pub(crate) struct Host {
+    pub(crate) world: Arc<World>,
+    pub(crate) process: Process_,
+    pub(crate) store: Arc<Store>,
+    pub(crate) evictor: Arc<Evictor>,
     _directory: tempfile::TempDir,
 }
 
-fn host() -> Host {
+pub(crate) fn host() -> Host {
     host_with(Arc::new(NoGrower))
 }
 
@@ -300,7 +300,7 @@ impl Host {
     }
 
     /// A spare of the fakes' image, made.
-    async fn spare(&self, n: u32) -> LeaseId {
+    pub(crate) async fn spare(&self, n: u32) -> LeaseId {
         let (id, ledger) = (book::id(n), self.ledger());
         ledger.intend_spare(id.clone(), book::spec(), book::now()).await.unwrap();
         let grant = cowshed_leases::Grant { image_digest: digest("manifest"), ..book::grant(n) };
@@ -557,6 +557,30 @@ async fn a_promise_gets_room_if_it_comes_to_enough_and_removes_nothing_otherwise
     let looks = host.store.looks.load(Ordering::SeqCst);
     assert_eq!(make(300).await.unwrap_err().reason(), Reason::PoolFull);
     assert!(host.store.looks.load(Ordering::SeqCst) > looks, "since then room was made");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_behind_that() {
+    let host = host();
+    host.fill(TOTAL * 99 / 100);
+    let text = host.make().await.unwrap_err().to_string();
+    host.store.put("old", 100, 9 * DAY);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    assert_eq!(host.make().await.unwrap_err().to_string(), text, "it was waited for");
+    while !host.store.names().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    host.process.acquirer.admission.admit(&host.process.acquirer.kernel).await.unwrap();
+    // Since there was something to be had, it is waited for again.
+    host.store.put("other", 100, 9 * DAY);
+    host.fill(TOTAL * 99 / 100);
+    host.make().await.unwrap();
+    // What was so a while ago does not count.
+    host.fill(TOTAL * 99 / 100);
+    host.make().await.unwrap_err();
+    host.store.put("last", 100, 9 * DAY);
+    tokio::time::advance(Duration::from_secs(16)).await;
+    host.make().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

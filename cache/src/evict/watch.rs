@@ -1,12 +1,15 @@
 //! Watches how full the pool is, and runs when it is time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use cowshed_gc::evict::{Kind, Pool, Trigger};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    Evictor,
+    Evictor, Outlook, Trend,
     inventory::used,
     pace::{LONGEST, Pace, SHORTEST},
 };
@@ -25,7 +28,7 @@ impl Evictor {
             let pause = match self.pool().await {
                 Ok((pool, usage)) => {
                     pace.look(used(&usage), self.elapsed());
-                    self.tell_pace(&pace, &pool);
+                    self.tell_pace(&pace, &pool).await;
                     if let Some(trigger) = self.is_time(&pool, scheduled, not_before) {
                         if trigger == Trigger::Schedule {
                             scheduled = Instant::now() + self.settings.interval;
@@ -74,9 +77,14 @@ impl Evictor {
         })
     }
 
-    fn tell_pace(&self, pace: &Pace, pool: &Pool) {
-        for kind in Kind::ALL {
-            self.metrics.pool_full_in(kind, pace.time_to(kind, pool.total.of(kind)));
-        }
+    async fn tell_pace(&self, pace: &Pace, pool: &Pool) {
+        let trend = |kind| {
+            let full_in = pace.time_to(kind, pool.total.of(kind));
+            self.metrics.pool_full_in(kind, full_in);
+            Trend { rate: pace.known_rate(kind), full_in }
+        };
+        let (data, metadata) = (trend(Kind::Data), trend(Kind::Metadata));
+        let outlook = Outlook { data, metadata, group_free: self.group_free().await };
+        *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = outlook;
     }
 }

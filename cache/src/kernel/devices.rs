@@ -8,7 +8,7 @@ use std::{
 use cowshed_leases::DeviceIdentity;
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 
-use super::{Holder, Kernel, KernelError, PoolUsage};
+use super::{Holder, Kernel, KernelError, Load, PoolUsage};
 
 /// dm-thin tells of a pool when it gets the pool's metadata lock, which the deletion of a large disk can hold for long.
 const POOL_LIMIT: Duration = Duration::from_secs(2);
@@ -19,6 +19,8 @@ const HOLDERS_LIMIT: Duration = Duration::from_secs(1);
 /// From this age on, what was learnt of the pool is learnt again, behind the answer; and from that on before it.
 const FRESH: Duration = Duration::from_secs(1);
 const STALE: Duration = Duration::from_secs(5);
+/// So many devices are asked for what they count in one turn.
+const LOADS: usize = 64;
 /// So many threads may be stuck in the kernel.
 const PARALLEL: usize = 64;
 
@@ -96,18 +98,47 @@ impl Devices {
         .await
     }
 
+    /// See [`Kernel::load`]; of many, in their order. Some at a time, so that others come in between.
+    ///
+    /// # Errors
+    /// See [`KernelError`].
+    pub async fn loads(&self, names: Vec<String>) -> Result<Vec<Option<Load>>, KernelError> {
+        let mut loads = Vec::with_capacity(names.len());
+        for some in names.chunks(LOADS) {
+            let (what, some) = (format!("looking at {} devices", some.len()), some.to_vec());
+            // One that does not tell keeps no other from it.
+            let load = |kernel: &dyn Kernel, name: &String| kernel.load(name).unwrap_or_default();
+            let look =
+                move |kernel: &dyn Kernel| Ok(some.iter().map(|name| load(kernel, name)).collect::<Vec<_>>());
+            loads.extend(self.ask(&self.turns, DEVICE_LIMIT, what, look).await?);
+        }
+        Ok(loads)
+    }
+
     /// See [`Kernel::pool`].
     ///
     /// # Errors
     /// See [`KernelError`].
     pub async fn pool(&self) -> Result<PoolUsage, KernelError> {
-        let what = "looking at the thin pool".to_owned();
-        let usage = self.ask(&self.pool_turn, POOL_LIMIT, what, |kernel| kernel.pool()).await;
-        match &usage {
-            Ok(usage) => self.lately().known = Some((Instant::now(), usage.clone())),
-            // It is busy, and hardly another one than a moment ago.
-            Err(KernelError::Slow { .. }) => {}
-            Err(_) => self.lately().known = None,
+        let (what, asked, lately) =
+            ("looking at the thin pool".to_owned(), Instant::now(), self.lately.clone());
+        let usage = self.ask(&self.pool_turn, POOL_LIMIT, what, move |kernel| {
+            let lately = || lately.lock().unwrap_or_else(PoisonError::into_inner);
+            // Of all who have waited for the same look, one takes it.
+            if let Some((_, usage)) = lately().known.clone().filter(|(at, _)| *at >= asked) {
+                return Ok(usage);
+            }
+            let begun = Instant::now();
+            let usage = kernel.pool()?;
+            lately().known = Some((begun, usage.clone()));
+            Ok(usage)
+        });
+        let usage = usage.await;
+        // One that is busy is hardly another one than a moment ago.
+        if let Err(error) = &usage
+            && !matches!(error, KernelError::Slow { .. })
+        {
+            self.lately().known = None;
         }
         usage
     }
@@ -176,6 +207,8 @@ mod tests {
     struct Hung {
         pool: Mutex<()>,
         asked: AtomicUsize,
+        /// What it answers in the end.
+        usage: Option<PoolUsage>,
     }
 
     impl Kernel for Hung {
@@ -195,10 +228,14 @@ mod tests {
             Ok(Vec::new())
         }
 
+        fn load(&self, _name: &str) -> Result<Option<Load>, KernelError> {
+            Ok(None)
+        }
+
         fn pool(&self) -> Result<PoolUsage, KernelError> {
             self.asked.fetch_add(1, Ordering::SeqCst);
             let _pool = self.pool.lock().unwrap();
-            Err(KernelError::NoPool("it answers".into()))
+            self.usage.clone().ok_or_else(|| KernelError::NoPool("it answers".into()))
         }
     }
 
@@ -225,5 +262,28 @@ mod tests {
         holder.join().unwrap();
         assert_eq!(devices.pool().await, Err(KernelError::NoPool("it answers".into())));
         assert!(matches!(devices.inspect("/dev/x").await, Err(KernelError::Refused { .. })), "a panic");
+    }
+
+    #[tokio::test]
+    async fn a_crowd_that_waits_for_the_pool_has_one_look_at_it() {
+        let usage = PoolUsage {
+            name: "pool".into(),
+            data_used: 1,
+            data_total: 2,
+            metadata_used: 1,
+            metadata_total: 2,
+            block_bytes: 1,
+            mode: super::super::PoolMode::ReadWrite,
+            zeroing: true,
+        };
+        let kernel = Arc::new(Hung { usage: Some(usage.clone()), ..Hung::default() });
+        let devices = Devices::new(kernel.clone());
+        let busy = futures_util::future::join_all((0..50).map(|_| devices.pool())).await;
+        assert!(busy.iter().all(|one| one.as_ref() == Ok(&usage)));
+        let looks = kernel.asked.load(Ordering::SeqCst);
+        assert!(looks <= 3, "{looks} looks for fifty");
+        // Who comes later is told what is then.
+        assert_eq!(devices.pool().await, Ok(usage));
+        assert_eq!(kernel.asked.load(Ordering::SeqCst), looks + 1);
     }
 }

@@ -34,6 +34,19 @@ pub trait Kernel: Send + Sync {
     fn holders(&self, path: &str) -> Result<Vec<Holder>, KernelError>;
     /// The thin pool that the configuration means.
     fn pool(&self) -> Result<PoolUsage, KernelError>;
+    /// What the device-mapper device `name` counts. `None` if there is none, or none that tells.
+    fn load(&self, name: &str) -> Result<Option<Load>, KernelError>;
+}
+
+/// What a thin device counts, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Of the blocks that it maps, shared ones too.
+    pub mapped: u64,
+    /// Written to it since it was activated.
+    pub written: u64,
+    /// Read from it since then.
+    pub read: u64,
 }
 
 /// What the kernel did not tell.
@@ -228,6 +241,23 @@ impl Kernel for DeviceMapper {
         let context = self.context()?;
         if self.pool.is_empty() { self.only_pool(context) } else { Self::usage(context, &self.pool) }
     }
+
+    fn load(&self, name: &str) -> Result<Option<Load>, KernelError> {
+        let Some((info, status)) = Self::targets(self.context()?, name, DmFlags::empty())? else {
+            return Ok(None);
+        };
+        let device = info.device();
+        let counted = fs::read_to_string(format!("/sys/dev/block/{}:{}/stat", device.major, device.minor));
+        let counted = counted.ok().and_then(|stat| transferred(&stat));
+        let mapped = table::parse_thin_status(&status).ok();
+        Ok(mapped.zip(counted).map(|(mapped, (read, written))| Load { mapped, written, read }))
+    }
+}
+
+/// Bytes read and written, in a block device's `stat` (kernel: Documentation/block/stat.rst), which counts sectors of 512.
+fn transferred(stat: &str) -> Option<(u64, u64)> {
+    let word = |at: usize| stat.split_ascii_whitespace().nth(at)?.parse::<u64>().ok();
+    Some((word(2)?.saturating_mul(512), word(6)?.saturating_mul(512)))
 }
 
 fn block_device(path: &str) -> Result<DeviceNumber, KernelError> {
@@ -253,4 +283,18 @@ fn refused(what: &str, error: &DmError) -> KernelError {
         other => other.to_string(),
     };
     KernelError::Refused { what: what.to_owned(), error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::transferred;
+
+    #[test]
+    fn sectors_are_counted_in_bytes() {
+        let stat = "     254        3     4098       12     100        7   102400       55        0       60       67        0        0        0        0        0        0\n";
+        assert_eq!(transferred(stat), Some((4098 * 512, 102_400 * 512)));
+        for bad in ["", "1 2 3 4 5 6", "1 2 x 4 5 6 7"] {
+            assert_eq!(transferred(bad), None, "{bad:?}");
+        }
+    }
 }

@@ -69,6 +69,11 @@ impl Ledger {
         self.store.path()
     }
 
+    /// Has its transactions counted there from now on, in seconds.
+    pub fn count_transactions(&self, seconds: prometheus::Histogram) {
+        self.store.count_transactions(seconds);
+    }
+
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
         self.store.read(|records| look(&records.book))

@@ -11,6 +11,7 @@ mod page;
 mod parse;
 mod prefetch;
 mod pull;
+mod usage;
 mod verify;
 mod watch;
 
@@ -41,6 +42,7 @@ use crate::{
     reclaim::{Reclaimer, Waiting},
     spares::Spares,
     status::StatusSource,
+    usage::Usage,
 };
 
 /// `cowshed.v1.Cowshed`.
@@ -75,6 +77,8 @@ pub struct Api {
     pub spares: Spares,
     /// How long Acquires have taken.
     pub latencies: Latencies,
+    /// Who takes how much of the pool.
+    pub usage: Arc<Usage>,
     /// Counts calls.
     pub metrics: Metrics,
 }
@@ -370,6 +374,13 @@ impl Cowshed for Api {
             Ok(v1::RunGcResponse { report: Some(gc::ran(&ran)) })
         })
         .await
+    }
+
+    async fn get_usage(
+        &self,
+        request: Request<v1::GetUsageRequest>,
+    ) -> Result<Response<v1::GetUsageResponse>, Status> {
+        self.metered("GetUsage", async |_| usage::usage(&self.usage, &request.into_inner()).await).await
     }
 
     async fn get_status(

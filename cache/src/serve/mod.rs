@@ -216,6 +216,9 @@ fn scrape(
         look.iter().for_each(|look| look());
         let (source, metrics) = (source.clone(), metrics.clone());
         Box::pin(async move {
+            if let Some(usage) = source.usage.get() {
+                usage.count().await;
+            }
             let pool = source.kernel.pool().await;
             let ledger = source.ledger.get().ok();
             metrics.scrape(ledger.as_ref(), pool.ok().as_ref(), &source.admission.limits)
@@ -304,7 +307,7 @@ pub async fn serve_snapshotter(config: Config) -> Result<(), ServeError> {
     }
     tokio::spawn(provision::see_to_waiting(config.pool.name.clone()));
     let tasks = Tasks::default();
-    tokio::spawn(work::sweep(work::containerd(&config), tasks.clone()));
+    tokio::spawn(work::keep_sweeping(work::containerd(&config), tasks.clone()));
     let connected = plugin.connected();
     tokio::spawn(async move {
         connected.wait().await;

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Mutex},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use cowshed_pool::Standing;
@@ -45,12 +45,14 @@ use crate::{
     spares::{Spares, refill::Refiller},
     status::StatusSource,
     tasks::Tasks,
+    usage::Usage,
     writes::Writes,
 };
 
 const REACH_RETRY: Duration = Duration::from_secs(2);
 const FIRST_SWEEP_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_SWEEP_RETRY: Duration = Duration::from_secs(10);
+const BETWEEN_SWEEPS: Duration = Duration::from_secs(10);
 
 /// What is there without a ledger.
 pub(super) struct Ground {
@@ -105,6 +107,7 @@ impl Ground {
     }
 
     pub(super) async fn begin(self, Opened { ledger, .. }: Opened) -> Work {
+        ledger.count_transactions(self.metrics.transactions());
         let api = self.assemble(&ledger);
         let reclaimer = api.reclaimer.clone();
         if let Err(error) = reclaimer.recover().await {
@@ -138,7 +141,7 @@ impl Ground {
         let every = Duration::from_secs(self.config.admission.look_seconds);
         tokio::spawn(writes.watch(every, self.stopped.clone()));
         // It makes containerd connect to the snapshotter, if nothing else does.
-        tokio::spawn(sweep(self.source.containerd.clone(), self.tasks.clone()));
+        tokio::spawn(keep_sweeping(self.source.containerd.clone(), self.tasks.clone()));
         Work { reclaiming, ledger }
     }
 
@@ -191,6 +194,11 @@ impl Ground {
             metrics: self.metrics.clone(),
             tasks: self.tasks.clone(),
         }));
+        // As for the images.
+        let _first = self.source.evictor.set(evictor.clone());
+        let usage =
+            Arc::new(Usage::new(ledger.clone(), kernel.clone(), evictor.clone(), self.metrics.clone()));
+        let _first = self.source.usage.set(usage.clone());
         let room: Arc<dyn MakesRoom> =
             if self.config.gc.enabled { Arc::new(evictor.clone()) } else { Arc::new(NoRoom) };
         let acquirer = Acquirer {
@@ -238,6 +246,7 @@ impl Ground {
             waiting,
             spares,
             latencies: Latencies::default(),
+            usage,
             metrics: self.metrics.clone(),
         }
     }
@@ -261,6 +270,8 @@ pub(super) fn source(config: &Config, ledger: LedgerSlot, plugin: Option<&Served
         images: std::sync::OnceLock::new(),
         prefetcher: std::sync::OnceLock::new(),
         spares: std::sync::OnceLock::new(),
+        evictor: std::sync::OnceLock::new(),
+        usage: std::sync::OnceLock::new(),
         connected: plugin.map(Served::connected),
         started_at: SystemTime::now(),
     })
@@ -312,9 +323,20 @@ async fn reach_snapshotter(containerd: Arc<Containerd>) {
     }
 }
 
+/// Sweeps up what our last end has left, and each end of containerd's.
+pub(super) async fn keep_sweeping(containerd: Arc<Containerd>, tasks: Tasks) {
+    loop {
+        sweep(containerd.clone(), tasks.clone()).await;
+        let swept = Instant::now();
+        containerd.ended().await;
+        // One that comes and goes is not asked for more and more.
+        tokio::time::sleep(BETWEEN_SWEEPS.saturating_sub(swept.elapsed())).await;
+    }
+}
+
 /// Sweeps up what a crash has left, once containerd answers: again until it succeeds. A stop waits for the one under way,
 /// so that nothing of it is left.
-pub(super) async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
+async fn sweep(containerd: Arc<Containerd>, tasks: Tasks) {
     let mut pause = FIRST_SWEEP_RETRY;
     loop {
         let (done, outcome) = oneshot::channel();

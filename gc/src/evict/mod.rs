@@ -27,6 +27,7 @@ mod protection;
 mod rank;
 mod room;
 mod spares;
+mod takes;
 mod tally;
 
 use cowshed_leases::UnixMicros;
@@ -41,6 +42,7 @@ pub use plan::{Action, Bound, Help, Outcome, Plan, Reason, Source, Step};
 pub use policy::{Floor, Growth, Limits, Marks, MarksError, Policy, Trigger, Yields, Young};
 pub use protection::Protection;
 pub use room::{Bytes, Kind, Room, Share, ShareError};
+pub use takes::{Takes, takes};
 
 /// Decides what to do now. The same inventory gives the same plan, and the plan of what a plan has left is empty.
 pub fn plan(occupancy: &Occupancy, policy: &Policy, trigger: Trigger, now: UnixMicros) -> Plan {

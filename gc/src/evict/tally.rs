@@ -100,6 +100,11 @@ impl<'a> Tally<'a> {
     /// What comes back, at the least, if these go.
     pub(super) fn gain(&self, going: &[At]) -> Room {
         let own: Room = going.iter().map(|at| self.items[at.0].own).sum();
+        own.plus(self.layers_of(going))
+    }
+
+    /// The layers on which nothing but these stands.
+    pub(super) fn layers_of(&self, going: &[At]) -> Room {
         let mut left: Vec<usize> =
             going.iter().flat_map(|at| self.items[at.0].layers.iter().copied()).collect();
         left.sort_unstable();
@@ -107,7 +112,12 @@ impl<'a> Tally<'a> {
             .chunk_by(|a, b| a == b)
             .filter(|users| self.layers[users[0]].by == users.len())
             .map(|users| self.layers[users[0]].own);
-        own.plus(freed.sum())
+        freed.sum()
+    }
+
+    /// The layers that it stands on, whoever else does.
+    pub(super) fn layers_below(&self, at: At) -> Room {
+        self.items[at.0].layers.iter().map(|layer| self.layers[*layer].own).sum()
     }
 
     /// It goes; says what comes back.

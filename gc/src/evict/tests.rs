@@ -357,3 +357,24 @@ comes back: 1 B data; still lacking: 20 B data
     run(&mut fake, &plan);
     assert_eq!(super::plan(&fake.seen, &policy, Trigger::Pressure, NOW).steps, []);
 }
+
+/// Data of the layers that only the image and its disks stand on, of all its layers, and its disks.
+#[test]
+fn what_an_image_takes_is_told_without_its_disks_own() {
+    let mut world = World::new(1000, &[(None, 100), (Some(0), 30), (Some(0), 5), (None, 7)])
+        .image("app", 1, 0)
+        .image("other", 2, 0)
+        .image("lone", 3, 0)
+        .lease(1, 1, 50)
+        .spare(2, 1, 2)
+        .lease(3, 3, 9);
+    let told = |world: &World| -> Vec<(String, u64, u64, usize)> {
+        let all = takes(&world.seen).into_iter();
+        all.map(|(target, takes)| (target.0, takes.alone.data.0, takes.layers.data.0, takes.disks)).collect()
+    };
+    let of = |name: &str, alone, layers, disks| (format!("target-of-{name}"), alone, layers, disks);
+    assert_eq!(told(&world), [of("app", 30, 130, 2), of("lone", 7, 7, 1), of("other", 5, 105, 0)]);
+    // Somebody else stands on one of them.
+    world.seen.layers.get_mut(&layer_id(3)).unwrap().others = 1;
+    assert_eq!(told(&world)[1], of("lone", 0, 7, 1));
+}

@@ -304,6 +304,19 @@ impl Pool for DeviceMapper {
         }
     }
 
+    fn passes_discards(&self) -> Result<bool, DeviceError> {
+        let (_, status) = self.status()?;
+        Ok(table::passes_discards(&status))
+    }
+
+    fn discard(&self, name: &DeviceName, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        let path = name.path();
+        let device =
+            File::options().write(true).open(&path).map_err(|e| said(&format!("opening {path}"), e))?;
+        ioctl::discard(&device, from, bytes)
+            .map_err(|e| said(&format!("discarding {bytes} bytes of {path} from {from} on"), e))
+    }
+
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError> {
         let options = DmOptions::default().set_flags(DmFlags::DM_SUSPEND);
         let suspended = self.dm.device_suspend(&id(name.as_str())?, options);

@@ -7,7 +7,7 @@
 
 use std::{fs::File, io, os::fd::AsRawFd as _};
 
-use nix::{errno::Errno, libc, request_code_readwrite};
+use nix::{errno::Errno, libc, request_code_none, request_code_readwrite};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// `struct dm_ioctl` (kernel: include/uapi/linux/dm-ioctl.h), version 4.
@@ -52,6 +52,14 @@ pub(super) fn arm_poll(control: &File) -> Result<(), Errno> {
 pub(super) fn readable(control: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: the file is what is registered, owned by the result, and closed when that is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(control, Interest::READABLE) }?)
+}
+
+/// `BLKDISCARD`: the device forgets a range of its bytes (kernel: include/uapi/linux/fs.h).
+pub(super) fn discard(device: &File, from: u64, bytes: u64) -> Result<(), Errno> {
+    let range = [from, bytes];
+    // SAFETY: the kernel reads two 64-bit numbers for this request, which live across the call, and `device` is open.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), request_code_none!(0x12, 119), range.as_ptr()) };
+    Errno::result(done).map(drop)
 }
 
 fn call(control: &File, command: u8, name: &str) -> Result<(), Errno> {

@@ -27,6 +27,9 @@ use crate::{
 /// Names of devices begin so, and their uuids (in capitals): what a udev rule and an operator know them by.
 pub const PREFIX: &str = "cowshed-";
 
+/// Names of devices that are being trimmed end so.
+const TRIM: &str = ".trim";
+
 /// The name of a snapshot's device, and its uuid; made here and nowhere else.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceName(String);
@@ -51,6 +54,17 @@ impl DeviceName {
     /// The uuid of this device.
     pub fn uuid(&self) -> String {
         self.0.to_ascii_uppercase()
+    }
+
+    /// What the same thin device is called while it is trimmed: nobody knows that name, so nobody opens it.
+    pub(crate) fn while_trimmed(&self) -> Self {
+        Self(format!("{}{TRIM}", self.0))
+    }
+
+    /// The same, of a name that [`Self::while_trimmed`] made with this store id.
+    pub(crate) fn parse_while_trimmed(name: &str, store_id: &str) -> Option<Self> {
+        let id = Self::parse(name.strip_suffix(TRIM)?, store_id)?;
+        Some(Self::new(store_id, id).while_trimmed())
     }
 
     /// Where it can be opened.
@@ -227,6 +241,10 @@ pub trait Pool: Send + Sync {
     fn deactivate(&self, name: &DeviceName) -> Result<Deactivated, DeviceError>;
     /// Makes all that was written to a device durable.
     fn flush(&self, name: &DeviceName) -> Result<(), DeviceError>;
+    /// Whether what is discarded of a device is discarded on the disk below the pool as well.
+    fn passes_discards(&self) -> Result<bool, DeviceError>;
+    /// Has a device forget a range of its bytes: of blocks that are in it as a whole, those that it alone maps are free then.
+    fn discard(&self, name: &DeviceName, from: u64, bytes: u64) -> Result<(), DeviceError>;
     /// Stops a device's I/O, with what is mounted of it flushed and frozen.
     fn suspend(&self, name: &DeviceName) -> Result<(), DeviceError>;
     /// Lets it go on.
@@ -245,7 +263,21 @@ pub trait Pool: Send + Sync {
 
 #[cfg(test)]
 mod tests {
-    use super::{PoolEvents, PoolMode};
+    use super::{DeviceName, PoolEvents, PoolMode, SnapshotId};
+
+    #[test]
+    fn names_say_what_they_are_of() {
+        let name = DeviceName::new("5ab", SnapshotId(7));
+        assert_eq!(DeviceName::parse(name.as_str(), "5ab"), Some(SnapshotId(7)));
+        let trimmed = name.while_trimmed();
+        assert_eq!(DeviceName::parse(trimmed.as_str(), "5ab"), None, "{trimmed}");
+        assert_eq!(DeviceName::parse_while_trimmed(trimmed.as_str(), "5ab"), Some(trimmed.clone()));
+        for other in
+            [name.as_str(), "cowshed-other-7.trim", "cowshed-5ab-.trim", "cowshed-5ab-07.trim", ".trim"]
+        {
+            assert_eq!(DeviceName::parse_while_trimmed(other, "5ab"), None, "{other}");
+        }
+    }
 
     #[test]
     fn a_pool_that_stopped_and_went_on_has_told_two_events() {

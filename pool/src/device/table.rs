@@ -161,6 +161,14 @@ pub fn parse_pool_mode(status: &[Target]) -> Result<PoolMode, String> {
     }
 }
 
+/// Whether a `thin-pool`'s status says that it passes discards on. It does not if the disk below takes none, or none as small.
+pub fn passes_discards(status: &[Target]) -> bool {
+    let words = |(_, _, kind, status): &Target| {
+        kind == "thin-pool" && status.split_ascii_whitespace().any(|word| word == "discard_passdown")
+    };
+    status.first().is_some_and(words)
+}
+
 fn mode(words: &[&str]) -> PoolMode {
     if words.contains(&"needs_check") {
         PoolMode::NeedsCheck
@@ -273,6 +281,14 @@ mod tests {
         for (rest, mode) in modes {
             assert_eq!(status(&format!("0 1/2 3/4 {rest}")).unwrap().mode, mode, "{rest}");
             assert_eq!(parse_pool_mode(&target(8, "thin-pool", &format!("0 1/2 3/4 {rest}"))), Ok(mode));
+        }
+        for (text, passes) in [
+            ("0 1/2 3/4 - rw discard_passdown queue_if_no_space - 1024", true),
+            ("0 1/2 3/4 - rw no_discard_passdown queue_if_no_space - 1024", false),
+            ("0 1/2 3/4 - rw ignore_discard queue_if_no_space - 1024", false),
+            ("Fail", false),
+        ] {
+            assert_eq!(passes_discards(&target(8, "thin-pool", text)), passes, "{text}");
         }
         for failed in ["Fail", "Error"] {
             assert_eq!(status(failed).unwrap().mode, PoolMode::Failed, "{failed}");

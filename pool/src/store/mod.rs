@@ -92,6 +92,11 @@ impl<S: Stored> Store<S> {
         &self.path
     }
 
+    /// Has its transactions counted there from now on, in seconds; the first to say so counts.
+    pub fn count_transactions(&self, seconds: prometheus::Histogram) {
+        let _counted_already = self.handle.0.seconds.set(seconds);
+    }
+
     /// Looks at what is durable, and at what was written behind.
     pub fn read<T>(&self, look: impl FnOnce(&S) -> T) -> T {
         look(&self.handle.0.published.read().unwrap_or_else(PoisonError::into_inner))

@@ -4,11 +4,12 @@ use std::{
     io,
     path::{Path, PathBuf},
     process,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use prometheus::Histogram;
 use rusqlite::{Connection, ErrorCode};
 use tokio::sync::{oneshot, watch};
 
@@ -79,6 +80,8 @@ pub(super) struct Shared<S: Stored> {
     pub(super) shown: watch::Sender<()>,
     /// Something is queued, or no more will be.
     news: Condvar,
+    /// Where transactions are counted, in seconds.
+    pub(super) seconds: OnceLock<Histogram>,
 }
 
 /// The last one to go ends the thread.
@@ -207,7 +210,8 @@ pub(super) fn start<S: Stored>(connection: Connection, state: S, path: PathBuf) 
     let published = RwLock::new(state.clone());
     let book = Mutex::new(Book { state, queued: Vec::new(), closing: None, closed: false });
     let shown = watch::Sender::new(());
-    let shared = Arc::new(Shared { book, published, shown, news: Condvar::new() });
+    let seconds = OnceLock::new();
+    let shared = Arc::new(Shared { book, published, shown, news: Condvar::new(), seconds });
     let writer = Writer { connection, shared: shared.clone(), path };
     thread::Builder::new().name(name).spawn(move || writer.run())?;
     Ok(Handle(shared))
@@ -272,11 +276,16 @@ impl<S: Stored> Writer<S> {
         if changes.peek().is_none() {
             return Ok(());
         }
+        let begun = Instant::now();
         let transaction = self.connection.transaction()?;
         for change in changes {
             S::write(&transaction, change)?;
         }
-        transaction.commit()
+        transaction.commit()?;
+        if let Some(seconds) = self.shared.seconds.get() {
+            seconds.observe(begun.elapsed().as_secs_f64());
+        }
+        Ok(())
     }
 
     /// What a commit's failure means. Does not return if it is not known what the disk holds.
