@@ -244,6 +244,23 @@ pub(crate) const LIVE_MEMORY: Figure = lower(
     "resident memory (VmRSS, 10^6 bytes) of `cowshed serve` with 3,000 leases held; the p50",
 );
 
+pub(crate) const GC_RATE: Figure = ratio(
+    "gc_reclaim_rate_500",
+    "MB/s",
+    2.0,
+    4.0,
+    "how fast what 500 disks had in use, all released at once, is free in the pool again, from the first Release until the kernel \
+     says so, while disks are asked for; against a launcher that uses containerd alone. The rates' ratio",
+);
+pub(crate) const GC_STALL: Figure = ratio(
+    "gc_longest_stall_500",
+    "ms",
+    20.0,
+    50.0,
+    "the longest that an Acquire took meanwhile, a spare or none, against the longest that a launch by containerd alone took \
+     while its own disks were reclaimed; the sides' percentiles are those of all of them",
+);
+
 /// Of the benchmark `snapshots`, in the order in which they are told.
 pub(crate) const ALL: [&Figure; 8] =
     [&PREPARE, &AT_ONCE, &CYCLES, &RECLAIM, &UNPACK, &PREPARE_STARTS, &REMOVE_STARTS, &MEMORY];
@@ -267,12 +284,16 @@ pub(crate) const ACQUIRE: [&Figure; 11] = [
     &OFFER,
 ];
 
+/// Of the benchmark `gc`.
+pub(crate) const GC: [&Figure; 2] = [&GC_RATE, &GC_STALL];
+
 /// Of a benchmark by its name.
 pub(crate) fn of(benchmark: &str) -> &'static [&'static Figure] {
     match benchmark {
         "snapshots" => &ALL,
         "images" => &IMAGES,
         "acquire" => &ACQUIRE,
+        "gc" => &GC,
         _ => &[],
     }
 }

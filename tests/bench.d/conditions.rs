@@ -11,6 +11,7 @@ use crate::{
 };
 
 const RCU: &str = "/sys/kernel/rcu_expedited";
+const CONTAINERD: &str = "/etc/containerd/config.toml";
 
 pub(crate) fn rcu_expedited() -> Outcome<u8> {
     Ok(text(RCU)?.parse()?)
@@ -65,6 +66,25 @@ pub(crate) fn of_acquire(effort: Effort, status: &GetStatusResponse, standing: u
             "peer_configuration": "devmapper: async_remove, discard_blocks, base_image_size 1GB, ext4; lvcreate: a thin pool \
                 of its own, LVM2's defaults, the origin not active; reflink: mkfs.xfs with reflink=1 on a logical volume, \
                 loop devices with direct I/O",
+        }),
+    )
+}
+
+/// `status` is the service's.
+pub(crate) fn of_gc(effort: Effort, status: &GetStatusResponse) -> Outcome<Value> {
+    let containerd = status.containerd.as_ref().ok_or("the service has no containerd")?;
+    let configuration = text(CONTAINERD)?;
+    let settings = ["discard_blocks", "async_remove", "pause_threshold", "mutation_threshold"];
+    let lines = configuration.lines().map(str::trim);
+    let of_peer: Vec<&str> =
+        lines.filter(|line| settings.iter().any(|name| line.starts_with(name))).collect();
+    merged(
+        of_machine()?,
+        json!({
+            "sides": { "ours": "cowshed serve on the cowshed snapshotter", "peer": "containerd alone, devmapper" },
+            "effort": format!("{effort:?}").to_lowercase(),
+            "containerd": containerd.version,
+            "peer_configuration": of_peer.join(", "),
         }),
     )
 }

@@ -9,6 +9,7 @@ mod cowshed;
 mod cycles;
 mod devices;
 mod execs;
+mod gc;
 mod images;
 mod memory;
 mod pictures;
@@ -44,6 +45,8 @@ enum Verb {
     Images(images::Options),
     /// Disks for VMs, by Cowshed and by other means.
     Acquire(acquire::Options),
+    /// What is released comes back, by Cowshed and by containerd alone.
+    Gc(gc::Options),
     /// Writes BENCHMARKS.md and its plots from results.
     Render {
         /// Where the results NAME.json and NAME.meta.json are.
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Verb::Snapshots(options) => snapshots::run(options),
         Verb::Images(options) => images::run(options),
         Verb::Acquire(options) => acquire::run(options),
+        Verb::Gc(options) => gc::run(options),
         Verb::Render { results, page, plots } => render::render(&results, &page, &plots),
     };
     match done {

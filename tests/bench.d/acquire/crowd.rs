@@ -1,8 +1,6 @@
 //! Hits while many written disks, all released at once, are being reclaimed.
 
 use std::{
-    fs::OpenOptions,
-    os::unix::fs::FileExt as _,
     pin::pin,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
@@ -19,7 +17,7 @@ use crate::{
     Outcome,
     acquire::{
         Bench,
-        disks::{Disk, all_different},
+        disks::{Disk, WRITTEN, all_different, write_all},
         service::{SHELF, Service},
     },
     catalogue::CROWD,
@@ -27,10 +25,6 @@ use crate::{
     snapshots::meta,
 };
 
-/// How much of each disk is in use when it is released.
-const WRITTEN: u64 = 64 << 20;
-/// Where, past the filesystem's first part.
-const FROM: u64 = 256 << 20;
 /// Between two hits: fewer than can be made again meanwhile.
 const PACE: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(900);
@@ -140,21 +134,4 @@ async fn reclaim(service: &Service, crowd: &[Disk], free_again: u64) -> Outcome 
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-}
-
-/// Has the pool give each disk as many blocks as would be written.
-async fn write_all(disks: &[Disk], block: u64) -> Outcome {
-    let paths: Vec<String> = disks.iter().map(|disk| format!("/dev/mapper/{}", disk.device)).collect();
-    tokio::task::spawn_blocking(move || {
-        let noise = vec![0x5a; 4096];
-        for path in paths {
-            let file = OpenOptions::new().write(true).open(path)?;
-            for number in 0..WRITTEN / block {
-                file.write_all_at(&noise, FROM + number * block)?;
-            }
-            file.sync_all()?;
-        }
-        Ok(())
-    })
-    .await?
 }

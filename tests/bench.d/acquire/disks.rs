@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, File},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    fs::{self, File, OpenOptions},
+    os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _},
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -13,6 +13,11 @@ use rustix::fs::{major, minor};
 use tokio::process::Command;
 
 use crate::Outcome;
+
+/// How much of each written disk is in use when it is released, in bytes.
+pub(crate) const WRITTEN: u64 = 64 << 20;
+/// Where, past the filesystem's first part.
+const FROM: u64 = 256 << 20;
 
 /// A disk that a VM could boot from.
 #[derive(Clone, Debug)]
@@ -91,4 +96,21 @@ pub(crate) async fn run(program: &str, arguments: &[&str]) -> Outcome<String> {
 /// Waits until udev has nothing to do.
 pub(crate) async fn settle() -> Outcome {
     run("udevadm", &["settle", "--timeout=120"]).await.map(drop)
+}
+
+/// Has the pool, whose blocks have so many bytes, give each disk as many as would be written.
+pub(crate) async fn write_all(disks: &[Disk], block: u64) -> Outcome {
+    let paths: Vec<String> = disks.iter().map(|disk| format!("/dev/mapper/{}", disk.device)).collect();
+    tokio::task::spawn_blocking(move || {
+        let noise = vec![0x5a; 4096];
+        for path in paths {
+            let file = OpenOptions::new().write(true).open(path)?;
+            for number in 0..WRITTEN / block {
+                file.write_all_at(&noise, FROM + number * block)?;
+            }
+            file.sync_all()?;
+        }
+        Ok(())
+    })
+    .await?
 }

@@ -3,14 +3,14 @@
 mod base;
 mod bursts;
 mod crowd;
-mod disks;
+pub(crate) mod disks;
 mod floor;
 mod hits;
 mod live;
 mod lvm;
 mod reflink;
-mod service;
-mod stock;
+pub(crate) mod service;
+pub(crate) mod stock;
 mod sustained;
 
 use std::{collections::BTreeMap, time::Instant};
@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// What VMs want.
-const IMAGE: &str = "127.0.0.1:5000/cowshed/app:1";
+pub(crate) const IMAGE: &str = "127.0.0.1:5000/cowshed/app:1";
 /// Disks that each side has besides those that are measured.
 const STANDING: usize = 10;
 

@@ -50,9 +50,14 @@ impl Stock {
         self.side.drop_lease(&disk.key).await
     }
 
+    /// Has containerd collect what was released.
+    pub(crate) async fn collect(&self) -> Outcome {
+        self.side.collect().await
+    }
+
     /// Waits until released disks are gone.
     pub(crate) async fn gone(&self, disks: &[Disk]) -> Outcome {
-        self.side.collect().await?;
+        self.collect().await?;
         let disks: Vec<side::Disk> = disks.iter().map(of_side).collect();
         devices::wait_gone(&disks).await
     }
