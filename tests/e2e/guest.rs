@@ -4,24 +4,19 @@
 //! prints as a table.
 
 use std::{
-    fs::{self, File},
-    io::{BufRead as _, BufReader, Write as _},
-    process::Child,
-    sync::mpsc::{Receiver, channel},
-    thread,
+    fs,
+    io::Write as _,
     time::{Duration, Instant},
 };
-
-use serde_json::{Value, json};
-use tempfile::TempDir;
 
 use crate::{
     Test,
     support::{
-        Outcome, PATIENCE, check,
-        command::{lines, number, sh, spawn, text},
+        Outcome, check,
+        command::{lines, number, sh, text},
         containerd,
         cow::{Disk, acquire, collect, cowshed, host, image, lease, service_pid, thin_devices, wait_serving},
+        guest::{Guest, Habits},
         same, wait_at_most, wait_for,
     },
 };
@@ -29,162 +24,11 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[("writes_on_whatever_happens_to_its_lease", writes_on)];
 
 const VM: &str = "guest-writes";
-/// A boot, when the machine has much else to do.
-const BOOT: Duration = Duration::from_secs(900);
 /// From the guest's end to the disk's.
 const BOUND: Duration = Duration::from_secs(60);
 /// Instead of the configuration's 300 s.
 const GRACE: &str = "5";
-
-/// Appends a block, has it on the disk, reads it from there, counts; until it is told to end. Then it reads all again.
-const PROGRAM: &str = r#"
-import os, sys, time
-
-SIZE = 65536
-journal = os.open("journal", os.O_RDWR | os.O_CREAT | os.O_APPEND)
-console = os.open("/dev/hvc0", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
-
-def block(n):
-    return (b"block %d of this guest " % n * SIZE)[:SIZE]
-
-def check(n):
-    os.posix_fadvise(journal, n * SIZE, SIZE, os.POSIX_FADV_DONTNEED)
-    if os.pread(journal, SIZE, n * SIZE) != block(n):
-        sys.exit(f"block {n} has changed")
-
-def told_to_end():
-    try:
-        return b"end" in os.read(console, 100)
-    except BlockingIOError:
-        return False
-
-count = 0
-while not told_to_end():
-    if os.write(journal, block(count)) != SIZE:
-        sys.exit(f"block {count} was written in part")
-    os.fsync(journal)
-    check(count)
-    count += 1
-    print("count", count, flush=True)
-    time.sleep(0.5)
-for n in range(count):
-    check(n)
-print("all", count, "blocks are there", flush=True)
-"#;
-
-/// The guest, and what it says.
-struct Guest {
-    child: Child,
-    lines: Receiver<String>,
-    /// What is written here, the guest reads.
-    console: File,
-    count: u64,
-    _directory: TempDir,
-}
-
-impl Guest {
-    /// Boots one from the disk in an acquire's reply.
-    fn boot(reply: &Value) -> Outcome<Self> {
-        // Where the kernel can, QEMU need not emulate a processor on one that is emulated.
-        let accel = sh("modprobe kvm_amd 2> /dev/null || modprobe kvm_intel 2> /dev/null || true
-            [ ! -e /dev/kvm ] || echo COWSHED_ACCEL=kvm")?;
-        let directory = tempfile::tempdir()?;
-        let at = |name: &str| directory.path().join(name).display().to_string();
-        let mut process = reply["lease"]["process"].clone();
-        process["entrypoint"] = json!(["/usr/bin/python3", "-c", PROGRAM]);
-        process["cmd"] = json!([]);
-        // The console is root's.
-        process["user"] = json!("");
-        fs::write(at("process"), process.to_string())?;
-        sh(&format!("mkfifo {}", at("input")))?;
-        let console = File::options().read(true).write(true).open(at("input"))?;
-        let script = format!(
-            "{} $(dirname $(readlink -f $(command -v cowshed-host)))/boot-guest --disk {} --process {} --input {} --loglevel 4 --timeout 3000 2>&1",
-            accel.trim(),
-            text(reply, "/lease/device/path")?,
-            at("process"),
-            at("input"),
-        );
-        let mut child = spawn("bash", &["-c", &script])?;
-        let output = BufReader::new(child.stdout.take().ok_or("no console")?);
-        let (sender, lines) = channel();
-        thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        Ok(Self { child, lines, console, count: 0, _directory: directory })
-    }
-
-    /// Waits until it has written twice more: the second time began after this call.
-    fn writes_on(&mut self, after: &str) -> Outcome {
-        while let Ok(line) = self.lines.try_recv() {
-            self.hear(&line, after)?;
-        }
-        let until = self.count + 2;
-        while self.count < until {
-            let line = self.next_line(PATIENCE, after)?;
-            self.hear(&line, after)?;
-        }
-        Ok(())
-    }
-
-    fn next_line(&self, patience: Duration, after: &str) -> Outcome<String> {
-        let line = self.lines.recv_timeout(patience);
-        line.map_err(|e| format!("the guest says nothing more, {after}, after {}: {e}", self.count).into())
-    }
-
-    /// While it writes it says one number after the other. Its kernel may complain of a clock or a processor that is slow,
-    /// which an emulated one is, and of nothing else.
-    fn hear(&mut self, line: &str, after: &str) -> Outcome {
-        let of_kernel = line.trim_start().starts_with('[');
-        if of_kernel
-            && ["clocksource", "rcu", "hrtimer", "lockup", "stall"].iter().any(|slow| line.contains(slow))
-        {
-            return Ok(());
-        }
-        let next = format!("count {}", self.count + 1);
-        same!(line, next, "what the guest says, {after}");
-        self.count += 1;
-        Ok(())
-    }
-
-    /// Waits for its first block.
-    fn has_booted(&mut self) -> Outcome {
-        let mut said = String::new();
-        loop {
-            let line = self.next_line(BOOT, &format!("having said {said:?}"))?;
-            if line == "count 1" {
-                self.count = 1;
-                return Ok(());
-            }
-            check!(!line.starts_with("GUEST-ERROR"), "the guest does not start: {said}{line}");
-            said += &(line + "\n");
-        }
-    }
-
-    /// Tells it to end, and waits until it has read all again and shut down.
-    fn end(mut self) -> Outcome<u64> {
-        self.console.write_all(b"end\n")?;
-        let mut said = Vec::new();
-        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
-            match line.strip_prefix("count ") {
-                Some(count) => self.count = count.parse()?,
-                None if line.is_empty() => {}
-                None => said.push(line),
-            }
-        }
-        let all = format!("all {} blocks are there", self.count);
-        // The console says first what was typed.
-        same!(said, ["end", &all, "GUEST-EXIT 0"], "what the guest says at its end");
-        same!(self.child.wait()?.code(), Some(0), "the guest's status");
-        Ok(self.count)
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // They may have ended. boot-guest waits for its QEMU, whatever it is told.
-        let _told = sh(&format!("kill {} 2> /dev/null; pkill -x qemu-system-x86 || true", self.child.id()));
-        let _reaped = self.child.wait();
-    }
-}
+const HABITS: Habits = Habits { block: 64 << 10, pause: Duration::from_millis(500) };
 
 /// What is told of the run, for people.
 struct Transcript(Instant);
@@ -299,7 +143,7 @@ fn the_story() -> Outcome {
     let disk = Disk::of(&reply["lease"])?;
     transcript.line(0, "granted", &format!("{VM} has {}, thin id {}, of {app}", disk.path, disk.thin_id))?;
     let identity = identity(&disk)?;
-    let mut guest = Guest::boot(&reply)?;
+    let mut guest = Guest::boot(VM, &reply, HABITS)?;
     guest.has_booted()?;
     let mut scene = Scene { transcript, guest, disk, identity };
     scene.after("the guest has booted from it, and writes", "granted")?;

@@ -4,6 +4,7 @@
 mod bad_input;
 mod broken_pool;
 mod broken_state;
+mod fillup;
 mod gc;
 mod guest;
 mod held;
@@ -88,7 +89,12 @@ fn main() -> ExitCode {
             Trial::test(name.clone(), move || timed(name, *test))
         })
     });
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    // These want another pool: see `tests/fillup`.
+    let small = fillup::TESTS.iter().map(|(name, test)| {
+        let name = format!("fillup::{name}");
+        Trial::test(name.clone(), move || timed(name, *test)).with_ignored_flag(true)
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.chain(small).collect());
     tell_slowest();
     conclusion.exit_code()
 }

@@ -9,6 +9,7 @@ pub(crate) mod cow;
 pub(crate) mod cowshed;
 pub(crate) mod fake_image;
 pub(crate) mod fake_registry;
+pub(crate) mod guest;
 pub(crate) mod registry_log;
 pub(crate) mod second;
 #[path = "../../support/snapshots.rs"]
