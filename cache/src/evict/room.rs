@@ -21,6 +21,9 @@ const COMES_WITHIN: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
 /// So long it counts that nothing was to be had.
 const BARREN: Duration = Duration::from_secs(1);
+/// So long the next ones are told so at once even then, while it is looked at anew behind the answer: a full pool refuses
+/// without delay.
+const REMEMBERED: Duration = Duration::from_secs(15);
 /// Before its caller is gone he is told that it takes longer: so long before, and at least so much of his time.
 const MARGIN: Duration = Duration::from_millis(200);
 /// More than is lacking is made, so that not each disk has to wait for some: this part of the pool.
@@ -109,22 +112,27 @@ pub(crate) fn deadline(patience: Duration) -> Instant {
 }
 
 impl Evictor {
-    /// Joins the run for those who would be refused, or begins it; unless a moment ago there was nothing to be had.
+    /// Joins the run for those who would be refused, or begins it. If there was nothing to be had lately that is the answer,
+    /// whatever comes of it.
     fn join(self: &Arc<Self>, refused: &Error) -> Result<Flight> {
         let mut latest = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, error)) = &latest.barren
+        let barren = latest.barren.clone().filter(|(at, _)| at.elapsed() < REMEMBERED);
+        if let Some((at, error)) = &barren
             && at.elapsed() < BARREN
         {
             return Err(error.clone());
         }
         // One that has crashed has arrived with nothing.
-        if let Some(flight) = latest.flight.as_ref().filter(|flight| flight.peek().is_none()) {
-            return Ok(flight.clone());
-        }
+        let flight = match latest.flight.as_ref().filter(|flight| flight.peek().is_none()) {
+            Some(flight) => flight.clone(),
+            None => self.begin(&mut latest, refused),
+        };
+        barren.map_or(Ok(flight), |(_, error)| Err(error.retry_after(BARREN)))
+    }
+
+    fn begin(self: &Arc<Self>, latest: &mut Latest, refused: &Error) -> Flight {
         let (sender, arrival) = oneshot::channel();
         let flight = arrival.shared();
-        latest.flight = Some(flight.clone());
-        drop(latest);
         let (this, refused) = (self.clone(), refused.clone());
         let begun = self.tasks.spawn(async move {
             let made = this.make_room(refused).await;
@@ -134,11 +142,9 @@ impl Evictor {
             drop(latest);
             let _nobody_waits = sender.send(made);
         });
-        if !begun {
-            // The service is stopping.
-            self.room.0.lock().unwrap_or_else(PoisonError::into_inner).flight = None;
-        }
-        Ok(flight)
+        // Otherwise the service is stopping.
+        latest.flight = begun.then(|| flight.clone());
+        flight
     }
 
     async fn make_room(self: &Arc<Self>, refused: Error) -> Result<()> {

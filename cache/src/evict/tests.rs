@@ -540,6 +540,30 @@ async fn who_would_be_refused_gets_room_if_there_is_any() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_behind_that() {
+    let host = host();
+    host.fill(TOTAL * 99 / 100);
+    let text = host.make().await.unwrap_err().to_string();
+    host.store.put("old", 100, 9 * DAY);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    assert_eq!(host.make().await.unwrap_err().to_string(), text, "it was waited for");
+    while !host.store.names().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    host.process.acquirer.admission.admit(&host.process.acquirer.kernel).await.unwrap();
+    // Since there was something to be had, it is waited for again.
+    host.store.put("other", 100, 9 * DAY);
+    host.fill(TOTAL * 99 / 100);
+    host.make().await.unwrap();
+    // What was so a while ago does not count.
+    host.fill(TOTAL * 99 / 100);
+    host.make().await.unwrap_err();
+    host.store.put("last", 100, 9 * DAY);
+    tokio::time::advance(Duration::from_secs(16)).await;
+    host.make().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_does_not_wait_so_long_is_told_in_time() {
     let host = host();
     host.store.put("old", 30, 9 * DAY);
