@@ -49,7 +49,7 @@ const GROWING: &str = "data_high_percent = 7\ndata_low_percent = 6\ndata_emergen
 /// New disks are refused when a tenth of the pool is in use.
 const TIGHT: &str = "data_headroom_percent = 90\n";
 /// More than the pool has: all that can go goes.
-pub(crate) const ALL: &str = "20GiB";
+const ALL: &str = "20GiB";
 
 /// The test, on a service with these options, and images that may go however young they are; then as before.
 pub(crate) fn with_gc(gc: &str, pool: &str, test: impl FnOnce() -> Outcome) -> Outcome {
@@ -92,14 +92,14 @@ pub(crate) fn cold(registry: &FakeRegistry, seed: u64, count: u64, mib: u64) -> 
 }
 
 /// `cowshed gc …`, which has to say whether that is enough.
-pub(crate) fn gc(arguments: &[&str], is_enough: bool) -> Outcome<Value> {
+fn gc(arguments: &[&str], is_enough: bool) -> Outcome<Value> {
     let ran = cowshed(&[&["gc", "-o", "json"], arguments].concat())?;
     same!(ran.status, if is_enough { 0 } else { 7 }, "{}{}", ran.stdout, ran.stderr);
     Ok(serde_json::from_str(&ran.stdout)?)
 }
 
 /// Names of the images that its steps are about, with what became of them.
-pub(crate) fn removed(report: &Value, outcome: &str) -> BTreeSet<String> {
+fn removed(report: &Value, outcome: &str) -> BTreeSet<String> {
     let steps = report["steps"].as_array().map(Vec::as_slice).unwrap_or_default();
     let of = |step: &Value| step["remove_image"]["names"].as_array().cloned().unwrap_or_default();
     let steps = steps.iter().filter(|step| step["outcome"] == outcome);
@@ -184,7 +184,7 @@ fn cold_images_go_and_others_stay() -> Outcome {
     evict(&[fetched, marked])
 }
 
-pub(crate) fn metric(name: &str) -> Outcome<f64> {
+fn metric(name: &str) -> Outcome<f64> {
     let text = sh("curl -sf http://127.0.0.1:9850/metrics")?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)).ok_or_else(|| format!("no {name}"))?;
     Ok(line.trim().parse()?)
@@ -285,7 +285,7 @@ fn who_would_be_refused_gets_room() -> Outcome {
     evict_all()
 }
 
-pub(crate) fn pool_total_bytes() -> Outcome<u64> {
+fn pool_total_bytes() -> Outcome<u64> {
     number(&cowshed(&["status", "-o", "json"])?.json()?, "/pool/data_total_bytes")
 }
 
