@@ -18,6 +18,8 @@ use crate::{
 
 /// What was removed is waited for so long.
 const COMES_WITHIN: Duration = Duration::from_secs(20);
+/// If for so long none of it comes, others have taken it, and it is not waited for any more.
+const STANDS_STILL: Duration = Duration::from_secs(4);
 const POLL: Duration = Duration::from_millis(50);
 /// So long it counts that nothing was to be had.
 const BARREN: Duration = Duration::from_secs(1);
@@ -177,13 +179,19 @@ impl Evictor {
         };
         let ran = self.run_in_turn(Trigger::Admission(ample)).await;
         let limit = Instant::now() + COMES_WITHIN;
+        let (mut least, mut came) = (u64::MAX, Instant::now());
         let refused = loop {
             let (judged, is_coming) = match self.pool().await {
                 Ok((pool, usage)) => {
+                    let used = usage.data_used.saturating_add(usage.metadata_used);
+                    if used < least {
+                        (least, came) = (used, Instant::now());
+                    }
                     let settled = pool.settled().used;
                     let (data_used, metadata_used) = (settled.data.0, settled.metadata.0);
                     let settled = PoolUsage { data_used, metadata_used, ..usage.clone() };
-                    (judge(usage), judge(settled).is_ok())
+                    let comes = came.elapsed() < STANDS_STILL && judge(settled).is_ok();
+                    (judge(usage), comes)
                 }
                 Err(error) => (Err(error), false),
             };
