@@ -299,7 +299,12 @@ fn by_bytes() -> Outcome {
     refused.fails(7, &["[QUOTA_EXCEEDED]", &format!("VM {writer}")])?;
     release(writer)?;
     acquire_for("red", "red-next")?;
-    same!(run("cowshed", &["audit"])?.status, 0, "the audit's status");
+    // What was released a moment ago is on its way.
+    wait_for("a clean audit", || {
+        let audited = run("cowshed", &["audit"])?;
+        same!(audited.status, 0, "the audit's status: {audited:?}");
+        Ok(())
+    })?;
     for vm in [writer, other, "red-next"] {
         release_fully(vm)?;
     }

@@ -1,11 +1,14 @@
 //! What an operator sees of the pool and of who takes it, and what the disk below the pool is told of what is free.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::{
     Test,
     support::{
         Outcome,
+        api::block_on,
         audit::pool_used_bytes,
         check,
         command::{number, sh, spawn, text},
@@ -101,6 +104,8 @@ fn who_writes() -> Outcome {
     );
     let mut writing = spawn("bash", &["-c", &script])?;
     let told = (|| {
+        // What somebody has asked for a moment ago, before these disks were there, is told once more.
+        block_on(async { tokio::time::sleep(Duration::from_millis(1_500)).await });
         let once = cowshed(&["top", "--once", "--interval", "2", "-o", "json"])?.json()?;
         same!(text(&once, "/usage/vms/0/vm_id")?, "status-writer", "who writes most: {once}");
         let rate = |vm: &str| -> Outcome<f64> {
