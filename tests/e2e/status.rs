@@ -71,15 +71,22 @@ fn who_takes_most() -> Outcome {
     between("written", number(of(&status, "status-writer")?, "/written_bytes")?, (50, 60))?;
     check!(number(&status, "/pool/data_used_bytes")? > 70 * MIB, "{status}");
     same!(status["rescue"], serde_json::json!([]), "what it is rescued from");
-    // The layers of both images; the file of a row's name is in /images of the host.
-    let images = status["usage"]["images"].as_array().cloned().unwrap_or_default();
-    let bytes = |image: &Value| image["own_bytes"].as_u64().unwrap_or_default();
-    check!(images.len() == 2 && bytes(&images[0]) >= bytes(&images[1]) && bytes(&images[1]) > 0, "{status}");
-    let all = cowshed(&["status", "--top", "100", "-o", "json"])?.json()?;
-    let of_tiny =
-        all["usage"]["images"].as_array().and_then(|images| images.iter().find(|of| of["names"][0] == tiny));
-    same!(of_tiny.map(|of| of["disks"].clone()), Some(serde_json::json!(2)), "disks of {tiny}: {all}");
-    check!(number(&all, "/usage/images_total/disks")? >= 3, "{all}");
+    // Images are looked at every ten seconds.
+    wait_for("the status to tell of both images", || {
+        let status = cowshed(&["status", "--top", "2", "-o", "json"])?.json()?;
+        let images = status["usage"]["images"].as_array().cloned().unwrap_or_default();
+        let bytes = |image: &Value| image["own_bytes"].as_u64().unwrap_or_default();
+        check!(
+            images.len() == 2 && bytes(&images[0]) >= bytes(&images[1]) && bytes(&images[1]) > 0,
+            "{status}"
+        );
+        let all = cowshed(&["status", "--top", "100", "-o", "json"])?.json()?;
+        let images = all["usage"]["images"].as_array().cloned().unwrap_or_default();
+        let of_tiny = images.iter().find(|of| of["names"][0] == tiny).map(|of| of["disks"].clone());
+        same!(of_tiny, Some(serde_json::json!(2)), "disks of {tiny}: {all}");
+        check!(number(&all, "/usage/images_total/disks")? >= 3, "{all}");
+        Ok(())
+    })?;
     same!(
         cowshed(&["status", "--top", "0", "-o", "json"])?.json()?["usage"],
         Value::Null,

@@ -79,7 +79,7 @@ fn vms_total(disks: &Disks) -> v1::VmUsageTotal {
         written_bytes: all.iter().map(|disk| disk.load.written).sum(),
         written_bytes_per_second: disks
             .over
-            .map(|_| all.iter().filter_map(|disk| disk.rate).map(|rate| rate.written).sum()),
+            .map(|_| all.iter().filter_map(|disk| disk.rate).fold(0.0, |sum, rate| sum + rate.written)),
     }
 }
 
