@@ -44,9 +44,6 @@ use crate::{
     tasks::Tasks,
 };
 
-/// So often room is made for who finds that others have taken it.
-const TRIES: usize = 4;
-
 /// What a launcher wants, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
@@ -94,12 +91,14 @@ impl Wish {
 
     /// What is due to its lease: a disk that the VM writes to is expected to have what disks of its image mostly have in the end.
     pub(crate) fn claim(&self, promises: &Promises, limits: &Policy) -> Claim {
-        let size = match (self.mode, self.scratch) {
-            (Mode::CopyOnWrite, _) => u64::MAX,
-            (Mode::SharedReadOnly, scratch) => scratch.map_or(0, |scratch| scratch.size_bytes),
+        let tenant = self.access.tenant.clone();
+        let expected = match (self.mode, self.scratch) {
+            (Mode::CopyOnWrite, _) => promises.expects(limits, &tenant, &self.image.to_string()),
+            (Mode::SharedReadOnly, scratch) => {
+                limits.expected.min(Bytes(scratch.map_or(0, |scratch| scratch.size_bytes)))
+            }
         };
-        let expected = promises.expects(limits, &self.image.to_string());
-        Claim { tenant: self.access.tenant.clone(), expected: expected.min(Bytes(size)) }
+        Claim { tenant, expected }
     }
 
     /// Whether a spare would do.
@@ -407,19 +406,26 @@ impl Acquirer {
         let (promises, limits) = (ledger.promises(), &*admission.limits);
         let instead_of = self.held_by(wish).filter(|_| wish.fresh);
         let ask = |pool: Result<PoolUsage, KernelError>| {
-            let free = pool.ok().map(|pool| admission.to_promise(&pool));
-            promises.promise(limits, id.clone(), &Asked { claim, instead_of: instead_of.as_ref(), free })
+            let free = match pool {
+                Ok(pool) => Some(admission.to_promise(&pool)),
+                // What is free is not promised by who does not know it.
+                Err(error) if limits.overcommit_percent.is_some() => {
+                    return Err(crate::admission::unknown(&error));
+                }
+                Err(_) => None,
+            };
+            let asked = Asked { claim, instead_of: instead_of.as_ref(), free };
+            Ok(promises.promise(limits, id.clone(), &asked))
         };
-        let mut asked = ask(kernel.pool_lately().await);
+        let mut asked = ask(kernel.pool_lately().await)?;
         if matches!(asked, Err(reserve::Refusal::Pool { .. })) {
             // Nobody is refused for what is over.
-            asked = ask(kernel.pool().await);
+            asked = ask(kernel.pool().await)?;
         }
-        // Who waits with others may find that they have taken what was made.
-        for _ in 0..TRIES {
-            let Err(refusal @ reserve::Refusal::Pool { needed, .. }) = &asked else { break };
+        // Who waits with others may find that they have taken what was made, and asks for more; until there is none.
+        while let Err(refusal @ reserve::Refusal::Pool { needed, .. }) = &asked {
             room.make(self.over_limit(refusal), *needed, wish.until).await?;
-            asked = ask(kernel.pool().await);
+            asked = ask(kernel.pool().await)?;
         }
         asked.map_err(|refusal| self.over_limit(&refusal))
     }

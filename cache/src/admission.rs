@@ -124,7 +124,8 @@ fn full(pool: &str, why: &str) -> Error {
     Error::new(Reason::PoolFull, message).with("pool", pool)
 }
 
-fn unknown(error: &KernelError) -> Error {
+/// As it is told when nobody knows how full the pool is.
+pub(crate) fn unknown(error: &KernelError) -> Error {
     match error {
         KernelError::Slow { .. } => Error::new(Reason::NotReady, format!("{error}; try again")),
         KernelError::NoPool(_)

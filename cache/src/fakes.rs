@@ -108,6 +108,10 @@ pub(crate) struct State_ {
     pub(crate) held_elsewhere: BTreeSet<String>,
     /// The device that somebody opens when a snapshot is removed.
     pub(crate) opened_by_removal: Option<String>,
+    /// The device that somebody opens when it is looked at what it maps.
+    pub(crate) opened_by_look: Option<String>,
+    /// How often the pool still answers; always, if `None`.
+    pub(crate) pool_answers: Option<usize>,
     pub(crate) parents: BTreeSet<String>,
     /// Devices that the kernel keeps from being written.
     pub(crate) read_only: BTreeSet<String>,
@@ -380,6 +384,8 @@ impl Kernel for World {
     }
 
     fn mapped(&self, name: &str) -> Result<Option<u64>, KernelError> {
+        let opened = self.state.lock().unwrap().opened_by_look.take_if(|opened| opened == name);
+        opened.iter().for_each(|device| self.set_open(device, 1));
         let written = |s: &State_| s.written.get(name).copied().unwrap_or_default();
         Ok(self.look(|s| s.devices.contains_key(name).then(|| BASE + written(s))))
     }
@@ -393,6 +399,13 @@ impl Kernel for World {
     }
 
     fn pool(&self) -> Result<PoolUsage, KernelError> {
+        match &mut self.state.lock().unwrap().pool_answers {
+            None => {}
+            Some(0) => {
+                return Err(KernelError::Slow { what: "looking at the pool".into(), after: Duration::ZERO });
+            }
+            Some(left) => *left -= 1,
+        }
         Ok(PoolUsage {
             name: "pool".into(),
             data_used: self.look(|s| s.data_used),
@@ -544,7 +557,8 @@ pub(crate) fn start_within(world: &Arc<World>, directory: &Path, limits: Policy)
         let world = world.clone();
         Clock::of(move || world.now())
     };
-    let writes = Arc::new(Writes::new(ledger.clone(), kernel.clone(), world.clone()));
+    let limits = Arc::new(limits);
+    let writes = Arc::new(Writes::new(ledger.clone(), kernel.clone(), world.clone(), limits.clone()));
     let acquirer = Acquirer {
         ledger: ledger.clone(),
         images: world.clone(),
@@ -554,7 +568,7 @@ pub(crate) fn start_within(world: &Arc<World>, directory: &Path, limits: Policy)
             data_headroom_percent: 5,
             metadata_headroom_percent: 5,
             allow_unzeroed: false,
-            limits: Arc::new(limits),
+            limits,
             hindrances: Hindrances::default(),
         },
         room: Arc::new(crate::evict::NoRoom),

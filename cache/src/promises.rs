@@ -9,7 +9,7 @@ use cowshed_gc::{
     evict::Bytes,
     reserve::{Asked, Claim, History, Policy, Refusal, Reserve, Use},
 };
-use cowshed_leases::{Book, Change, LeaseId, Tenant};
+use cowshed_leases::{Book, Change, Lease, LeaseId, Tenant};
 
 use crate::error::{Error, Reason};
 
@@ -55,15 +55,25 @@ impl Promises {
         policy.admit(&self.lock().reserve, asked)
     }
 
-    /// What a disk of the image is expected to write.
-    pub fn expects(&self, policy: &Policy, image: &str) -> Bytes {
-        let learnt = if policy.learns { self.lock().history.expects(image) } else { None };
+    /// What a disk that a tenant has of the image is expected to write.
+    pub fn expects(&self, policy: &Policy, tenant: &Tenant, image: &str) -> Bytes {
+        let learnt = if policy.learns { self.lock().history.expects(tenant, image) } else { None };
         learnt.unwrap_or(policy.expected)
     }
 
-    /// A disk of the image is about to go, of which so much was expected, and has written so much.
-    pub(crate) fn learn(&self, image: &str, expected: Bytes, written: Bytes) {
-        self.lock().history.learn(image, expected, written);
+    /// The disk of this lease has gone, and had written so much. What only shares its image's blocks tells nothing of it.
+    pub(crate) fn learn(&self, policy: &Policy, lease: &Lease, written: Bytes) {
+        if lease.shares.is_some() {
+            return;
+        }
+        // One of before there were promises was expected to write as much as any other.
+        let expected = if lease.expects == 0 { policy.expected } else { Bytes(lease.expects) };
+        self.lock().history.learn(&lease.spec.tenant, &lease.spec.image, expected, written);
+    }
+
+    /// Some time has gone by: what was learnt comes a part nearer to what is expected of a disk of which nothing is known.
+    pub(crate) fn fade(&self, policy: &Policy) {
+        self.lock().history.fade(policy.expected);
     }
 
     /// So much has been written by now.

@@ -129,7 +129,7 @@ async fn what_disks_write_is_seen_and_learnt() {
     let learning = Policy { learns: true, ..limits(Quotas::default()) };
     let process = start_within(&world, directory.path(), learning.clone());
     let promises = process.acquirer.ledger.promises().clone();
-    let write = |lease: &cowshed_leases::Lease, bytes: u64| {
+    let write = |lease: &Lease, bytes: u64| {
         let device = lease.grant().unwrap().device.dm_name.clone();
         world.state.lock().unwrap().written.insert(device, bytes);
     };
@@ -148,10 +148,11 @@ async fn what_disks_write_is_seen_and_learnt() {
     process.settle().await;
     // The next is expected to write as much.
     let name = image().name.to_string();
-    assert_eq!(promises.expects(&learning, &name), Bytes(5 * GIB));
+    assert_eq!(promises.expects(&learning, &Tenant::default(), &name), Bytes(5 * GIB));
+    assert_eq!(promises.expects(&learning, &"blue".parse().unwrap(), &name), Bytes(2 * GIB), "another's");
     let next = process.acquirer.acquire(wish("vm-2")).await.unwrap().lease.clone();
     assert_eq!((next.expects, promises.reserved()), (5 * GIB, Bytes(5 * GIB)));
-    assert_eq!(promises.expects(&limits(Quotas::default()), &name), Bytes(2 * GIB));
+    assert_eq!(promises.expects(&limits(Quotas::default()), &Tenant::default(), &name), Bytes(2 * GIB));
 }
 
 #[tokio::test]
@@ -222,4 +223,42 @@ async fn sums_follow_what_is_taken_back() {
     take(3).await.unwrap();
     let used = ledger.promises().used_by(&Tenant::default());
     assert_eq!(used, Use { leases: 2, bytes: Bytes(20) });
+}
+
+/// Nothing is promised by who does not know what is free.
+#[tokio::test]
+async fn a_pool_that_does_not_answer_when_it_counts_is_no_room() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    leave(&world, 3);
+    let process = start_within(&world, directory.path(), limits(Quotas::default()));
+    process.acquirer.acquire(wish("vm-1")).await.unwrap();
+    // It answers the first look; the one that is to say whether room has come is not answered.
+    world.state.lock().unwrap().pool_answers = Some(1);
+    let refused = process.acquirer.acquire(wish("vm-2")).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::NotReady, "{refused}");
+    assert_eq!(process.acquirer.ledger.promises().reserved(), Bytes(2 * GIB));
+}
+
+/// What is learnt of a disk that goes takes its time, and somebody may open it meanwhile.
+#[tokio::test]
+async fn a_disk_that_is_opened_while_it_is_looked_at_stays_and_is_learnt_of_once() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let learning = Policy { learns: true, ..limits(Quotas::default()) };
+    let process = start_within(&world, directory.path(), learning.clone());
+    let promises = process.acquirer.ledger.promises().clone();
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    let device = lease.grant().unwrap().device.dm_name.clone();
+    process.acquirer.release(back("vm-1")).await.unwrap();
+    world.state.lock().unwrap().opened_by_look = Some(device.clone());
+    for _ in 0..3 {
+        process.settle().await;
+    }
+    assert!(world.look(|s| s.devices.contains_key(&device)), "it is gone while it is open");
+    let expects = || promises.expects(&learning, &Tenant::default(), &image().name.to_string());
+    assert_eq!(expects(), Bytes(2 * GIB), "it is learnt of before it has gone");
+    world.set_open(&device, 0);
+    process.settle().await;
+    assert!(!world.look(|s| s.devices.contains_key(&device)));
+    // It had written nothing: a sixteenth less, once.
+    assert_eq!(expects(), Bytes(2 * GIB - 2 * GIB / 16));
 }

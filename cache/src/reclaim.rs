@@ -511,16 +511,23 @@ impl Reclaimer {
             return LetGo::Done;
         }
         let Some(lease) = self.ledger.read(|book| book.get(id).cloned()) else { return LetGo::Done };
+        // It takes its time, so the fence comes after it.
+        let written = self.writes.of(&lease).await;
         if let Some(why) = self.device_use(&lease).await.hinders() {
             return LetGo::Fenced(why);
         }
-        self.writes.learn(&lease).await;
         let key = id.snapshot_key();
         let gone = async {
             self.snapshots.remove(&key).await?;
             self.snapshots.delete_lease(&key, false).await
         };
-        gone.await.map_or_else(|error| LetGo::Failed(error.to_string()), |()| LetGo::Done)
+        match gone.await {
+            Ok(()) => {
+                written.into_iter().for_each(|written| self.writes.learn(&lease, written));
+                LetGo::Done
+            }
+            Err(error) => LetGo::Failed(error.to_string()),
+        }
     }
 
     /// One garbage collection for all.

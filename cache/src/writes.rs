@@ -5,21 +5,28 @@
 //! them from others.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
-use cowshed_gc::evict::Bytes;
+use cowshed_gc::{evict::Bytes, reserve::Policy};
 use cowshed_leases::{Lease, LeaseId};
 use tokio::sync::watch;
 
-use crate::{containerd::Containerd, evict::Survey, kernel::Devices, ledger::Ledger};
+use crate::{
+    containerd::Containerd,
+    evict::Survey,
+    kernel::Devices,
+    ledger::Ledger,
+    usage::meter::{Belows, Origin},
+};
 
 /// So many devices are looked at by one thread, one after the other.
 const CHUNK: usize = 64;
-/// Of so many kinds of disks it is remembered what they have from the start.
-const REMEMBERED: usize = 4096;
+/// A disk that goes does not wait for longer than that to be looked at.
+const LAST_LOOK: Duration = Duration::from_secs(2);
+/// So often what was learnt counts a little less.
+const FADES: Duration = Duration::from_secs(3600);
 
 /// Tells what a snapshot has besides its parent's; the seam where tests put a fake.
 #[async_trait::async_trait]
@@ -40,39 +47,40 @@ pub struct Writes {
     ledger: Ledger,
     kernel: Devices,
     usage: Arc<dyn Usage>,
-    /// What disks of a kind map from the start, in bytes.
-    bases: Mutex<HashMap<String, u64>>,
+    limits: Arc<Policy>,
+    /// What disks map from the start.
+    belows: Mutex<Belows>,
 }
 
 /// A disk that somebody writes to.
 struct Disk {
     id: LeaseId,
     device: String,
-    kind: String,
+    origin: Origin,
 }
 
 impl Disk {
     fn of(lease: &Lease) -> Option<Self> {
-        let grant = lease.grant().filter(|_| lease.vm.is_vm())?;
-        let device = lease.own_device()?.dm_name.clone();
-        let kind = match (&lease.shares, lease.spec.scratch) {
-            (Some(_), scratch) => format!("scratch {scratch:?}"),
-            (None, _) => grant.image_digest.clone(),
-        };
-        Some(Self { id: lease.id.clone(), device, kind })
+        let origin = Origin::of(lease).filter(|_| lease.vm.is_vm())?;
+        Some(Self { id: lease.id.clone(), device: lease.own_device()?.dm_name.clone(), origin })
     }
 }
 
 impl Writes {
-    /// By these.
-    pub fn new(ledger: Ledger, kernel: Devices, usage: Arc<dyn Usage>) -> Self {
-        Self { ledger, kernel, usage, bases: Mutex::default() }
+    /// By these; `limits` say what is done with it.
+    pub fn new(ledger: Ledger, kernel: Devices, usage: Arc<dyn Usage>, limits: Arc<Policy>) -> Self {
+        Self { ledger, kernel, usage, limits, belows: Mutex::default() }
     }
 
     /// Looks so often, until `stopped` changes.
     pub async fn watch(self: Arc<Self>, every: Duration, mut stopped: watch::Receiver<bool>) {
+        let mut faded = Instant::now();
         loop {
             self.look().await;
+            if faded.elapsed() >= FADES {
+                faded = Instant::now();
+                self.ledger.promises().fade(&self.limits);
+            }
             tokio::select! {
                 () = tokio::time::sleep(every) => {}
                 _ = stopped.wait_for(|stop| *stop) => return,
@@ -97,44 +105,49 @@ impl Writes {
             };
             for (disk, mapped) in chunk.iter().zip(mapped) {
                 let Some(mapped) = mapped else { continue };
-                if let Some(base) = self.base(disk, mapped).await {
-                    written.push((disk.id.clone(), Bytes(mapped.saturating_sub(base))));
+                if let Some(own) = self.own(disk, mapped).await {
+                    written.push((disk.id.clone(), own));
                 }
             }
         }
         // What is in use is then no less than what is told to have been written.
-        let _in_use = self.kernel.pool().await;
+        if let Err(error) = self.kernel.pool().await {
+            tracing::debug!(%error, "what disks have written does not count yet");
+            return;
+        }
         self.ledger.promises().wrote(&written);
     }
 
-    /// Looks at a disk that is about to go, and that nobody has open.
-    pub(crate) async fn learn(&self, lease: &Lease) {
-        let Some(disk) = Disk::of(lease) else { return };
-        let mapped = self.kernel.mapped(vec![disk.device.clone()]).await;
-        let Some(mapped) = mapped.ok().and_then(|mapped| mapped.first().copied().flatten()) else { return };
-        if let Some(base) = self.base(&disk, mapped).await {
-            let written = Bytes(mapped.saturating_sub(base));
-            self.ledger.promises().learn(&lease.spec.image, Bytes(lease.expects), written);
-        }
+    /// What a disk that is about to go, and that nobody has open, has written; `None` if that is not to be learnt, or cannot be told
+    /// in time.
+    pub(crate) async fn of(&self, lease: &Lease) -> Option<Bytes> {
+        let disk = Disk::of(lease).filter(|_| self.limits.learns)?;
+        let looking = async {
+            let mapped = self.kernel.mapped(vec![disk.device.clone()]).await.ok()?;
+            self.own(&disk, mapped.first().copied().flatten()?).await
+        };
+        tokio::time::timeout(LAST_LOOK, looking).await.ok().flatten()
     }
 
-    /// What disks of this kind map from the start, if this one, which maps `mapped`, tells it: not while somebody writes to it.
-    async fn base(&self, disk: &Disk, mapped: u64) -> Option<u64> {
-        if let Some(base) = self.bases.lock().unwrap_or_else(PoisonError::into_inner).get(&disk.kind) {
-            return Some(*base);
+    /// The lease's disk has gone, and had written so much.
+    pub(crate) fn learn(&self, lease: &Lease, written: Bytes) {
+        self.ledger.promises().learn(&self.limits, lease, written);
+    }
+
+    /// What this disk, which maps `mapped`, has besides what it had from the start, at the least.
+    async fn own(&self, disk: &Disk, mapped: u64) -> Option<Bytes> {
+        if self.belows().wants(&disk.origin)
+            && let Some(own) = self.usage.usage(&disk.id.snapshot_key()).await
+        {
+            // What was written meanwhile is not to be taken for the disk's own.
+            let after = self.kernel.mapped(vec![disk.device.clone()]).await.ok()?;
+            let after = after.first().copied().flatten()?;
+            self.belows().learn(disk.origin.clone(), mapped.max(after), own);
         }
-        let own = self.usage.usage(&disk.id.snapshot_key()).await?;
-        let again = self.kernel.mapped(vec![disk.device.clone()]).await.ok()?;
-        if again.first().copied().flatten() != Some(mapped) {
-            return None;
-        }
-        let base = mapped.saturating_sub(own);
-        let mut bases = self.bases.lock().unwrap_or_else(PoisonError::into_inner);
-        if bases.len() >= REMEMBERED {
-            // They are learnt again.
-            bases.clear();
-        }
-        bases.insert(disk.kind.clone(), base);
-        Some(base)
+        self.belows().own(&disk.origin, mapped).map(Bytes)
+    }
+
+    fn belows(&self) -> MutexGuard<'_, Belows> {
+        self.belows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

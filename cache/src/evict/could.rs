@@ -1,4 +1,4 @@
-//! What could be freed for who comes next, as it was a moment ago: for Offer, which must not wait for it.
+//! What could be made of room for who comes next, as it was a moment ago: for Offer, which must not wait for it.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -42,7 +42,7 @@ impl State {
 }
 
 impl Evictor {
-    /// What could be freed for a disk that would be refused otherwise, and how long that takes; `None` if nothing is removed by
+    /// What could be freed, or the pool grow by, for a disk that would be refused otherwise, and how long that takes; `None` if nothing is removed by
     /// itself, or it is not known yet: then it is learnt for whoever asks a moment later.
     pub fn could_free(self: &Arc<Self>) -> Option<(Room, Duration)> {
         if !self.settings.enabled {
@@ -63,7 +63,7 @@ impl Evictor {
 
     async fn learn_what_could_go(self: Arc<Self>) {
         let all = match self.kernel.pool().await {
-            Ok(usage) => self.plan(Trigger::Admission(total(&usage))).await.map(|plan| plan.frees()).ok(),
+            Ok(usage) => self.plan(Trigger::Admission(total(&usage))).await.map(|plan| plan.gives()).ok(),
             Err(_) => None,
         };
         let mut known = self.could.lock();

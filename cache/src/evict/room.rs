@@ -81,7 +81,10 @@ pub(super) struct State(Mutex<Latest>);
 
 #[derive(Default)]
 struct Latest {
-    flight: Option<Flight>,
+    /// The run under way, and what it is to make.
+    flight: Option<(Flight, Bytes)>,
+    /// How many were begun.
+    begun: u64,
     /// When one came to nothing, for what was needed then, and what was said.
     barren: Option<(Instant, Bytes, Error)>,
 }
@@ -126,9 +129,11 @@ impl Evictor {
         {
             return Err(error.clone());
         }
-        // One that has crashed has arrived with nothing.
-        let flight = match latest.flight.as_ref().filter(|flight| flight.peek().is_none()) {
-            Some(flight) => flight.clone(),
+        // One that has crashed has arrived with nothing; and one that is to make more may come to nothing where this would not.
+        let joined =
+            latest.flight.as_ref().filter(|(flight, makes)| flight.peek().is_none() && *makes <= needed);
+        let flight = match joined {
+            Some((flight, _)) => flight.clone(),
             None => self.begin(&mut latest, refused, needed),
         };
         barren.map_or(Ok(flight), |(_, _, error)| Err(error.retry_after(BARREN)))
@@ -138,6 +143,8 @@ impl Evictor {
         let (sender, arrival) = oneshot::channel();
         let flight = arrival.shared();
         let (this, refused) = (self.clone(), refused.clone());
+        latest.begun += 1;
+        let number = latest.begun;
         let begun = self.tasks.spawn(async move {
             let begun = Instant::now();
             let made = this.make_room(refused, needed).await;
@@ -145,13 +152,16 @@ impl Evictor {
                 this.could.took(begun.elapsed());
             }
             let mut latest = this.room.0.lock().unwrap_or_else(PoisonError::into_inner);
-            latest.flight = None;
+            // A later one may have been begun for less.
+            if latest.begun == number {
+                latest.flight = None;
+            }
             latest.barren = made.as_ref().err().map(|error| (Instant::now(), needed, error.clone()));
             drop(latest);
             let _nobody_waits = sender.send(made);
         });
         // Otherwise the service is stopping.
-        latest.flight = begun.then(|| flight.clone());
+        latest.flight = begun.then(|| (flight.clone(), needed));
         flight
     }
 

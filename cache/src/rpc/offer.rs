@@ -77,6 +77,8 @@ impl Before {
 /// Whether Acquire would take it on, if the pool is like this.
 fn admits(api: &Api, wish: &Wish, pool: &Result<PoolUsage, KernelError>) -> Result<()> {
     api.acquirer.drain.admit()?;
+    // In the order of Acquire: room does not help whose quota is used up.
+    promised(api, wish, None)?;
     api.admission.judge(pool)?;
     api.admission.hindrances.admit()?;
     promised(api, wish, pool.as_ref().ok())

@@ -154,7 +154,12 @@ impl Ground {
         let spares = Spares::new(self.config.spares());
         let _first = self.source.spares.set(spares.clone());
         let snapshots: Arc<dyn Snapshots> = containerd.clone();
-        let writes = Arc::new(Writes::new(ledger.clone(), kernel.clone(), containerd.clone()));
+        let writes = Arc::new(Writes::new(
+            ledger.clone(),
+            kernel.clone(),
+            containerd.clone(),
+            admission.limits.clone(),
+        ));
         let reclaimer = Reclaimer {
             ledger: ledger.clone(),
             snapshots: snapshots.clone(),

@@ -12,7 +12,7 @@ use crate::kernel::Load;
 
 /// What a disk is a snapshot of: disks of the same have the same to begin with.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Origin {
+pub(crate) enum Origin {
     /// An image, by its manifest's digest, and the disk's size.
     Image(String, u64),
     /// Nothing: a scratch disk, by its size and whether it is raw.
@@ -21,7 +21,7 @@ pub(super) enum Origin {
 
 impl Origin {
     /// Of a lease that has a disk of its own.
-    pub(super) fn of(lease: &Lease) -> Option<Self> {
+    pub(crate) fn of(lease: &Lease) -> Option<Self> {
         let (grant, device) = (lease.grant()?, lease.own_device()?);
         if lease.shares.is_some() {
             let raw = grant.scratch.as_ref().is_some_and(|scratch| scratch.filesystem.is_empty());
@@ -44,28 +44,28 @@ struct Below {
 
 /// What origins map.
 #[derive(Debug, Default)]
-pub(super) struct Belows(HashMap<Origin, Below>);
+pub(crate) struct Belows(HashMap<Origin, Below>);
 
 impl Belows {
     /// Whether a disk of this origin, that was not seen before, is to be asked.
-    pub(super) fn wants(&self, origin: &Origin) -> bool {
+    pub(crate) fn wants(&self, origin: &Origin) -> bool {
         self.0.get(origin).is_none_or(|below| below.tries < TRIES)
     }
 
     /// A disk that maps so much has so much besides its origin.
-    pub(super) fn learn(&mut self, origin: Origin, mapped: u64, own: u64) {
+    pub(crate) fn learn(&mut self, origin: Origin, mapped: u64, own: u64) {
         let below = self.0.entry(origin).or_default();
         below.bytes = below.bytes.max(mapped.saturating_sub(own));
         below.tries = if own > 0 { TRIES } else { below.tries.saturating_add(1) };
     }
 
     /// What a disk that maps so much has of its own, at the least; `None` if nothing is known of its origin.
-    pub(super) fn own(&self, origin: &Origin, mapped: u64) -> Option<u64> {
+    pub(crate) fn own(&self, origin: &Origin, mapped: u64) -> Option<u64> {
         self.0.get(origin).map(|below| mapped.saturating_sub(below.bytes))
     }
 
     /// Forgets the others.
-    pub(super) fn keep(&mut self, origins: &HashSet<Origin>) {
+    pub(crate) fn keep(&mut self, origins: &HashSet<Origin>) {
         self.0.retain(|origin, _| origins.contains(origin));
     }
 }

@@ -1,7 +1,7 @@
 //! Who takes how much of the pool: VMs by the counters of their devices, images by their layers. Looked at only if somebody asks,
 //! and then once for all who do at the time.
 
-mod meter;
+pub(crate) mod meter;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -32,7 +32,7 @@ const IMAGES_FRESH: Duration = Duration::from_secs(10);
 /// Who asks for images waits so long; what is learnt later is there for who asks next.
 const IMAGES_LIMIT: Duration = Duration::from_secs(5);
 /// What new disks have to begin with is asked of the snapshotter for so long in one look.
-const LEARN_LIMIT: Duration = Duration::from_secs(2);
+const LEARN_LIMIT: Duration = Duration::from_millis(500);
 /// A scrape waits so long.
 const COUNT_LIMIT: Duration = Duration::from_secs(2);
 

@@ -26,6 +26,11 @@ impl Plan {
         let frees = self.steps.iter().filter(|step| !matches!(step.action, Action::Extend { .. }));
         frees.map(|step| step.gives).sum()
     }
+
+    /// The same, and what the pool grows by.
+    pub fn gives(&self) -> Room {
+        self.steps.iter().map(|step| step.gives).sum()
+    }
 }
 
 /// One step.

@@ -14,7 +14,10 @@ mod history;
 mod policy;
 mod quota;
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeSet, HashMap, hash_map::Entry},
+};
 
 use cowshed_leases::{Lease, LeaseId, Tenant};
 
@@ -80,7 +83,15 @@ pub struct Reserve {
     held: HashMap<LeaseId, Held>,
     /// Of all of them, what they may still write.
     reserved: Bytes,
-    tenants: HashMap<Tenant, Use>,
+    tenants: HashMap<Tenant, Has>,
+}
+
+/// What a tenant has, and by which leases.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Has {
+    sum: Use,
+    /// What each of its leases uses; of equal ones the first id is the last here.
+    each: BTreeSet<(Bytes, Reverse<LeaseId>)>,
 }
 
 impl Reserve {
@@ -88,14 +99,14 @@ impl Reserve {
     pub fn set(&mut self, id: &LeaseId, claim: Option<Claim>) -> Option<Bytes> {
         let written = match self.held.remove(id) {
             Some(held) => {
-                self.subtract(&held);
+                self.subtract(id, &held);
                 held.written
             }
             None => None,
         };
         if let Some(claim) = claim {
             let held = Held { claim, written };
-            self.add(&held);
+            self.add(id, &held);
             self.held.insert(id.clone(), held);
         }
         written
@@ -107,8 +118,8 @@ impl Reserve {
         let before = entry.get().clone();
         entry.get_mut().written = Some(written);
         let now = entry.get().clone();
-        self.subtract(&before);
-        self.add(&now);
+        self.subtract(id, &before);
+        self.add(id, &now);
     }
 
     /// What is promised, and not written yet.
@@ -118,7 +129,7 @@ impl Reserve {
 
     /// What the tenant has.
     pub fn of(&self, tenant: &Tenant) -> Use {
-        self.tenants.get(tenant).copied().unwrap_or_default()
+        self.tenants.get(tenant).map(|has| has.sum).unwrap_or_default()
     }
 
     /// What counts.
@@ -126,10 +137,10 @@ impl Reserve {
         self.held.keys()
     }
 
-    /// The tenant's lease that has, or is to have, most. Looks at all.
+    /// The tenant's lease that has, or is to have, most.
     pub fn largest(&self, tenant: &Tenant) -> Option<(&LeaseId, Bytes)> {
-        let of_it = self.held.iter().filter(|(_, held)| held.claim.tenant == *tenant);
-        of_it.map(|(id, held)| (id, held.uses())).max_by(|(a, uses), (b, use_)| (uses, b).cmp(&(use_, a)))
+        let (uses, Reverse(id)) = self.tenants.get(tenant)?.each.last()?;
+        Some((id, *uses))
     }
 
     /// What the lease takes of what is promised, and of what its tenant has; nothing if it does not count.
@@ -137,19 +148,21 @@ impl Reserve {
         id.and_then(|id| self.held.get(id))
     }
 
-    fn add(&mut self, held: &Held) {
+    fn add(&mut self, id: &LeaseId, held: &Held) {
         self.reserved = self.reserved.plus(held.reserved());
-        let tenant = self.tenants.entry(held.claim.tenant.clone()).or_default();
-        tenant.leases += 1;
-        tenant.bytes = tenant.bytes.plus(held.uses());
+        let Has { sum, each } = self.tenants.entry(held.claim.tenant.clone()).or_default();
+        sum.leases += 1;
+        sum.bytes = sum.bytes.plus(held.uses());
+        each.insert((held.uses(), Reverse(id.clone())));
     }
 
-    fn subtract(&mut self, held: &Held) {
+    fn subtract(&mut self, id: &LeaseId, held: &Held) {
         self.reserved = self.reserved.less(held.reserved());
-        if let Some(tenant) = self.tenants.get_mut(&held.claim.tenant) {
-            tenant.leases = tenant.leases.saturating_sub(1);
-            tenant.bytes = tenant.bytes.less(held.uses());
-            if tenant.leases == 0 {
+        if let Some(Has { sum, each }) = self.tenants.get_mut(&held.claim.tenant) {
+            sum.leases = sum.leases.saturating_sub(1);
+            sum.bytes = sum.bytes.less(held.uses());
+            each.remove(&(held.uses(), Reverse(id.clone())));
+            if sum.leases == 0 {
                 self.tenants.remove(&held.claim.tenant);
             }
         }
