@@ -22,7 +22,7 @@ use crate::{
     snapshotter::{Inner, Settings, Snapshotter},
     start::{Found, reconcile},
     store::{self, Store, again::IfMissing},
-    tree::{Kind, Snapshot, State, ThinId},
+    tree::{Change, Kind, Snapshot, State, ThinId, UnixNanos},
 };
 
 const SIZE: &str = "containerd.io/snapshot/cowshed.size";
@@ -764,6 +764,17 @@ fn what_was_made_ahead_is_handed_out_without_a_word_to_the_pool() {
             }
             settled(left).await;
         }
+        // One that nobody has come for goes.
+        let old = heirs()[0];
+        let aged = s.0.write(move |tree| {
+            let heir = Snapshot { created: UnixNanos(1), ..tree.get(old).unwrap().clone() };
+            Ok((vec![Change::Put(Box::new(heir))], ()))
+        });
+        aged.await.unwrap();
+        s.0.wake.notify_one();
+        settled(0).await;
+        make(&s, "5", "base", Kind::Active, &[]).await.unwrap();
+        settled(1).await;
         // One whose device has gone wrong is not handed out.
         let heir = heirs()[0];
         pool.cut_power();

@@ -62,6 +62,7 @@ struct State {
     heirs: usize,
     /// Bytes that each active device maps, until they are discarded.
     mapped: u64,
+    block: u64,
     passes_discards: bool,
 }
 
@@ -95,6 +96,7 @@ impl FakePool {
             reclaimed: Vec::new(),
             heirs: 0,
             mapped: 65536,
+            block: 64 << 10,
             passes_discards: true,
         };
         Self(Arc::new(Mutex::new(state)))
@@ -221,6 +223,10 @@ impl FakePool {
         self.state().mapped = bytes;
     }
 
+    pub(crate) fn set_block(&self, bytes: u64) {
+        self.state().block = bytes;
+    }
+
     pub(crate) fn set_passes_discards(&self, passes: bool) {
         self.state().passes_discards = passes;
     }
@@ -280,7 +286,7 @@ impl Pool for FakePool {
             data_total: DATA,
             metadata_used: 0,
             metadata_total: 1 << 30,
-            block_bytes: 64 << 10,
+            block_bytes: state.block,
             mode: state.mode,
             zeroing: true,
         };
@@ -401,8 +407,9 @@ impl Pool for FakePool {
                 device.access == Access::ReadWrite && device.open == 0,
                 "{name} is not for that: {device:?}"
             );
-            assert!(from.is_multiple_of(65536) && bytes > 0, "{bytes} from {from} on");
-            state.mapped = state.mapped.saturating_sub(bytes);
+            // Parts of blocks are passed over.
+            let (first, last) = (from.div_ceil(state.block), (from + bytes) / state.block);
+            state.mapped = state.mapped.saturating_sub(last.saturating_sub(first) * state.block);
             state.reclaimed.push(Reclaimed::Discarded);
             Ok(())
         })

@@ -17,7 +17,7 @@ use crate::{
     error::{Code, Error, Result},
     make::CREATIONS,
     snapshotter::{Inner, Mount, now},
-    tree::{HeirPlan, Kind, Snapshot, SnapshotId, State, UnixNanos},
+    tree::{HeirPlan, Kind, Snapshot, SnapshotId, State, UnixNanos, Wish},
 };
 
 /// So long nobody has to come for an heir until it goes; and so long a snapshot's first child is remembered.
@@ -38,6 +38,18 @@ struct Turn {
     over: Arc<tokio::sync::Mutex<()>>,
     /// Whether somebody waits for it already; all others had better make their own.
     awaited: AtomicBool,
+}
+
+/// The making of an heir, until it is over in whatever way.
+struct MakingOne {
+    inner: Arc<Inner>,
+    of: SnapshotId,
+}
+
+impl Drop for MakingOne {
+    fn drop(&mut self) {
+        self.inner.heirs.making().remove(&self.of);
+    }
 }
 
 impl Heirs {
@@ -92,12 +104,12 @@ impl Inner {
         }
         making.insert(of, turn);
         drop(making);
-        let inner = self.clone();
+        let making = MakingOne { inner: self.clone(), of };
         tokio::spawn(async move {
-            if let Err(error) = inner.make_heir(of).await {
+            if let Err(error) = making.inner.make_heir(of).await {
                 tracing::debug!(of = of.0, %error, "no heir was made");
             }
-            inner.heirs.making().remove(&of);
+            drop(making);
             drop(under_way);
         });
     }
@@ -126,9 +138,9 @@ impl Inner {
         }
     }
 
-    /// Waits for the heir that is being made of this parent, if nobody else does.
-    pub(crate) async fn await_heir(&self, parent: &str) {
-        let Ok(parent) = self.store.read(|tree| tree.ready(parent).map(|s| s.id)) else { return };
+    /// Waits for the heir that is being made of the wish's parent, if it will do and nobody else does.
+    pub(crate) async fn await_heir(&self, wish: &Wish) {
+        let Some(parent) = self.store.read(|tree| tree.wants_heir_of(wish)) else { return };
         let Some(turn) = self.heirs.making().get(&parent).cloned() else { return };
         if !turn.awaited.swap(true, Ordering::Relaxed) {
             drop(turn.over.lock().await);

@@ -51,7 +51,7 @@ impl Inner {
         self.pool()?;
         self.creations_are_left()?;
         let _making = self.traffic.making();
-        self.await_heir(&wish.parent).await;
+        self.await_heir(&wish).await;
         let mut remade = false;
         loop {
             let (new, origin, hold) = match self.intend(wish.clone()).await? {
@@ -60,10 +60,11 @@ impl Inner {
                     Ok(mount) => return Ok(mount),
                     Err(error) => {
                         let error = self.give_up(heir.id, error.into()).await;
-                        if error.code == Code::Cancelled {
+                        // If it could not be written down that it is not to be, its name is taken.
+                        if error.code == Code::Cancelled || self.abandoned().contains_key(&heir.id) {
                             return Err(error);
                         }
-                        tracing::warn!(heir = heir.id.0, %error, "what was made ahead cannot be used; it is made anew");
+                        tracing::warn!(key = heir.key, heir = heir.id.0, %error, "what was made ahead cannot be used; it is made anew");
                         wish.anew = true;
                         continue;
                     }
@@ -85,7 +86,7 @@ impl Inner {
             }
             remade = true;
             tracing::error!(base = origin.id.0, %error, "a base is not in the pool any more; it is made anew");
-            self.write(move |tree| Ok((tree.give_up(origin.id, Traces::Maybe), ()))).await?;
+            self.write(move |tree| Ok((tree.give_up(origin.id, Traces::Maybe, now()), ()))).await?;
             self.wake.notify_one();
         }
     }
@@ -112,15 +113,24 @@ impl Inner {
     /// Writes down what is about to be made; makes the base first that it needs.
     async fn intend(&self, wish: Wish) -> Result<Intent> {
         loop {
-            let (asked, busy) = (wish.clone(), self.busy.clone());
+            let (asked, busy, abandoned) = (wish.clone(), self.busy.clone(), self.abandoned().clone());
             let decided = self
-                .write(move |tree| match tree.prepare(&asked)? {
-                    Plan::Needs(base) => Ok((Vec::new(), Err(base))),
-                    Plan::Make(new, origin) => {
-                        let hold = busy.hold([new.id, origin.id]);
-                        Ok((vec![Change::Put(new.clone())], Ok(Intent::Make { new, origin, hold })))
+                .write(move |tree| {
+                    let plan = match tree.prepare(&asked)? {
+                        // It is removed as soon as that can be written down.
+                        Plan::Inherit(heir) if abandoned.contains_key(&heir.id) => {
+                            tree.prepare(&Wish { anew: true, ..asked })?
+                        }
+                        plan => plan,
+                    };
+                    match plan {
+                        Plan::Needs(base) => Ok((Vec::new(), Err(base))),
+                        Plan::Make(new, origin) => {
+                            let hold = busy.hold([new.id, origin.id]);
+                            Ok((vec![Change::Put(new.clone())], Ok(Intent::Make { new, origin, hold })))
+                        }
+                        Plan::Inherit(heir) => Ok((vec![Change::Put(heir.clone())], Ok(Intent::Heir(heir)))),
                     }
-                    Plan::Inherit(heir) => Ok((vec![Change::Put(heir.clone())], Ok(Intent::Heir(heir)))),
                 })
                 .await?;
             match decided {
@@ -133,7 +143,7 @@ impl Inner {
     /// Writes down that it is not to be; the reclaimer does so later if that is not possible now.
     pub(crate) async fn give_up(&self, id: SnapshotId, failed: Failed) -> Error {
         let traces = failed.traces;
-        let given_up = self.write(move |tree| Ok((tree.give_up(id, traces), ()))).await;
+        let given_up = self.write(move |tree| Ok((tree.give_up(id, traces, now()), ()))).await;
         let error = match given_up {
             Ok(()) => failed.error,
             Err(second) => {

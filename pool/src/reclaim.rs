@@ -14,7 +14,7 @@ use crate::{
     error::{Code, Error},
     snapshotter::{Health, Inner, now},
     tree::{Change, Snapshot, SnapshotId},
-    trim::{self, Trim},
+    trim::{Trim, Trims},
 };
 
 /// At most so many are deactivated at a time: each waits for the kernel, and they can wait together.
@@ -42,7 +42,7 @@ type Held = HashMap<SnapshotId, (Instant, Duration)>;
 
 /// Runs until another one takes over.
 pub(crate) async fn run(inner: Arc<Inner>) {
-    let mut held = Held::new();
+    let (mut held, mut trims) = (Held::new(), Trims::default());
     let mut counted = Instant::now();
     while !inner.is_retired() {
         let all_written = write_abandoned(&inner).await;
@@ -55,7 +55,9 @@ pub(crate) async fn run(inner: Arc<Inner>) {
         let is_short = backlog > 0 && serving && pool_is_short(&inner).await;
         let haste = haste(backlog, is_short);
         let count = batch_size(lively, haste);
-        let batch = if serving { due(&inner, &mut held, count) } else { Vec::new() };
+        let trim = inner.settings.trim.filter(|_| !is_short && backlog <= TRIMMED);
+        trims.settle(trim.is_some());
+        let batch = if serving { due(&inner, &mut held, &trims, count) } else { Vec::new() };
         if batch.is_empty() {
             let next = held.values().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
             let longest = if all_written { LONGEST_RETRY } else { FIRST_RETRY };
@@ -65,8 +67,7 @@ pub(crate) async fn run(inner: Arc<Inner>) {
                 () = tokio::time::sleep(pause) => {}
             }
         } else {
-            let trim = inner.settings.trim.filter(|_| !is_short && backlog <= TRIMMED);
-            let worked = reclaim(&inner, batch, &mut held, GIVE_WAY / haste, trim).await;
+            let worked = reclaim(&inner, batch, &mut held, (&mut trims, trim), GIVE_WAY / haste).await;
             rest(&inner, worked * REST / haste).await;
         }
         if serving && counted.elapsed() > RECOUNT {
@@ -91,7 +92,7 @@ fn is_short(usage: &PoolUsage) -> bool {
     short(usage.data_used, usage.data_total) || short(usage.metadata_used, usage.metadata_total)
 }
 
-async fn pool_is_short(inner: &Inner) -> bool {
+pub(crate) async fn pool_is_short(inner: &Inner) -> bool {
     let facts = inner.on_pool(|pool| pool.facts()).await;
     facts.is_ok_and(|facts| is_short(&facts.usage))
 }
@@ -107,7 +108,7 @@ async fn write_abandoned(inner: &Inner) -> bool {
     in_order.sort_by_key(|(id, _)| Reverse(*id));
     let marked = inner.store.write(move |batch| {
         for (id, traces) in in_order {
-            let changes = batch.state().give_up(id, traces);
+            let changes = batch.state().give_up(id, traces, now());
             changes.into_iter().for_each(|change| batch.change(change));
         }
         Ok::<_, Error>(())
@@ -132,18 +133,20 @@ async fn recount(inner: &Inner) {
 }
 
 /// The next ones that can be tried.
-fn due(inner: &Inner, held: &mut Held, count: usize) -> Vec<Snapshot> {
+fn due(inner: &Inner, held: &mut Held, trims: &Trims, count: usize) -> Vec<Snapshot> {
     let now = Instant::now();
     // Kept while the tree is read: what is marked just now is in there before it is in the tree.
     let busy = inner.busy.counts();
     inner.store.read(|tree| {
         held.retain(|id, _| tree.get(*id).is_some());
-        let removed = tree.removing().filter(|s| !busy.contains_key(&s.id));
+        let removed = tree.removing().filter(|s| !busy.contains_key(&s.id) && !trims.waits(s.id));
         longest_due(removed, held, now, count).into_iter().cloned().collect()
     })
 }
 
-/// Those never tried first: the ones that somebody keeps open must not keep the others waiting.
+/// Those never tried first: the ones that somebody keeps open must not keep the others waiting. Else as they were removed, and of
+/// those that were removed at once children first, which have the higher ids: what a snapshot shares with what is still there cannot
+/// be trimmed.
 fn longest_due<'a>(
     removed: impl Iterator<Item = &'a Snapshot>,
     held: &Held,
@@ -152,23 +155,23 @@ fn longest_due<'a>(
 ) -> Vec<&'a Snapshot> {
     let tried = |s: &&Snapshot| held.get(&s.id).map(|(at, _)| *at);
     let mut due: Vec<&Snapshot> = removed.filter(|s| tried(s).is_none_or(|at| at <= now)).collect();
-    due.sort_by_key(tried);
+    due.sort_by_key(|s| (tried(s), s.updated, Reverse(s.id)));
     due.truncate(count);
     due
 }
 
 /// Each step gives way for a moment; returns how long the rest of it took.
 async fn reclaim(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     batch: Vec<Snapshot>,
     held: &mut Held,
+    (trims, trim): (&mut Trims, Option<Trim>),
     patience: Duration,
-    trim: Option<Trim>,
 ) -> Duration {
     let begun = Instant::now();
     let mut waited = give_way(inner, patience).await;
     let deactivated = join_all(batch.iter().map(|snapshot| async {
-        let (name, mapped) = (inner.name(snapshot.id), snapshot.mapped);
+        let name = inner.name(snapshot.id);
         // Nobody activates it any more once it is Removing, but one who began before may be at it.
         let _alone = inner.device_lock(snapshot.id).lock().await;
         inner
@@ -179,7 +182,7 @@ async fn reclaim(
                     Deactivated::Gone => pool.deactivate(&name)?,
                     Deactivated::InUse => Deactivated::InUse,
                 };
-                Ok((became, active.or(mapped)))
+                Ok((became, active))
             })
             .await
     }))
@@ -188,9 +191,12 @@ async fn reclaim(
     for (snapshot, outcome) in batch.into_iter().zip(deactivated) {
         let id = snapshot.id;
         let deleted = match outcome {
-            Ok((Deactivated::Gone, mapped)) => {
-                if let Some(trim) = trim {
-                    waited += trim::trim(inner, trim, &snapshot, mapped, patience).await;
+            Ok((Deactivated::Gone, active)) => {
+                let mapped = trims.mapped(&snapshot, active);
+                if let Some(trim) = trim
+                    && trims.takes(inner, trim, &snapshot, mapped)
+                {
+                    continue;
                 }
                 waited += give_way(inner, patience).await;
                 let thin = snapshot.thin;
@@ -227,6 +233,7 @@ async fn reclaim(
     inner.active_origins().retain(|id, _| !gone.contains(id));
     inner.torn().retain(|id| !gone.contains(id));
     inner.unpacking().retain(|id, _| !gone.contains(id));
+    trims.forget(&gone);
     let deletions = gone.iter().copied().map(Change::Delete).collect();
     match inner.write(move |_| Ok((deletions, ()))).await {
         Ok(()) => {
@@ -278,7 +285,7 @@ mod tests {
         crash_tests::{make, with_pool},
         device::PoolMode,
         fake::Reclaimed,
-        tree::{Kind, tests::snapshot},
+        tree::{Kind, UnixNanos, tests::snapshot},
     };
 
     #[test]
@@ -371,7 +378,16 @@ mod tests {
         let next = |count| -> Vec<u64> {
             longest_due(removed.iter(), &held, now, count).into_iter().map(|s| s.id.0).collect()
         };
-        assert_eq!(next(2), [4, 5]);
-        assert_eq!(next(9), [4, 5, 2, 1]);
+        assert_eq!(next(2), [5, 4]);
+        assert_eq!(next(9), [5, 4, 2, 1]);
+    }
+
+    #[test]
+    fn what_was_removed_first_goes_first_and_children_before_their_parents() {
+        let removed: Vec<Snapshot> = [(1, 7), (2, 7), (3, 8), (4, 6)]
+            .map(|(id, at)| Snapshot { updated: UnixNanos(at), ..snapshot(id, "", Kind::Active) })
+            .into();
+        let order = longest_due(removed.iter(), &Held::new(), Instant::now(), 9);
+        assert_eq!(order.into_iter().map(|s| s.id.0).collect::<Vec<_>>(), [4, 2, 1, 3]);
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     size::Bytes,
     store::{Store, WriteError},
     traffic::Traffic,
-    tree::{self, Base, Change, Kind, Snapshot, SnapshotId, State, Traces, Tree, UnixNanos, Wish},
+    tree::{self, Base, Change, Kind, Snapshot, SnapshotId, Traces, Tree, UnixNanos, Wish},
     trim::Trim,
 };
 
@@ -421,17 +421,8 @@ impl Snapshotter {
     pub(crate) async fn usage(&self, key: &str) -> Result<u64> {
         let (snapshot, below) = self.0.store.read(|tree| {
             let snapshot = tree.ready(key)?.clone();
-            let kind = if snapshot.is_raw() { Kind::Raw } else { Kind::Blank };
-            let blank = |bytes| {
-                tree.all().find(|s| {
-                    s.kind == kind && s.state == State::Ready && (s.bytes == bytes || kind == Kind::Raw)
-                })
-            };
-            let below = match snapshot.parent {
-                Some(parent) => tree.get(parent),
-                None => blank(snapshot.bytes),
-            };
-            Ok::<_, Error>((snapshot, below.cloned()))
+            let below = tree.below(&snapshot).cloned();
+            Ok::<_, Error>((snapshot, below))
         })?;
         let inner = self.0.clone();
         // As for mounts.

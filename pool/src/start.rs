@@ -30,7 +30,7 @@ use crate::{
     error::Code,
     metrics::Metrics,
     reclaim,
-    snapshotter::{Health, Inner, Settings, Snapshotter},
+    snapshotter::{Health, Inner, Settings, Snapshotter, now},
     store::{self, Store, again::IfMissing, file::OpenError},
     tree::{Change, Kind, Snapshot, SnapshotId, State, ThinId, Traces, Tree},
 };
@@ -333,7 +333,9 @@ async fn half_made(
                 .copied()
                 .chain(tree.all().filter(is_lost_base))
                 .chain(heirs)
-                .flat_map(|s| tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }))
+                .flat_map(|s| {
+                    tree.give_up(s.id, if is_missing(s) { Traces::None } else { Traces::Maybe }, now())
+                })
                 .collect();
             changes.extend(new_uuid.map(Change::Pool));
             Ok((changes, half.len()))

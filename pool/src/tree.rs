@@ -353,6 +353,16 @@ impl Tree {
         self.all().filter(|s| s.state == State::Ready && s.kind.is_listed())
     }
 
+    /// What it was made of: its parent, or a blank.
+    pub(crate) fn below(&self, snapshot: &Snapshot) -> Option<&Snapshot> {
+        let Some(parent) = snapshot.parent else {
+            let kind = if snapshot.is_raw() { Kind::Raw } else { Kind::Blank };
+            let fits = |s: &&Snapshot| s.bytes == snapshot.bytes || kind == Kind::Raw;
+            return self.all().filter(|s| s.kind == kind && s.state == State::Ready).find(fits);
+        };
+        self.get(parent)
+    }
+
     /// The name of its parent; empty if it has none.
     pub(crate) fn parent_key(&self, snapshot: &Snapshot) -> &str {
         snapshot.parent.and_then(|id| self.get(id)).map_or("", |parent| parent.key.as_str())
@@ -430,16 +440,21 @@ impl Tree {
             updated: wish.now,
             ..ours
         };
-        let heir = parent.and_then(|p| self.heir(p)).filter(|heir| heir.state == State::Ready);
-        if let Some(heir) = heir
-            && heir.bytes == base.bytes
-            && wish.kind == Kind::Active
-            && !wish.anew
-        {
+        let heir = parent.filter(|_| self.wants_heir_of(wish).is_some()).and_then(|p| self.heir(p));
+        if let Some(heir) = heir.filter(|heir| heir.state == State::Ready) {
             return Ok(Plan::Inherit(Box::new(named(heir.clone()))));
         }
         let new = named(self.intent(parent.map(|p| p.id), if raw { bytes } else { base.bytes })?);
         Ok(Plan::Make(Box::new(new), Box::new(origin.clone())))
+    }
+
+    /// The parent whose heir would do for this wish, whether there is one or not.
+    pub(crate) fn wants_heir_of(&self, wish: &Wish) -> Option<SnapshotId> {
+        if wish.kind != Kind::Active || wish.anew || self.keys.contains_key(&wish.key) {
+            return None;
+        }
+        let (parent, wanted) = (self.ready(&wish.parent).ok()?, wanted_size(wish).ok()?);
+        wanted.is_none_or(|bytes| bytes == parent.bytes).then_some(parent.id)
     }
 
     /// What was made ahead of need of `parent`, or is being made.
@@ -556,14 +571,14 @@ impl Tree {
 
     /// Gives up a snapshot that could not be made or marked as removed, or a base that is not there, and the bases grown
     /// from it; not one that has children by now.
-    pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces) -> Vec<Change> {
+    pub(crate) fn give_up(&self, id: SnapshotId, traces: Traces, now: UnixNanos) -> Vec<Change> {
         let childless = |snapshot: &&Snapshot| !self.children.contains_key(&snapshot.id);
         let Some(snapshot) = self.get(id).filter(childless) else { return Vec::new() };
         let given_up = match traces {
-            Traces::Maybe => removing(snapshot, snapshot.updated),
+            Traces::Maybe => removing(snapshot, now),
             Traces::None => Change::Delete(id),
         };
-        let grown = self.grown(id).map(|base| removing(base, base.updated));
+        let grown = self.grown(id).map(|base| removing(base, now));
         [given_up].into_iter().chain(grown).collect()
     }
 

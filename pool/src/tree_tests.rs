@@ -139,7 +139,7 @@ fn a_base_that_could_not_be_given_up_does_not_hide_its_successor() {
     assert_ne!(second, abandoned);
     assert_eq!(tree.get(abandoned).unwrap().state, State::Removing);
     // The reclaimer hears of it late.
-    let given_up = tree.give_up(abandoned, Traces::Maybe);
+    let given_up = tree.give_up(abandoned, Traces::Maybe, UnixNanos(0));
     apply_all(&mut tree, given_up);
     tree.apply(Change::Delete(abandoned));
     assert_eq!(tree.ready_base(base).map(|s| s.id), Some(second));
@@ -191,7 +191,7 @@ fn what_is_given_up_takes_the_bases_grown_from_it_along() {
     let plan = tree.make_base(base, UnixNanos(1)).unwrap().unwrap();
     let grown = plan.new.id;
     apply_all(&mut tree, plan.changes(&HashMap::new()));
-    let given_up = tree.give_up(parent, Traces::Maybe);
+    let given_up = tree.give_up(parent, Traces::Maybe, UnixNanos(0));
     apply_all(&mut tree, given_up);
     assert_eq!([parent, grown].map(|id| tree.get(id).unwrap().state), [State::Removing; 2]);
     assert!(tree.confirm(grown).is_err(), "nobody can ask for it any more");
@@ -443,10 +443,13 @@ fn an_heir_is_the_next_active_snapshot_of_its_parent_and_size() {
         Wish { anew: true, ..wish("anew", "base") },
     ];
     for wish in anew {
+        assert_eq!(tree.wants_heir_of(&wish), None, "{wish:?}");
         assert!(!matches!(tree.prepare(&wish).unwrap(), Plan::Inherit(_)), "{wish:?}");
     }
     let disk = Wish { labels: label("a", "1"), now: UnixNanos(9), ..wish("vm", "base") };
+    assert_eq!(tree.wants_heir_of(&disk), Some(base));
     assert_eq!(make(&mut tree, &disk), Ok(heir));
+    assert_eq!(tree.wants_heir_of(&disk), None, "it is there");
     let given = tree.ready("vm").unwrap();
     assert_eq!((given.kind, given.parent, given.created), (Kind::Active, Some(base), UnixNanos(9)));
     assert_eq!((given.layer, &given.labels), (false, &label("a", "1")));

@@ -7,15 +7,21 @@
 //! somebody has it open: under a name that nobody knows, for as long as that takes. So a crash in between leaves a snapshot that
 //! is deleted in the end anyway.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::task::JoinHandle;
 
 use crate::{
-    device::{Access, Activation, Deactivated, DeviceName},
-    error::{Code, Error, Result},
-    reclaim::{give_way, is_crowded},
+    device::{Access, Activation, DeviceName},
+    error::Result,
+    reclaim::{give_way, is_crowded, pool_is_short},
     size::Bytes,
     snapshotter::Inner,
-    tree::{Snapshot, State},
+    tree::{Snapshot, SnapshotId, State},
 };
 
 /// How removed snapshots are discarded.
@@ -25,13 +31,107 @@ pub struct Trim {
     pub rate: Bytes,
 }
 
-/// So much of a device is discarded at a time: the pool's one worker does it block by block, and what VMs write to new blocks waits
-/// behind it.
+/// So much of a device is discarded at a time, or one of the pool's blocks if they are larger: the pool's one worker does it block
+/// by block, and what VMs write to new blocks waits behind it …
 const STEP: u64 = 8 << 20;
+/// … and up to so many times as much where nothing is mapped: a disk can be far larger than what was written to it.
+const HOLES: u64 = 16;
 /// What has less of its own is deleted as it is, in bytes …
 const LEAST: u64 = 16 << 20;
 /// … as is what has less than this part of its own: mappings that it shares are copied to be removed, for nothing.
 const PART: u64 = 16;
+/// One is not trimmed for longer; what is left of it is deleted as it is.
+const LONGEST: Duration = Duration::from_secs(600);
+/// How often it is seen to it meanwhile that the pool has room.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long each step gives way to makings and removals at the most.
+const PATIENCE: Duration = Duration::from_millis(150);
+
+/// What is trimmed, one at a time, beside the deletion of all others.
+#[derive(Debug, Default)]
+pub(crate) struct Trims {
+    /// What those map that are not active any more, and not deleted yet.
+    mapped: HashMap<SnapshotId, u64>,
+    under_way: Option<(SnapshotId, JoinHandle<()>)>,
+    waiting: HashSet<SnapshotId>,
+    done: HashSet<SnapshotId>,
+}
+
+impl Trims {
+    /// Whether it waits until another one has been trimmed.
+    pub(crate) fn waits(&self, id: SnapshotId) -> bool {
+        self.waiting.contains(&id)
+    }
+
+    /// To be called before each batch: the next one's turn has come, or nobody's if none is to be trimmed now.
+    pub(crate) fn settle(&mut self, trims: bool) {
+        if let Some((id, _)) = self.under_way.take_if(|(_, task)| task.is_finished()) {
+            self.done.insert(id);
+            self.waiting.clear();
+        }
+        if !trims {
+            self.waiting.clear();
+        }
+    }
+
+    /// How much a removed snapshot maps, of which `active` is known if it was active just now.
+    pub(crate) fn mapped(&mut self, snapshot: &Snapshot, active: Option<u64>) -> Option<u64> {
+        if let Some(active) = active {
+            self.mapped.insert(snapshot.id, active);
+        }
+        self.mapped.get(&snapshot.id).copied().or(snapshot.mapped)
+    }
+
+    /// Whether one that is removed, and not active, is trimmed from now on, or will be: it is not to be deleted yet.
+    pub(crate) fn takes(
+        &mut self,
+        inner: &Arc<Inner>,
+        trim: Trim,
+        snapshot: &Snapshot,
+        mapped: Option<u64>,
+    ) -> bool {
+        let below = inner.store.read(|tree| match tree.below(snapshot) {
+            Some(below) => below.mapped,
+            // A blank that is not there has nothing in common with it; a parent that has gone had.
+            None => snapshot.parent.is_none().then_some(0),
+        });
+        let (Some(mapped), Some(below)) = (mapped, below) else { return false };
+        let id = snapshot.id;
+        // By the kernel it is inactive; by the record nobody can want it any more.
+        let is_removed = snapshot.state == State::Removing;
+        if !is_removed || self.done.contains(&id) || !is_worth_it(mapped, below) {
+            return false;
+        }
+        if self.under_way.is_some() {
+            self.waiting.insert(id);
+            return true;
+        }
+        let (inner, hold, snapshot) = (inner.clone(), inner.busy.hold([id]), snapshot.clone());
+        let own = mapped - below;
+        let task = tokio::spawn(async move {
+            match trim_now(&inner, trim, &snapshot, mapped).await {
+                Ok(bytes) => {
+                    let bytes = bytes.min(own);
+                    inner.metrics.trimmed(bytes);
+                    tracing::debug!(snapshot = id.0, bytes, "a removed snapshot was trimmed");
+                }
+                Err(error) => {
+                    tracing::warn!(snapshot = id.0, %error, "a removed snapshot was not trimmed to its end");
+                }
+            }
+            drop(hold);
+            inner.wake.notify_one();
+        });
+        self.under_way = Some((id, task));
+        true
+    }
+
+    /// These are deleted.
+    pub(crate) fn forget(&mut self, gone: &[SnapshotId]) {
+        self.mapped.retain(|id, _| !gone.contains(id));
+        self.done.retain(|id| !gone.contains(id));
+    }
+}
 
 /// Whether a snapshot that maps so many bytes, on one that maps so many, is trimmed.
 fn is_worth_it(mapped: u64, below: u64) -> bool {
@@ -45,91 +145,61 @@ fn rest(bytes: u64, took: Duration, rate: Bytes) -> Duration {
     due.saturating_sub(took)
 }
 
-/// Trims one that is removed, not active, and maps so much, if that is worth it. Returns how long it has given way and rested.
-/// What fails is told, and fails nothing else.
-pub(crate) async fn trim(
-    inner: &Inner,
-    trim: Trim,
-    snapshot: &Snapshot,
-    mapped: Option<u64>,
-    patience: Duration,
-) -> Duration {
-    let below = inner.store.read(|tree| match snapshot.parent.and_then(|parent| tree.get(parent)) {
-        Some(parent) => parent.mapped,
-        None => Some(0),
-    });
-    let mapped = match (mapped, below) {
-        (Some(mapped), Some(below)) if is_worth_it(mapped, below) => mapped,
-        _ => return Duration::ZERO,
-    };
-    let id = snapshot.id.0;
-    let mut waited = Duration::ZERO;
-    match trim_now(inner, trim, snapshot, mapped, patience, &mut waited).await {
-        Ok(bytes) => {
-            inner.metrics.trimmed(bytes);
-            tracing::debug!(snapshot = id, bytes, ?waited, "a removed snapshot was trimmed");
-        }
-        Err(error) => tracing::warn!(snapshot = id, %error, "a removed snapshot was not trimmed to its end"),
-    }
-    waited
+/// How much is discarded at a time in a pool of such blocks: whole ones, for parts of them are passed over.
+fn shortest_step(block: u64) -> u64 {
+    (STEP / block.max(1) * block).max(block)
 }
 
-async fn trim_now(
-    inner: &Inner,
-    trim: Trim,
-    snapshot: &Snapshot,
-    mapped: u64,
-    patience: Duration,
-    waited: &mut Duration,
-) -> Result<u64> {
-    // By the kernel it is inactive; by the record nobody can want it any more.
-    if snapshot.state != State::Removing || !inner.on_pool(|pool| pool.passes_discards()).await? {
+async fn trim_now(inner: &Inner, trim: Trim, snapshot: &Snapshot, mapped: u64) -> Result<u64> {
+    let (passes, facts) = inner.on_pool(|pool| Ok((pool.passes_discards()?, pool.facts()?))).await?;
+    // Those that wait need the room, and it comes back without this as well.
+    if !passes || is_crowded(inner) {
         return Ok(0);
     }
     let name = inner.name(snapshot.id).while_trimmed();
     let (thin, bytes) = (snapshot.thin, snapshot.bytes);
     let activation = Activation { name: name.clone(), thin, bytes, access: Access::ReadWrite };
     inner.on_pool(move |pool| pool.activate(&activation)).await?;
-    let discarded = discard(inner, trim, &name, bytes, mapped, patience, waited).await;
-    // Whatever has come of it: what is active cannot be deleted.
-    let closed = inner
-        .on_pool(move |pool| match pool.deactivate(&name)? {
-            Deactivated::Gone => Ok(None),
-            Deactivated::InUse => Ok(Some(name)),
-        })
-        .await?;
-    match closed {
-        None => discarded,
-        Some(name) => Err(Error::new(Code::FailedPrecondition, format!("somebody has {} open", name.path()))),
-    }
+    let step = shortest_step(facts.usage.block_bytes);
+    let discarded = discard(inner, trim, &name, (bytes, mapped), step).await;
+    // Whatever has come of it: what is active cannot be deleted. If somebody has it open for a moment, as udevd may, it is let go
+    // of before it is deleted.
+    inner.on_pool(move |pool| pool.deactivate(&name)).await?;
+    discarded
 }
 
+/// Returns how much is not mapped any more.
 async fn discard(
     inner: &Inner,
     trim: Trim,
     name: &DeviceName,
-    bytes: Bytes,
-    mapped: u64,
-    patience: Duration,
-    waited: &mut Duration,
+    (bytes, mapped): (Bytes, u64),
+    shortest: u64,
 ) -> Result<u64> {
-    let (mut from, mut left) = (0, mapped);
-    while from < bytes.0 && left > 0 && !inner.is_retired() {
-        *waited += give_way(inner, patience).await;
-        // Those that wait need the room, and it comes back without this as well.
+    let (mut from, mut left, mut step) = (0, mapped, shortest);
+    let begun = Instant::now();
+    let mut looked = begun;
+    while from < bytes.0 && left > 0 && begun.elapsed() < LONGEST && !inner.is_retired() {
+        give_way(inner, PATIENCE).await;
         if is_crowded(inner) {
             break;
         }
-        let (name, count, begun) = (name.clone(), STEP.min(bytes.0 - from), Instant::now());
+        if looked.elapsed() >= LOOK {
+            looked = Instant::now();
+            if pool_is_short(inner).await {
+                break;
+            }
+        }
+        let (name, count, begun) = (name.clone(), step.min(bytes.0 - from), Instant::now());
         let now = inner.on_pool(move |pool| {
             pool.discard(&name, from, count)?;
             Ok(pool.look(&name)?.and_then(|live| live.mapped))
         });
         let now = now.await?.unwrap_or(left);
-        let pause = rest(left.saturating_sub(now), begun.elapsed(), trim.rate);
+        let freed = left.saturating_sub(now);
+        step = if freed == 0 { (step * 2).min(shortest * HOLES) } else { shortest };
         (from, left) = (from + count, now);
-        tokio::time::sleep(pause).await;
-        *waited += pause;
+        tokio::time::sleep(rest(freed, begun.elapsed(), trim.rate)).await;
     }
     Ok(mapped.saturating_sub(left))
 }
@@ -175,6 +245,15 @@ mod tests {
         assert_eq!(rest(MIB, Duration::ZERO, Bytes(0)), second * 1024 * 1024, "as slow as can be");
     }
 
+    #[test]
+    fn whole_blocks_are_discarded() {
+        for (block, step) in
+            [(64 << 10, STEP), (192 << 10, 42 * (192 << 10)), (STEP, STEP), (1 << 30, 1 << 30)]
+        {
+            assert_eq!(shortest_step(block), step, "blocks of {block}");
+        }
+    }
+
     /// A disk that maps so much, of a base that maps less, on a snapshotter that trims.
     async fn with_disk(pool: &FakePool, directory: &std::path::Path, mapped: u64) -> Snapshotter {
         let mut inner = inner(directory, pool);
@@ -186,12 +265,13 @@ mod tests {
     }
 
     /// What is done to a removed disk, in order.
-    fn done_to(mapped: u64, passes: bool) -> Vec<Reclaimed> {
+    fn done_to(mapped: u64, passes: bool, prepare: impl FnOnce(&FakePool)) -> Vec<Reclaimed> {
         let directory = tempfile::tempdir().unwrap();
         runtime().block_on(async {
             let pool = FakePool::new();
             pool.set_passes_discards(passes);
             let s = with_disk(&pool, directory.path(), mapped).await;
+            prepare(&pool);
             let before = pool.reclaimed().len();
             s.remove("a").unwrap();
             quiet(&s).await;
@@ -203,12 +283,78 @@ mod tests {
     #[test]
     fn it_is_trimmed_between_its_deactivation_and_its_deletion() {
         use Reclaimed::{Deactivated, Deleted, Discarded};
-        let trimmed = done_to(100 * MIB, true);
+        let trimmed = done_to(100 * MIB, true, |_| ());
         assert_eq!(trimmed.first(), Some(&Deactivated));
         let [discards @ .., Deactivated, Deleted] = &trimmed[1..] else { unreachable!("{trimmed:?}") };
         assert!(!discards.is_empty() && discards.iter().all(|one| *one == Discarded), "{trimmed:?}");
-        assert_eq!(done_to(MIB, true), [Deactivated, Deleted], "it is not worth it");
-        assert_eq!(done_to(100 * MIB, false), [Deactivated, Deleted], "the disk below would not be told");
+        assert_eq!(discards.len(), 13, "8 MiB at a time");
+        let whole = done_to(100 * MIB, true, |pool| pool.set_block(192 << 10));
+        assert_eq!(whole.iter().filter(|one| **one == Discarded).count(), 13, "whole blocks");
+        assert_eq!(done_to(MIB, true, |_| ()), [Deactivated, Deleted], "it is not worth it");
+        let not_passed = done_to(100 * MIB, false, |_| ());
+        assert_eq!(not_passed, [Deactivated, Deleted], "the disk below would not be told");
+        let short = done_to(100 * MIB, true, |pool| pool.set_data_used_percent(91));
+        assert_eq!(short, [Deactivated, Deleted], "the room is needed");
+    }
+
+    #[test]
+    fn nobody_waits_for_one_that_is_trimmed() {
+        let directory = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let pool = FakePool::new();
+            let mut inner = inner(directory.path(), &pool);
+            inner.settings.trim = Some(Trim { rate: Bytes(200 * MIB) });
+            let s = start_inner(Arc::new(inner), &pool).await;
+            for key in ["large", "small"] {
+                make(&s, key, "", Kind::Active, &[]).await.unwrap();
+            }
+            pool.set_mapped(100 * MIB);
+            let before = pool.reclaimed().len();
+            s.remove("large").unwrap();
+            while !pool.reclaimed()[before..].contains(&Reclaimed::Discarded) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // Half a second for what seems to have been freed, while the small one has nothing of its own.
+            pool.set_mapped(MIB);
+            let thins = pool.thins().len();
+            s.remove("small").unwrap();
+            while pool.thins().len() == thins {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let left = s.0.store.read(|tree| tree.removing().map(|s| s.key.clone()).collect::<Vec<_>>());
+            assert_eq!((pool.thins().len(), left), (thins - 1, vec!["large".to_owned()]));
+            quiet(&s).await;
+            assert_eq!(pool.thins().len(), thins - 2);
+        });
+    }
+
+    #[test]
+    fn none_of_a_crowd_is_trimmed() {
+        let directory = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let pool = FakePool::new();
+            let s = with_disk(&pool, directory.path(), 100 * MIB).await;
+            let keys: Vec<String> = (0..40).map(|n| n.to_string()).collect();
+            for key in &keys {
+                make(&s, key, "", Kind::Active, &[]).await.unwrap();
+            }
+            let before = pool.reclaimed().len();
+            let held = pool.hold();
+            keys.iter().for_each(|key| s.remove(key).unwrap());
+            while !s.0.busy.counts().is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            drop(held);
+            quiet(&s).await;
+            let done = pool.reclaimed().split_off(before);
+            // The last ones are no crowd any more.
+            let ahead = done.iter().take_while(|one| **one != Reclaimed::Discarded);
+            let deleted = ahead.filter(|one| **one == Reclaimed::Deleted).count();
+            assert!(
+                (20..40).contains(&deleted),
+                "{deleted} of 40 were deleted before one was trimmed: {done:?}"
+            );
+        });
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What image names meant a moment ago, so that an Acquire need not ask containerd for it.
 //!
 //! containerd tells of each change of an image's record, and what was known of the name is forgotten then. Since a
-//! subscription can miss what happens while it is made, nothing is believed for long either. Only what needs no registry's word is
-//! remembered: images that are nobody's, and for a tenant those that are its own.
+//! subscription can miss what happens while it is made, nothing is believed for long either: what is asked for is looked up again
+//! in time, beside the answers. Only what needs no registry's word is remembered: images that are nobody's, and for a tenant those
+//! that are its own.
 
 use std::{
     collections::HashMap,
@@ -17,15 +18,17 @@ use cowshed_leases::Tenant;
 
 use super::{ImageRef, Platform, ResolvedImage};
 
-/// From this age on it is looked up again, behind the answer …
+/// From this age on it is looked up again, if it was asked for lately …
 const FRESH: Duration = Duration::from_secs(15);
-/// … and from this on before it.
+/// … and from this on it is not believed.
 const STALE: Duration = Duration::from_secs(60);
+/// What nobody has asked for in this time is not looked up again.
+const WANTED: Duration = Duration::from_secs(600);
 /// So many names are remembered.
 const REMEMBERED: usize = 10_000;
 
 /// As it was asked for; `None`: by whomever.
-type Key = (ImageRef, Platform, Option<Tenant>);
+pub(super) type Key = (ImageRef, Platform, Option<Tenant>);
 
 /// Names that were resolved.
 #[derive(Debug, Default)]
@@ -39,8 +42,7 @@ pub(super) struct Known {
 struct Entry {
     image: Arc<ResolvedImage>,
     at: Instant,
-    /// Somebody is looking it up again.
-    renewing: bool,
+    asked: Instant,
 }
 
 /// When a look-up was begun.
@@ -50,31 +52,33 @@ pub(super) struct Begun {
     at: Instant,
 }
 
-/// What is known.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answer {
-    Fresh(Arc<ResolvedImage>),
-    /// It is time to look it up again; who is told so first does it.
-    Old(Arc<ResolvedImage>),
-    Nothing,
-}
-
 impl Known {
-    /// What is known.
-    pub(super) fn get(&self, image: &ImageRef, platform: &Platform, tenant: &Tenant) -> Answer {
+    /// What is known; it is wanted from now on.
+    pub(super) fn get(
+        &self,
+        image: &ImageRef,
+        platform: &Platform,
+        tenant: &Tenant,
+    ) -> Option<Arc<ResolvedImage>> {
         let mut entries = self.entries();
         let keys = keys(image, platform, tenant);
-        let Some(key) = keys.iter().find(|key| entries.contains_key(*key)) else { return Answer::Nothing };
-        let Some(entry) = entries.get_mut(key) else { return Answer::Nothing };
-        let age = entry.at.elapsed();
-        if age >= STALE {
+        let key = keys.iter().find(|key| entries.contains_key(*key))?;
+        let entry = entries.get_mut(key)?;
+        if entry.at.elapsed() >= STALE {
             entries.remove(key);
-            return Answer::Nothing;
+            return None;
         }
-        if age < FRESH || std::mem::replace(&mut entry.renewing, true) {
-            return Answer::Fresh(entry.image.clone());
-        }
-        Answer::Old(entry.image.clone())
+        entry.asked = Instant::now();
+        Some(entry.image.clone())
+    }
+
+    /// What is to be looked up again, as long as it is wanted; what nobody may believe any more is forgotten.
+    pub(super) fn due(&self, now: Instant) -> Vec<Key> {
+        let since = |then| now.saturating_duration_since(then);
+        let mut entries = self.entries();
+        entries.retain(|_, entry| since(entry.at) < STALE);
+        let due = |entry: &Entry| since(entry.at) >= FRESH && since(entry.asked) < WANTED;
+        entries.iter().filter(|(_, entry)| due(entry)).map(|(key, _)| key.clone()).collect()
     }
 
     /// What is known, without anything coming of it.
@@ -111,8 +115,8 @@ impl Known {
         }
         if entries.len() < REMEMBERED {
             let key = (image.name.clone(), platform.clone(), owner);
-            let entry = Entry { image: Arc::new(image.clone()), at: begun.at, renewing: false };
-            entries.insert(key, entry);
+            let asked = entries.get(&key).map_or_else(Instant::now, |entry| entry.asked);
+            entries.insert(key, Entry { image: Arc::new(image.clone()), at: begun.at, asked });
         }
     }
 
@@ -154,9 +158,7 @@ mod tests {
         let (known, image) = (Known::default(), image());
         let asked = Platform::parse("linux/amd64/v3").unwrap();
         let (mine, other) = (Tenant::default(), "other".parse::<Tenant>().unwrap());
-        let knows = |platform: &Platform, tenant: &Tenant| {
-            known.get(&image.name, platform, tenant) != Answer::Nothing
-        };
+        let knows = |platform: &Platform, tenant: &Tenant| known.get(&image.name, platform, tenant).is_some();
         known.note(&asked, Some(mine.clone()), &image, known.begin());
         assert!(knows(&asked, &mine));
         assert!(!knows(&asked, &other), "another's is asked for at its registry");
@@ -173,5 +175,24 @@ mod tests {
         assert!(!knows(&image.platform, &mine));
         known.forget(Some(&image.name.to_string()));
         assert!(!knows(&asked, &mine));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_looked_up_again_in_time() {
+        let (known, image) = (Known::default(), image());
+        let (begun, tenant) = (Instant::now(), Tenant::default());
+        let key = (image.name.clone(), image.platform.clone(), None);
+        let note = |at| known.note(&image.platform, None, &image, Begun { forgotten: 0, at });
+        note(begun);
+        assert_eq!(known.due(begun + FRESH / 2), []);
+        assert_eq!(known.due(begun + FRESH), [key]);
+        note(begun + FRESH);
+        assert_eq!(known.due(begun + FRESH), []);
+        // Nobody has asked meanwhile: it is not kept up, and then it is not there.
+        note(begun + WANTED);
+        assert_eq!(known.due(begun + WANTED + FRESH), []);
+        assert!(known.peek(&image.name, &image.platform, &tenant).is_some());
+        assert_eq!(known.due(begun + WANTED + STALE), []);
+        assert_eq!(known.peek(&image.name, &image.platform, &tenant), None);
     }
 }

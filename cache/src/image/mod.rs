@@ -245,6 +245,8 @@ const SIDE_ROOM: u64 = 12 << 20;
 
 /// A registry that is asked what a tag means by now answers within this time, or what is there is taken.
 const REVALIDATION: Duration = Duration::from_secs(10);
+/// How often it is seen to it that what is known of images is not too old.
+const BETWEEN_LOOK_UPS: Duration = Duration::from_secs(5);
 
 /// Who has to agree before an image is used.
 #[derive(Debug, Default)]
@@ -358,7 +360,26 @@ impl Images {
             shared.known.forget(name);
             news.notify_one();
         });
-        tokio::join!(following, self.keep_looking(changed));
+        tokio::join!(following, self.keep_looking(changed), self.keep_known());
+    }
+
+    /// Looks up again in time what is asked for, for ever: no Acquire waits for it.
+    async fn keep_known(&self) {
+        let shared = &self.0;
+        loop {
+            tokio::time::sleep(BETWEEN_LOOK_UPS).await;
+            for (image, platform, owner) in shared.known.due(Instant::now()) {
+                if shared.asks_registry(&image) {
+                    continue;
+                }
+                let tenant = owner.unwrap_or_default();
+                let access = Access { tenant, credential: None, policy: PullPolicy::IfNotPresent };
+                // Whoever asks next looks for himself, and is told.
+                if !matches!(self.look_up(&image, &platform, &access).await, Ok(Some(_))) {
+                    shared.known.drop_of(&image, &platform, &access.tenant);
+                }
+            }
+        }
     }
 
     /// How many pulls are under way.
@@ -398,6 +419,11 @@ impl Images {
 }
 
 impl Shared {
+    /// Whether what a name means may be its registry's to say.
+    fn asks_registry(&self, image: &ImageRef) -> bool {
+        !self.limits.revalidate.is_zero() && image.digest().is_none()
+    }
+
     async fn info(
         &self,
         record: ImageRecord,
@@ -446,10 +472,10 @@ impl Shared {
     /// Whether the registry says, if it is time to ask it again, that the tag means something else by now. One that does not
     /// answer changes nothing.
     async fn means_another(&self, image: &ImageRef, target: &Digest, access: &Access) -> bool {
-        let interval = self.limits.revalidate;
-        if interval.is_zero() || image.digest().is_some() {
+        if !self.asks_registry(image) {
             return false;
         }
+        let interval = self.limits.revalidate;
         let key = (image.clone(), access.clone());
         let answers = || self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         answers().retain(|_, at| at.elapsed() < interval);
@@ -499,24 +525,12 @@ impl ImageCache for Images {
             return Ok(None);
         }
         let shared = &self.0;
-        // Its registry may have to be asked.
-        if !shared.limits.revalidate.is_zero() && image.digest().is_none() {
+        if shared.asks_registry(image) {
             return self.look_up(image, platform, access).await;
         }
         match shared.known.get(image, platform, &access.tenant) {
-            known::Answer::Fresh(known) => Ok(Some(ResolvedImage::clone(&known))),
-            known::Answer::Old(known) => {
-                let (this, image, platform, access) =
-                    (self.clone(), image.clone(), platform.clone(), access.clone());
-                tokio::spawn(async move {
-                    // Whoever asks next looks for himself, and is told.
-                    if !matches!(this.look_up(&image, &platform, &access).await, Ok(Some(_))) {
-                        this.0.known.drop_of(&image, &platform, &access.tenant);
-                    }
-                });
-                Ok(Some(ResolvedImage::clone(&known)))
-            }
-            known::Answer::Nothing => self.look_up(image, platform, access).await,
+            Some(known) => Ok(Some(ResolvedImage::clone(&known))),
+            None => self.look_up(image, platform, access).await,
         }
     }
 
