@@ -36,7 +36,7 @@ use crate::{
     image::{Access, Cache, ImageCache, ImageRef, Platform, PullPolicy, ResolvedImage},
     kernel::{Devices, KernelError, PoolUsage},
     ledger::{HandedOut, Ledger},
-    making::{Maker, Making},
+    making::{Maker, Making, Wishes},
     promises::{self, Promises, Ticket},
     reclaim::Wake,
     spares::Spares,
@@ -172,6 +172,8 @@ pub struct Acquirer {
     pub wake: Wake,
     /// What is being made, for the reclaimer.
     pub making: Making,
+    /// Of what disks are asked, for who makes room.
+    pub wishes: Wishes,
     /// What time it is.
     pub clock: Clock,
     /// Where the work runs.
@@ -318,6 +320,7 @@ impl Acquirer {
         if let Acquisition::Existing(lease) = known {
             return Ok(Some(self.existing(ask, *lease, stages).await?));
         }
+        let _wished = self.wishes.begin(wish.image.to_string());
         self.drain.admit()?;
         self.within_quota(wish, &claim)?;
         if self.admission.admit_lately(&self.kernel).await.is_err() {

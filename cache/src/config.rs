@@ -684,9 +684,11 @@ impl Config {
     /// What may be promised to disks, and to tenants.
     pub fn limits(&self) -> Promised {
         let Admission { overcommit_percent, expected_bytes, learn, look_seconds: _ } = self.admission;
+        let limited = overcommit_percent.is_some() || self.quota.iter().any(|quota| quota.bytes.is_some());
         Promised {
             expected: evict::Bytes(expected_bytes.0),
-            learns: learn,
+            // To look at each disk that goes costs the pool, and without a limit nobody asks.
+            learns: learn && limited,
             overcommit_percent,
             // Checked when it was read.
             quotas: self.quotas().unwrap_or_default(),
@@ -743,7 +745,16 @@ impl Config {
             half_life: Duration::from_secs(s.half_life_seconds),
         };
         let Spares { enabled, concurrency, pool_max_percent, .. } = *s;
-        Settings { enabled, limits, concurrency, pool_max_percent }
+        // Above the marks spares are the first to go: none are made for that.
+        let most = |mark: u8| if self.gc.enabled { pool_max_percent.min(mark) } else { pool_max_percent };
+        let (data_max, metadata_max) = (most(self.gc.data_high_percent), most(self.gc.metadata_high_percent));
+        Settings {
+            enabled,
+            limits,
+            concurrency,
+            data_max_percent: data_max,
+            metadata_max_percent: metadata_max,
+        }
     }
 
     /// What goes when the pool gets full. How it grows is said by who lets it grow.

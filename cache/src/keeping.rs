@@ -20,6 +20,7 @@ use crate::{
     evict::is_ours,
     image::{ImageInfo, ImageRef, Platform},
     ledger::{Ledger, Marks, Pin},
+    making::Wishes,
     prefetch::job::Jobs,
     reclaim::Wake,
     rescue::Hindrances,
@@ -88,6 +89,8 @@ pub struct Keeper {
     pub tasks: Tasks,
     /// What is ready to be handed out.
     pub spares: Spares,
+    /// Images that disks are asked of.
+    pub wishes: Wishes,
     /// To be woken when there is something to clear away.
     pub wake: Wake,
     /// Whose turn it is.
@@ -229,8 +232,11 @@ impl Keeper {
             |name: &str| self.ledger.read_jobs(|jobs| is_awaited(jobs, name, going, &manifests, &now));
         for record in &of_it {
             let is_pulled = ImageRef::parse(&record.name).is_ok_and(|image| self.catalogue.is_pulled(&image));
-            if is_pulled || awaited(&record.name) {
-                let message = format!("image {} is being pulled, or a prefetch job is about it", record.name);
+            if is_pulled || awaited(&record.name) || self.wishes.contains(&record.name) {
+                let message = format!(
+                    "image {} is being pulled, a prefetch job is about it, or a VM is to have a disk of it",
+                    record.name
+                );
                 return Err(Error::new(Reason::ImageInUse, message).with("image", &record.name));
             }
         }

@@ -114,6 +114,7 @@ impl Host {
             clock,
             tasks: Tasks::default(),
             spares: process.acquirer.spares.clone(),
+            wishes: process.acquirer.wishes.clone(),
             wake: process.acquirer.wake.clone(),
             turn: Mutex::default(),
         };

@@ -36,7 +36,7 @@ const QUOTA_OF_LEASES: &str =
     "[[quota]]\ntenant = \"red\"\nleases = 3\n[[quota]]\ntenant = \"*\"\nleases = 4\n";
 const QUOTA_OF_BYTES: &str = "[admission]\nexpected_bytes = \"256MiB\"\nlearn = false\nlook_seconds = 1\n\
     [[quota]]\ntenant = \"red\"\nbytes = \"600MiB\"\n";
-const LEARNING: &str = "[admission]\nlook_seconds = 1\n";
+const LEARNING: &str = "[admission]\novercommit_percent = 1000\nlook_seconds = 1\n";
 /// So many are asked for at once, and so many fit.
 const CROWD: usize = 50;
 const FIT: usize = 20;

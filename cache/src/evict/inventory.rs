@@ -80,8 +80,7 @@ impl Evictor {
                 nothing_free()
             }
         };
-        let spares: Vec<Lease> =
-            ledger.read(|book| book.after(None).filter(|lease| lease.is_spare()).cloned().collect());
+        let spares = ledger.gather(|lease| lease.is_spare().then(|| lease.clone()));
         let closed = self.closed(&spares).await;
         let mut snapshots = self.survey.snapshots().await?;
         if self.learn_layers(&snapshots).await? {
@@ -91,14 +90,15 @@ impl Evictor {
         self.learn_disks(spares.iter().map(|spare| spare.id.snapshot_key()).collect()).await;
         let blobs = self.survey.blobs().await?;
         let records = catalogue.records().await?;
-        let ours: BTreeSet<String> =
-            ledger.read(|book| book.after(None).map(|lease| lease.id.snapshot_key()).collect());
+        let ours = ledger.gather(|lease| Some(lease.id.snapshot_key())).into_iter().collect();
         let held = self.survey.held(&ours).await?;
         let sizes = self.known_sizes(&snapshots);
         let block = NonZeroU64::new(usage.block_bytes).unwrap_or(LARGEST_BLOCK);
         let snapshotter = self.survey.snapshotter().to_owned();
-        let is_pulled = |name: &&String| ImageRef::parse(name).is_ok_and(|image| catalogue.is_pulled(&image));
-        let pulled = records.iter().map(|record| &record.name).filter(is_pulled).cloned().collect();
+        let is_pulled = |name: &String| ImageRef::parse(name).is_ok_and(|image| catalogue.is_pulled(&image));
+        let is_wished = |name: &String| self.keeper.wishes.contains(name);
+        let names = records.iter().map(|record| &record.name);
+        let pulled = names.filter(|name| is_pulled(name) || is_wished(name)).cloned().collect();
         let wanted = self.wanted(pulled);
         let seen = Seen { pool, group, block, snapshotter, snapshots, sizes, blobs, records, held, closed };
         Ok((seen, wanted))
@@ -107,10 +107,11 @@ impl Evictor {
     fn wanted(&self, pulled: HashSet<String>) -> Wanted {
         let (ledger, spares) = (&self.keeper.ledger, &self.keeper.spares);
         let (in_hand, spares_kept) = (spares.in_hand(), spares.wanted());
-        let (book, marks) = ledger.read_all(|book, marks| (book.clone(), marks.clone()));
+        // What has come for an image meanwhile is seen when that is to go.
+        let leases = ledger.gather(|lease| Some(lease.clone()));
         Wanted {
-            book,
-            marks,
+            leases,
+            marks: ledger.read_all(|_, marks| marks.clone()),
             jobs: ledger.read_jobs(Clone::clone),
             now: self.keeper.clock.now(),
             in_hand,
@@ -157,7 +158,7 @@ impl Evictor {
 
     /// Learns what VMs have on their disks, which is for advice only, as far as that is learnt in this time.
     pub(super) async fn learn_of_vms(&self, seen: &mut Seen, wanted: &Wanted, limit: Duration) {
-        let keys = wanted.book.after(None).map(|lease| lease.id.snapshot_key()).collect();
+        let keys = wanted.leases.iter().map(|lease| lease.id.snapshot_key()).collect();
         let _in_time = tokio::time::timeout(limit, self.learn_disks(keys)).await;
         seen.sizes = self.known_sizes(&seen.snapshots);
     }

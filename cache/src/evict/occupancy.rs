@@ -10,7 +10,7 @@ use cowshed_gc::evict::{
     Bytes, ChainId, Fetch, Image, ImageName, Layer, Lease as Disk, MadeOf, Manifest, Name, Names, Occupancy,
     Pin, Pool, Room, Spare, SpareState, Target, Tenure, VolumeGroup,
 };
-use cowshed_leases::{Book, Lease, LeaseId, Moment, State, UnixMicros};
+use cowshed_leases::{Lease, LeaseId, Moment, State, UnixMicros};
 
 use super::holds::{Holds, Labels, is_root};
 use crate::{
@@ -40,7 +40,7 @@ pub(super) struct Seen {
 
 /// Who wants what, asked last.
 pub(super) struct Wanted {
-    pub(super) book: Book,
+    pub(super) leases: Vec<Lease>,
     pub(super) marks: Marks,
     pub(super) jobs: Jobs,
     pub(super) now: Moment,
@@ -48,7 +48,7 @@ pub(super) struct Wanted {
     pub(super) in_hand: HashSet<LeaseId>,
     /// How many spares of a manifest are kept; of others, as many as of any.
     pub(super) spares_kept: HashMap<String, u32>,
-    /// Names that are being pulled.
+    /// Names that are being pulled, or that somebody is asking for a disk of.
     pub(super) pulled: HashSet<String>,
     /// So long what a job has fetched is kept for who comes for it.
     pub(super) prefetched_for: Duration,
@@ -68,7 +68,7 @@ struct Index<'a> {
 impl<'a> Index<'a> {
     fn of(wanted: &'a Wanted) -> Self {
         let mut granted: HashMap<&str, UnixMicros> = HashMap::new();
-        for grant in wanted.book.after(None).filter(|lease| lease.vm.is_vm()).filter_map(Lease::grant) {
+        for grant in wanted.leases.iter().filter(|lease| lease.vm.is_vm()).filter_map(Lease::grant) {
             let last = granted.entry(&grant.image_digest).or_insert(grant.at);
             *last = grant.at.max(*last);
         }
@@ -96,7 +96,7 @@ pub(super) fn occupancy(seen: &Seen, wanted: &Wanted) -> Occupancy {
     let holds = Holds { blobs: &seen.blobs, snapshotter: &seen.snapshotter };
     // Of those that have failed and left nothing there is no disk.
     let is_there = |lease: &&Lease| !matches!(lease.state, State::Failed { cleared: true, .. });
-    let leases: Vec<&Lease> = wanted.book.after(None).filter(is_there).collect();
+    let leases: Vec<&Lease> = wanted.leases.iter().filter(is_there).collect();
     let images = by_target(&seen.records);
     let (ours, others): (Vec<_>, Vec<_>) =
         images.into_iter().partition(|(_, records)| records.iter().all(|record| is_ours(record)));

@@ -71,10 +71,9 @@ fn seen() -> Seen {
 }
 
 fn wanted(ledger: &Ledger) -> Wanted {
-    let (book, marks) = ledger.read_all(|book, marks| (book.clone(), marks.clone()));
     Wanted {
-        book,
-        marks,
+        leases: ledger.gather(|lease| Some(lease.clone())),
+        marks: ledger.read_all(|_, marks| marks.clone()),
         jobs: ledger.read_jobs(Clone::clone),
         now: now(),
         in_hand: HashSet::new(),

@@ -258,6 +258,7 @@ fn host_with(grower: Arc<dyn Grower>) -> Host {
         clock,
         tasks: Tasks::default(),
         spares: process.acquirer.spares.clone(),
+        wishes: process.acquirer.wishes.clone(),
         wake: process.acquirer.wake.clone(),
         turn: tokio::sync::Mutex::default(),
     };
@@ -443,6 +444,31 @@ async fn what_somebody_has_come_for_meanwhile_stays_and_another_goes() {
     let refused = host.evictor.keeper.evict(&going).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::ImageInUse);
     assert!(refused.to_string().contains(&name("tag")), "{refused}");
+}
+
+#[tokio::test]
+async fn no_room_is_made_of_what_a_disk_is_asked_of() {
+    let host = host();
+    host.store.put("old", 150, 9 * DAY);
+    host.store.put("other", 150, DAY);
+    host.fill(TOTAL * 96 / 100);
+    let wished = host.process.acquirer.wishes.begin(name("old"));
+    let plan = host.evictor.plan(Trigger::Pressure).await.unwrap();
+    let going = crate::keeping::Going {
+        target: digest("old"),
+        names: [name("old")].into(),
+        own: BTreeSet::new(),
+        last_use: UnixMicros(i64::MAX),
+        prefetched_for: Duration::from_secs(1),
+    };
+    let refused = host.evictor.keeper.evict(&going).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::ImageInUse, "{refused}");
+    host.make().await.unwrap();
+    assert_eq!((plan.steps.len(), host.store.names()), (1, vec!["old".to_owned()]));
+    drop(wished);
+    host.fill(TOTAL * 96 / 100);
+    host.make().await.unwrap();
+    assert!(host.store.names().is_empty());
 }
 
 #[tokio::test]

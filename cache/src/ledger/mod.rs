@@ -31,6 +31,9 @@ use crate::{
 use marks::Mark;
 use schema::{Change, FORMAT, Records};
 
+/// So many leases are looked at in one go where all are: writes wait for that.
+const PAGE: usize = 256;
+
 /// A handle on the ledger; all handles share one writer.
 #[derive(Clone)]
 pub struct Ledger {
@@ -77,6 +80,23 @@ impl Ledger {
     /// Looks at what is durable.
     pub fn read<T>(&self, look: impl FnOnce(&Book) -> T) -> T {
         self.store.read(|records| look(&records.book))
+    }
+
+    /// What `pick` takes of each lease, some leases at a time, so that no write waits for long. What changes meanwhile may be in it
+    /// or not.
+    pub fn gather<T>(&self, mut pick: impl FnMut(&Lease) -> Option<T>) -> Vec<T> {
+        let (mut all, mut after) = (Vec::new(), None);
+        loop {
+            let last = self.read(|book| {
+                let page: Vec<&Lease> = book.after(after.as_ref()).take(PAGE).collect();
+                all.extend(page.iter().filter_map(|lease| pick(lease)));
+                page.last().filter(|_| page.len() == PAGE).map(|lease| lease.id.clone())
+            });
+            match last {
+                Some(last) => after = Some(last),
+                None => return all,
+            }
+        }
     }
 
     /// The same, and at what is kept of images.

@@ -49,6 +49,30 @@ async fn what_was_answered_is_there_after_a_restart() {
 }
 
 #[tokio::test]
+async fn leases_are_gathered_a_page_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(directory.path()).unwrap();
+    for count in [0, 1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE] {
+        let there = ledger.read(|book| book.after(None).count());
+        let more = (there..count).map(|n| {
+            let ledger = ledger.clone();
+            let n = u32::try_from(n).unwrap();
+            tokio::spawn(
+                async move { ledger.acquire(ask(n), id(n), now(), GivenUp::default()).await.unwrap() },
+            )
+        });
+        for write in more.collect::<Vec<_>>() {
+            write.await.unwrap();
+        }
+        let all: Vec<LeaseId> = ledger.read(|book| book.after(None).map(|lease| lease.id.clone()).collect());
+        assert_eq!(all.len(), count);
+        assert_eq!(ledger.gather(|lease| Some(lease.id.clone())), all);
+        let some = ledger.gather(|lease| (lease.id == id(0)).then(|| lease.vm.clone()));
+        assert_eq!(some.len(), count.min(1), "only what is picked");
+    }
+}
+
+#[tokio::test]
 async fn closing_leaves_one_file_with_all_that_was_queued() {
     let directory = tempfile::tempdir().unwrap();
     let ledger = Ledger::open(directory.path()).unwrap();

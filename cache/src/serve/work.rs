@@ -33,7 +33,7 @@ use crate::{
     kernel::{DeviceMapper, Devices, Events},
     layer::Bounds,
     ledger::{Ledger, LedgerSlot},
-    making::Making,
+    making::{Making, Wishes},
     metrics::Metrics,
     offer::Latencies,
     prefetch::{Permits, Prefetcher},
@@ -151,6 +151,7 @@ impl Ground {
         // There is one ledger, and so one of these.
         let _first = self.source.images.set(images.clone());
         let (wake, waiting, making) = (Wake::default(), Waiting::default(), Making::default());
+        let wishes = Wishes::default();
         let spares = Spares::new(self.config.spares());
         let _first = self.source.spares.set(spares.clone());
         let snapshots: Arc<dyn Snapshots> = containerd.clone();
@@ -185,6 +186,7 @@ impl Ground {
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
             spares: spares.clone(),
+            wishes: wishes.clone(),
             wake: wake.clone(),
             turn: tokio::sync::Mutex::default(),
         });
@@ -216,6 +218,7 @@ impl Ground {
             drain: drain.clone(),
             wake: wake.clone(),
             making,
+            wishes,
             clock: self.clock.clone(),
             tasks: self.tasks.clone(),
             flights: Flights::default(),

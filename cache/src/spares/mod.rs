@@ -43,8 +43,10 @@ pub struct Settings {
     pub limits: Limits,
     /// So many are made at a time.
     pub concurrency: u32,
-    /// None are made while the pool's data or metadata is fuller than this, in percent.
-    pub pool_max_percent: u8,
+    /// None are made while the pool's data is fuller than this, in percent …
+    pub data_max_percent: u8,
+    /// … or its metadata than this.
+    pub metadata_max_percent: u8,
 }
 
 /// Of what a spare is made: a manifest, and so a platform.

@@ -10,7 +10,7 @@ use cowshed_leases::{Failure, Lease, LeaseId, Mode, Seen, Spec, Tenant};
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
-use super::{Key, MakeError, Room, Spares};
+use super::{Key, MakeError, Room, Settings, Spares};
 use crate::{
     acquire::Acquirer,
     error::{Error, Reason, Result},
@@ -111,11 +111,7 @@ impl Refiller {
         match &pool {
             Ok(usage) if admission.judge(&pool).is_err() && usage.mode == PoolMode::ReadWrite => Room::Short,
             Ok(usage) if !drain.is_on() && admission.hindrances.admit().is_ok() => {
-                if is_fuller(usage, self.spares.0.settings.pool_max_percent) {
-                    Room::Tight
-                } else {
-                    Room::Ample
-                }
+                if is_fuller(usage, &self.spares.0.settings) { Room::Tight } else { Room::Ample }
             }
             // Nothing can be made now, and nothing is gained by giving any up.
             Ok(_) | Err(_) => Room::Tight,
@@ -324,7 +320,44 @@ pub(crate) fn image_gone(image: &ResolvedImage) -> Error {
     Error::new(Reason::ImageNotPresent, message).with("image", &image.name)
 }
 
-fn is_fuller(usage: &PoolUsage, most_percent: u8) -> bool {
-    let over = |used: u64, total: u64| u128::from(used) * 100 > u128::from(total) * u128::from(most_percent);
-    over(usage.data_used, usage.data_total) || over(usage.metadata_used, usage.metadata_total)
+fn is_fuller(usage: &PoolUsage, settings: &Settings) -> bool {
+    let over =
+        |used: u64, total: u64, most: u8| u128::from(used) * 100 > u128::from(total) * u128::from(most);
+    over(usage.data_used, usage.data_total, settings.data_max_percent)
+        || over(usage.metadata_used, usage.metadata_total, settings.metadata_max_percent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn none_are_made_of_a_pool_above_its_own_limit_or_the_marks() {
+        let usage = |data_used, metadata_used| PoolUsage {
+            name: String::new(),
+            data_used,
+            data_total: 100,
+            metadata_used,
+            metadata_total: 100,
+            block_bytes: 1,
+            mode: PoolMode::ReadWrite,
+            zeroing: true,
+        };
+        let (with_marks, mut config) = (Config::default().spares(), Config::default());
+        config.gc.enabled = false;
+        let table = [(80, 75, false, false), (81, 0, true, true), (0, 76, true, false), (0, 81, true, true)];
+        for (data, metadata, is_fuller_with_marks, is_fuller_without) in table {
+            assert_eq!(
+                is_fuller(&usage(data, metadata), &with_marks),
+                is_fuller_with_marks,
+                "{data} {metadata}"
+            );
+            assert_eq!(
+                is_fuller(&usage(data, metadata), &config.spares()),
+                is_fuller_without,
+                "{data} {metadata}"
+            );
+        }
+    }
 }

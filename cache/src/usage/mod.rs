@@ -102,10 +102,8 @@ impl Usage {
         {
             return Ok(known.clone());
         }
-        let leases: Vec<Lease> = self.ledger.read(|book| {
-            let has_disk = |lease: &&Lease| lease.vm.is_vm() && lease.own_device().is_some();
-            book.after(None).filter(has_disk).cloned().collect()
-        });
+        let has_disk = |lease: &Lease| lease.vm.is_vm() && lease.own_device().is_some();
+        let leases = self.ledger.gather(|lease| has_disk(lease).then(|| lease.clone()));
         let names =
             leases.iter().filter_map(Lease::own_device).map(|device| device.dm_name.clone()).collect();
         let loads =
