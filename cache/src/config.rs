@@ -253,6 +253,8 @@ pub struct Registry {
 pub struct Images {
     /// Who unpacks layers.
     pub unpacker: Unpacker,
+    /// An image whose layers have more bytes than this together, compressed, is refused.
+    pub image_size_max: Bytes,
     /// A layer with more bytes than this, inflated, is refused.
     pub layer_size_max: Bytes,
     /// A layer with more files, directories and links than this is refused.
@@ -468,9 +470,10 @@ impl Default for Registry {
 
 impl Default for Images {
     fn default() -> Self {
-        let PullLimits { unpacker, layer, keep_layers, revalidate, .. } = PullLimits::default();
+        let PullLimits { unpacker, image_bytes, layer, keep_layers, revalidate, .. } = PullLimits::default();
         Self {
             unpacker,
+            image_size_max: Bytes(image_bytes),
             layer_size_max: Bytes(layer.bytes),
             layer_members_max: layer.members,
             keep_layers,
@@ -633,6 +636,7 @@ impl Config {
             }
         }
         for (field, number) in [
+            ("image_size_max", self.images.image_size_max.0),
             ("layer_size_max", self.images.layer_size_max.0),
             ("layer_members_max", self.images.layer_members_max),
         ] {
@@ -948,6 +952,12 @@ mod tests {
         "base_size",
         "heirs",
         "config_path",
+        "unpacker",
+        "image_size_max",
+        "layer_size_max",
+        "layer_members_max",
+        "keep_layers",
+        "revalidate_seconds",
         "concurrent_downloads",
         "connect_timeout_seconds",
         "read_timeout_seconds",
@@ -1003,6 +1013,8 @@ mod tests {
             ("[snapshotter]\nbase_size = \"1 cow\"", "1 cow"),
             ("[snapshotter]\nbase_size = \"1MiB\"", "[snapshotter] base_size"),
             ("[snapshotter]\nserve = \"perhaps\"", "perhaps"),
+            ("[images]\nimage_size_max = \"0\"", "[images] image_size_max"),
+            ("[images]\nlayer_size_max = \"0\"", "[images] layer_size_max"),
             ("[leases]\nboot_grace_seconds = 0", "[leases] boot_grace_seconds"),
             ("[verification]\ndirectory = \"v\"", "[verification] directory"),
             ("[[verification.cosign]]\nimages = [\"*\"]", "nobody is trusted"),

@@ -30,6 +30,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("tokens", tokens),
     ("indexes_within_indexes", indexes_within_indexes),
     ("images_that_say_too_much", images_that_say_too_much),
+    ("foreign_layers", foreign_layers),
+    ("images_larger_than_the_configuration_allows", images_larger_than_the_configuration_allows),
     ("denied", denied),
     ("server_error", server_error),
     ("manifest_of_another_digest", manifest_of_another_digest),
@@ -250,6 +252,51 @@ fn images_that_say_too_much() -> Outcome {
     let image = FakeImage::saying(layer, &diff_id, &"x".repeat(200_000), "{}");
     registry.serve("1", &image);
     refused_without_a_trace(&name, &image, 6, "IMAGE_UNSUPPORTED", &[&name, "200000 bytes"])
+}
+
+/// They are fetched from where the image is, or not at all.
+fn foreign_layers() -> Outcome {
+    let mut image = FakeImage::new(34, 1000)?;
+    let own = "application/vnd.oci.image.layer.v1.tar+gzip";
+    let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    let elsewhere = FakeRegistry::start(Hosts::PlainHttp)?;
+    let urls = format!(r#"{foreign}","urls":["http://{}/layer"],"x":""#, elsewhere.authority);
+    image.manifest = String::from_utf8(image.manifest)?.replace(own, &urls).into_bytes();
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    let layer = digest(&image.layer);
+    registry.blob(&layer, Answer::Status(404));
+    let words = [name.as_str(), &layer, foreign, &registry.authority, "`urls`"];
+    refused_without_a_trace(&name, &image, 3, "IMAGE_NOT_FOUND", &words)?;
+    registry.serve("1", &image);
+    acquire_as("miss", "odd-foreign", &name)?;
+    let asked = elsewhere.requests("");
+    check!(asked.is_empty(), "what `urls` names was asked: {asked:?}");
+    release_fully("odd-foreign")?;
+    evict(&[&name])
+}
+
+/// Before a layer is asked for, whatever is unpacked already.
+fn images_larger_than_the_configuration_allows() -> Outcome {
+    let image = FakeImage::new(35, 100_000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    let second = Plan::new("[images]\nimage_size_max = \"64 KiB\"\n")?.start()?;
+    let words = [name.as_str(), "65536 are allowed", "image_size_max"];
+    second.refuses("odd", &name, 6, "IMAGE_UNSUPPORTED", &words)?;
+    check!(registry.requests(&digest(&image.layer)).is_empty(), "its layer was asked for");
+    acquire_as("miss", "odd-large", &name)?;
+    // Another image whose configuration says that it is the same, with other layers.
+    let layer = noise(36, 200_000);
+    let of = |layer: &[u8]| format!(r#"{}","size":{}"#, digest(layer), layer.len());
+    let manifest = String::from_utf8(image.manifest)?.replace(&of(&image.layer), &of(&layer));
+    let other = FakeImage { manifest: manifest.into_bytes(), config: image.config, layer };
+    registry.serve("2", &other);
+    second.refuses("odd", &registry.image("2"), 6, "IMAGE_UNSUPPORTED", &words[1..])?;
+    check!(registry.requests(&digest(&other.layer)).is_empty(), "its layer was asked for");
+    same!(second.stop()?, 0, "the exit status of the second service");
+    release_fully("odd-large")?;
+    evict(&[&name])
 }
 
 fn denied() -> Outcome {

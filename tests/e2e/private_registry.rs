@@ -16,7 +16,7 @@ use crate::{
         Outcome, check,
         command::sh,
         cow::{collect, evict_all},
-        fake_image::digest,
+        fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
         same,
         second::{Plan, Second},
@@ -30,6 +30,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("with_a_credential_helper", with_a_helper),
     ("of_several_tenants", of_several_tenants),
     ("of_a_tenant_that_cheats", of_a_tenant_that_cheats),
+    ("behind_a_page_to_log_in_on", behind_a_page_to_log_in_on),
     ("of_several_tenants_without_kept_layers", of_tenants_without_layers),
 ];
 
@@ -318,6 +319,37 @@ fn of_a_tenant_that_cheats() -> Outcome {
     // To have shown a part of it opens nothing.
     denied(&["acquire", "b-3", &image], 5, "REGISTRY_DENIED")?;
     service.cowshed(&["acquire", "a-1", &image, "--tenant", "a"])?.ok()?;
+    service.release_all()?;
+    same!(service.stop()?, 0, "the exit status");
+    evict_all()
+}
+
+/// Who answers whatever he is asked, and that with a page to log in on, has handed nothing out.
+fn behind_a_page_to_log_in_on() -> Outcome {
+    evict_all()?;
+    let image = FakeImage::new(41, 1000)?;
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    registry.serve("1", &image);
+    let name = registry.image("1");
+    let service = Plan::new("")?.start()?;
+    let directory = tempfile::Builder::new().prefix("page").tempdir_in("/tmp")?;
+    let right = directory.path().join("right");
+    fs::write(&right, COW)?;
+    let right = right.display().to_string();
+    service.cowshed(&["pull", &name, "--tenant", "a", "--credentials", &right])?.ok()?;
+    let page = || Answer::Bytes(b"<html>Who are you?</html>".to_vec());
+    registry.manifest(&digest(&image.manifest), page());
+    registry.blob(&digest(&image.config), page());
+    registry.blob(&digest(&image.layer), page());
+    service
+        .cowshed(&["acquire", "b-1", &name, "--tenant", "b"])?
+        .fails(10, &["IMAGE_CORRUPT", "another tenant"])?;
+    service.cowshed(&["acquire", "a-1", &name, "--tenant", "a"])?.ok()?;
+    // One that says what it has is believed, and sends nothing.
+    registry.serve("1", &image);
+    let before = registry.requests("GET /v2/odd/").len();
+    service.cowshed(&["acquire", "b-1", &name, "--tenant", "b"])?.ok()?;
+    same!(registry.requests("GET /v2/odd/").len(), before, "what was fetched to see it");
     service.release_all()?;
     same!(service.stop()?, 0, "the exit status");
     evict_all()

@@ -42,10 +42,7 @@ impl Facts {
             chain_id: chain.last()?.clone(),
             chain,
             process: config.process.clone(),
-            compressed_bytes: manifest
-                .layers
-                .iter()
-                .fold(0, |sum: u64, layer| sum.saturating_add(layer.size)),
+            compressed_bytes: manifest.compressed_bytes(),
             layers: u32::try_from(manifest.layers.len()).unwrap_or(u32::MAX),
         })
     }

@@ -84,10 +84,7 @@ impl Flights {
     ) -> Option<Option<u64>> {
         let key = (image.clone(), platform.clone(), access.clone());
         let flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let progress = flights.get(&key)?.progress.borrow();
-        let missing =
-            progress.layers.iter().map(|layer| layer.bytes_total.saturating_sub(layer.bytes_fetched));
-        Some((!progress.layers.is_empty()).then(|| missing.sum()))
+        Some(flights.get(&key)?.progress.borrow().missing())
     }
 
     /// Whether the image is being pulled, for whatever platform.

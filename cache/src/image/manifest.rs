@@ -2,7 +2,10 @@
 
 use serde::Deserialize;
 
-use super::{Digest, Platform, platform::DeclaredPlatform};
+use super::{
+    Digest, Platform,
+    platform::{DeclaredPlatform, short},
+};
 use crate::error::{Error, Reason, Result};
 
 /// Manifests and configurations above this are refused, in bytes.
@@ -13,6 +16,9 @@ pub(crate) const DOCUMENT_MAX_BYTES: usize = 8 << 20;
 const PROCESS_MAX_BYTES: usize = 64 << 10;
 /// Images with more layers are refused.
 const LAYERS_MAX: usize = 512;
+/// Indexes with more entries are refused: each entry is a label of containerd's, which lists all blobs of the host with all
+/// their labels, in messages that are bounded.
+const INDEX_MAX: usize = 1000;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -20,12 +26,22 @@ const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const CONFIGS: [&str; 2] =
     ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
-const LAYERS: [&str; 5] = [
+/// Tars, compressed or not.
+const LAYERS: [&str; 6] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.v1.tar+gzip",
     "application/vnd.oci.image.layer.v1.tar+zstd",
     "application/vnd.docker.image.rootfs.diff.tar",
     "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+];
+/// The same, which not every registry may hand out, and which therefore need not be where the image is.
+const FOREIGN_LAYERS: [&str; 5] = [
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
 ];
 
 /// What we ask registries for.
@@ -51,6 +67,16 @@ impl Descriptor {
     pub(super) fn may_be_index(&self) -> bool {
         matches!(self.media_type.as_str(), "" | OCI_INDEX | DOCKER_INDEX)
     }
+
+    /// Whether it is a layer that need not be where the image is.
+    pub(super) fn is_foreign(&self) -> bool {
+        FOREIGN_LAYERS.contains(&self.media_type.as_str())
+    }
+
+    /// Whether it is a layer that can be unpacked.
+    fn is_layer(&self) -> bool {
+        LAYERS.contains(&self.media_type.as_str()) || self.is_foreign()
+    }
 }
 
 /// A document that an image's name or an index points to.
@@ -65,6 +91,13 @@ pub(super) enum Document {
 pub(super) struct Manifest {
     pub(super) config: Descriptor,
     pub(super) layers: Vec<Descriptor>,
+}
+
+impl Manifest {
+    /// Bytes of all layers together, compressed.
+    pub(super) fn compressed_bytes(&self) -> u64 {
+        self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.size))
+    }
 }
 
 /// How an image wants its process started; the fields of the OCI image configuration.
@@ -120,7 +153,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(String, Document)> {
         )));
     }
     let (default, document) = match (raw.manifests, raw.config, raw.layers) {
-        (Some(manifests), None, None) => (OCI_INDEX, Document::Index(manifests)),
+        (Some(manifests), None, None) => (OCI_INDEX, Document::Index(bounded(manifests)?)),
         (None, Some(config), Some(layers)) => (OCI_MANIFEST, Document::Manifest(checked(config, layers)?)),
         _ => return Err(unsupported("its manifest is neither an index nor an image".to_owned())),
     };
@@ -137,6 +170,13 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(String, Document)> {
     Ok((media_type, document))
 }
 
+fn bounded(entries: Vec<Descriptor>) -> Result<Vec<Descriptor>> {
+    match entries.len() {
+        0..=INDEX_MAX => Ok(entries),
+        many => Err(unsupported(format!("its index has {many} entries, {INDEX_MAX} are allowed"))),
+    }
+}
+
 fn checked(config: Descriptor, layers: Vec<Descriptor>) -> Result<Manifest> {
     if !CONFIGS.contains(&config.media_type.as_str()) {
         return Err(unsupported(format!(
@@ -144,13 +184,27 @@ fn checked(config: Descriptor, layers: Vec<Descriptor>) -> Result<Manifest> {
             config.media_type
         )));
     }
-    if let Some(odd) = layers.iter().find(|layer| !LAYERS.contains(&layer.media_type.as_str())) {
-        return Err(unsupported(format!("its layer {} has media type {:?}", odd.digest, odd.media_type)));
+    if let Some(odd) = layers.iter().find(|layer| !layer.is_layer()) {
+        let is_encrypted = odd.media_type.ends_with("+encrypted");
+        let hint = if is_encrypted { ": push it without encryption, nobody has the keys here" } else { "" };
+        return Err(unsupported(format!(
+            "its layer {} has media type {:?}{hint}",
+            odd.digest, odd.media_type
+        )));
     }
     if layers.is_empty() || layers.len() > LAYERS_MAX {
         return Err(unsupported(format!(
             "it has {} layers, 1 to {LAYERS_MAX} can be unpacked",
             layers.len()
+        )));
+    }
+    // No file is larger than the kernel can count.
+    let sum = layers.iter().try_fold(0_i64, |sum, layer| sum.checked_add_unsigned(layer.size));
+    if sum.is_none() {
+        let largest = layers.iter().map(|layer| layer.size).max().unwrap_or_default();
+        return Err(unsupported(format!(
+            "its manifest says that its layers have more than {} bytes together, the largest {largest}",
+            i64::MAX
         )));
     }
     if config.size > DOCUMENT_MAX_BYTES as u64 {
@@ -161,10 +215,15 @@ fn checked(config: Descriptor, layers: Vec<Descriptor>) -> Result<Manifest> {
 
 /// Reads an image configuration and holds it against its manifest.
 pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageConfig> {
+    // By name: flattened into one field, they would have serde keep all else that is there.
     #[derive(Deserialize)]
     struct Raw {
-        #[serde(flatten)]
-        platform: DeclaredPlatform,
+        #[serde(default, deserialize_with = "short")]
+        os: String,
+        #[serde(default, deserialize_with = "short")]
+        architecture: String,
+        #[serde(default, deserialize_with = "short")]
+        variant: String,
         #[serde(default)]
         config: Option<ProcessConfig>,
         rootfs: RootFs,
@@ -173,20 +232,21 @@ pub(super) fn parse_config(bytes: &[u8], manifest: &Manifest) -> Result<ImageCon
     struct RootFs {
         diff_ids: Vec<Digest>,
     }
-    let raw: Raw = serde_json::from_slice(bytes)
+    let Raw { os, architecture, variant, config, rootfs } = serde_json::from_slice(bytes)
         .map_err(|e| unsupported(format!("its configuration cannot be read: {e}")))?;
-    let (diffs, layers) = (raw.rootfs.diff_ids.len(), manifest.layers.len());
+    let (diffs, layers) = (rootfs.diff_ids.len(), manifest.layers.len());
     if diffs != layers {
         return Err(unsupported(format!("its configuration names {diffs} layers, its manifest {layers}")));
     }
-    let process = raw.config.unwrap_or_default();
+    let process = config.unwrap_or_default();
     let bytes = process.bytes();
     if bytes > PROCESS_MAX_BYTES {
         return Err(unsupported(format!(
             "its Entrypoint, Cmd, Env, User and WorkingDir have {bytes} bytes, {PROCESS_MAX_BYTES} are allowed"
         )));
     }
-    Ok(ImageConfig { platform: Platform::from(&raw.platform), process, diff_ids: raw.rootfs.diff_ids })
+    let platform = Platform::from(&DeclaredPlatform { os, architecture, variant });
+    Ok(ImageConfig { platform, process, diff_ids: rootfs.diff_ids })
 }
 
 /// Whether this is the media type of an index.

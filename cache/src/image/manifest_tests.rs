@@ -36,6 +36,52 @@ fn manifests_of_both_kinds_are_read() {
         let Document::Manifest(manifest) = document else { panic!("{document:?}") };
         assert_eq!(manifest.layers.len(), LAYERS.len());
         assert_eq!(manifest.layers[1].digest, digest(2));
+        assert!(!manifest.layers.iter().any(Descriptor::is_foreign));
+    }
+}
+
+#[test]
+fn foreign_layers_are_layers() {
+    let (_, document) = parsed(&manifest(None, &FOREIGN_LAYERS)).unwrap();
+    let Document::Manifest(manifest) = document else { panic!("{document:?}") };
+    assert_eq!(manifest.layers.len(), FOREIGN_LAYERS.len());
+    assert!(manifest.layers.iter().all(Descriptor::is_foreign));
+}
+
+#[test]
+fn an_index_is_bounded() {
+    let index = |entries: usize| json!({ "schemaVersion": 2, "manifests": vec![descriptor(OCI_MANIFEST, 1); entries] });
+    let (_, document) = parsed(&index(1000)).unwrap();
+    assert!(matches!(document, Document::Index(entries) if entries.len() == 1000));
+    let error = parsed(&index(1001)).unwrap_err();
+    assert_eq!(error.reason(), Reason::ImageUnsupported);
+    assert!(error.to_string().contains("1001 entries, 1000 are allowed"), "{error}");
+}
+
+#[test]
+fn sizes_that_no_file_can_have_are_refused() {
+    let most = u64::try_from(i64::MAX).unwrap();
+    let table = [
+        ([1, 2], true),
+        ([most - 1, 1], true),
+        ([most, 1], false),
+        ([most + 1, 0], false),
+        ([u64::MAX, u64::MAX], false),
+    ];
+    for (sizes, fits) in table {
+        let mut value = manifest(None, &[LAYERS[1], LAYERS[1]]);
+        sizes.iter().enumerate().for_each(|(at, size)| value["layers"][at]["size"] = (*size).into());
+        match parsed(&value) {
+            Ok((_, Document::Manifest(manifest))) => {
+                assert!(fits, "{sizes:?}");
+                assert_eq!(manifest.compressed_bytes(), sizes.iter().sum::<u64>());
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => {
+                assert!(!fits && error.to_string().contains("bytes together"), "{sizes:?}: {error}");
+                assert_eq!(error.reason(), Reason::ImageUnsupported);
+            }
+        }
     }
 }
 
@@ -51,14 +97,17 @@ fn what_is_no_image_is_refused_with_what_it_is() {
     bad_digest["layers"][0]["digest"] = "sha256:../../etc/passwd".into();
     let mut negative = manifest(None, &[LAYERS[0]]);
     negative["layers"][0]["size"] = (-1).into();
-    let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    let encrypted = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted";
+    let other = "application/vnd.oci.image.layer.v1.erofs";
     let table = [
         (schema1, "schema version 1"),
         (artifact, "no image"),
         (both, "neither"),
         (bad_digest, "no sha256 digest"),
         (negative, "cannot be read"),
-        (manifest(None, &[foreign]), "foreign"),
+        (manifest(None, &[encrypted]), "without encryption"),
+        (manifest(None, &[other]), "erofs"),
+        (manifest(None, &[""]), "media type \"\""),
         (manifest(None, &[]), "0 layers"),
         (manifest(None, &[LAYERS[1]; 513]), "513 layers"),
         (manifest(Some(OCI_INDEX), &[LAYERS[1]]), "media type"),
@@ -107,6 +156,13 @@ fn configurations() {
     assert_eq!(read.diff_ids, [digest(7), digest(8)]);
     assert_eq!(read.process.entrypoint, ["/app"]);
     assert_eq!((read.process.cmd.len(), read.process.user.as_str()), (0, "1000"));
+    // What else is there does not matter.
+    let mut full = config.clone();
+    full["variant"] = "v2".into();
+    full["history"] = json!([{ "created_by": "cow" }, 5, null]);
+    full["platform"] = json!({ "os": 7 });
+    let read = parse_config(full.to_string().as_bytes(), &manifest).unwrap();
+    assert_eq!(read.platform.to_string(), "linux/amd64/v2");
 
     let mut short = config.clone();
     short["rootfs"]["diff_ids"] = json!([digest(7).as_str()]);

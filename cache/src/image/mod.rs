@@ -149,6 +149,8 @@ pub struct PullLimits {
     pub unpacker: Unpacker,
     /// How much a layer may be.
     pub layer: Bounds,
+    /// How many bytes the layers of an image may have together, compressed.
+    pub image_bytes: u64,
     /// Size of the disks that images are unpacked into, in bytes, if it is known.
     pub disk: Option<u64>,
     /// Whether compressed layers are kept when they are unpacked.
@@ -163,7 +165,7 @@ pub struct PullLimits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unpacker {
-    /// Cowshed, while they arrive; layers of a kind that it does not know, containerd.
+    /// Cowshed, while they arrive.
     Cowshed,
     /// containerd's differ, when they have arrived.
     Containerd,
@@ -177,6 +179,7 @@ impl Default for PullLimits {
             attempts: 4,
             unpacker: Unpacker::Cowshed,
             layer: Bounds { bytes: 64 << 30, members: 4_000_000, memory: 96 << 20 },
+            image_bytes: 64 << 30,
             disk: None,
             keep_layers: true,
             access_check: Duration::from_secs(300),

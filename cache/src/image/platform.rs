@@ -19,17 +19,18 @@ pub struct Platform {
 #[serde(default)]
 pub struct DeclaredPlatform {
     #[serde(deserialize_with = "short")]
-    os: String,
+    pub(super) os: String,
     #[serde(deserialize_with = "short")]
-    architecture: String,
+    pub(super) architecture: String,
     #[serde(deserialize_with = "short")]
-    variant: String,
+    pub(super) variant: String,
 }
 
 /// Longer names of systems, architectures and variants are refused: leases and errors repeat them.
 const NAME_MAX_BYTES: usize = 64;
 
-fn short<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+/// A name of a system, an architecture or a variant.
+pub(super) fn short<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let name = String::deserialize(deserializer)?;
     if name.len() > NAME_MAX_BYTES {
         let what = format!(

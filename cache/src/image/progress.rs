@@ -21,6 +21,21 @@ pub struct Progress {
     pub layers: Vec<LayerProgress>,
 }
 
+impl Progress {
+    /// Bytes in the content store, and in all; 0 as long as the layers are not known.
+    pub fn bytes(&self) -> (u64, u64) {
+        self.layers.iter().fold((0, 0), |(fetched, total): (u64, u64), layer| {
+            (fetched.saturating_add(layer.bytes_fetched), total.saturating_add(layer.bytes_total))
+        })
+    }
+
+    /// Bytes that are still to be fetched, if it is known.
+    pub fn missing(&self) -> Option<u64> {
+        let missing = self.layers.iter().map(|layer| layer.bytes_total.saturating_sub(layer.bytes_fetched));
+        (!self.layers.is_empty()).then(|| missing.fold(0, u64::saturating_add))
+    }
+}
+
 /// Of the pull as a whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PullStage {
@@ -123,6 +138,26 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_of_what_registries_claim() {
+        let layer = |bytes_fetched, bytes_total| LayerProgress {
+            digest: Digest::of(b"a"),
+            stage: LayerStage::Fetching,
+            bytes_fetched,
+            bytes_total,
+        };
+        let of = |layers| Progress { stage: PullStage::Layers, layers };
+        let table = [
+            (of(Vec::new()), (0, 0), None),
+            (of(vec![layer(1, 3), layer(5, 4)]), (6, 7), Some(2)),
+            (of(vec![layer(0, u64::MAX), layer(0, u64::MAX)]), (0, u64::MAX), Some(u64::MAX)),
+            (of(vec![layer(u64::MAX, 1), layer(2, 2)]), (u64::MAX, 3), Some(0)),
+        ];
+        for (progress, bytes, missing) in table {
+            assert_eq!((progress.bytes(), progress.missing()), (bytes, missing), "{progress:?}");
+        }
+    }
 
     #[test]
     fn stages_are_shown_at_once_and_bytes_at_a_pace() {

@@ -12,7 +12,7 @@ use containerd_client::types::Descriptor as ContainerdDescriptor;
 use futures_util::{StreamExt as _, stream};
 
 use super::{
-    Access, Cache, Digest, ImageRef, LayerStage, Platform, PullPolicy, ResolvedImage, Shared,
+    Access, Cache, Digest, ImageRef, LayerStage, Platform, PullLimits, PullPolicy, ResolvedImage, Shared,
     access::Owners,
     brake::Brake,
     digest::chain_ids,
@@ -307,8 +307,11 @@ async fn layers(
 ) -> Result<Cache> {
     let chain = chain_ids(&config.diff_ids);
     let there = unpacked_already(store, &chain, &manifest.layers).await?;
-    if there < chain.len() {
-        expect_room(manifest, store.shared.limits.disk)?;
+    // What is unpacked is so by what the configuration says; its layers may still have to be fetched.
+    if let Err(too_large) = expect_room(manifest, &store.shared.limits)
+        && (there < chain.len() || lacks_layers(store, manifest).await?)
+    {
+        return Err(too_large);
     }
     let (taps, outlets): (Vec<_>, Vec<_>) = manifest.layers.iter().map(|_| tap(store.room())).unzip();
     let keeps = store.shared.limits.keep_layers;
@@ -341,10 +344,17 @@ async fn layers(
     store.brake.check(either(fetched, unpacked))
 }
 
-/// Compressed, it is no larger than unpacked: what does not fit even so need not be fetched.
-fn expect_room(manifest: &Manifest, disk: Option<u64>) -> Result<()> {
-    let compressed = manifest.layers.iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
-    match disk {
+/// Fails if the layers are more than is allowed. Compressed, an image is no larger than unpacked: what does not fit the disks
+/// even so need not be fetched either.
+fn expect_room(manifest: &Manifest, limits: &PullLimits) -> Result<()> {
+    let compressed = manifest.compressed_bytes();
+    let most = limits.image_bytes;
+    if compressed > most {
+        return Err(manifest::unsupported(format!(
+            "its layers have {compressed} bytes compressed, {most} are allowed ([images] image_size_max)"
+        )));
+    }
+    match limits.disk {
         Some(disk) if compressed > disk => {
             let what =
                 format!("it does not fit: its layers have {} MiB compressed, more than", compressed >> 20);
@@ -352,6 +362,18 @@ fn expect_room(manifest: &Manifest, disk: Option<u64>) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether layers that are unpacked are to be fetched all the same.
+async fn lacks_layers(store: &Store<'_>, manifest: &Manifest) -> Result<bool> {
+    let Shared { containerd, limits, .. } = store.shared;
+    for layer in manifest.layers.iter().filter(|_| limits.keep_layers) {
+        let there = containerd.blob(layer.digest.as_str()).await.map_err(|e| containerd.explain(e))?;
+        if there.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How many layers, from the lowest on, are unpacked, by whatever image; from now on they are held.
@@ -424,7 +446,24 @@ async fn fetch_layer(
     board.stage(at, LayerStage::Fetching);
     let progress = |bytes| board.bytes(at, bytes);
     let fetched = store.fetch(blob, labels::of_layer(store.image), Some(tap), progress).await;
-    fetched.map_err(|e| e.context(format!("layer {} of {}", at + 1, manifest.layers.len())))
+    let registry = store.image.registry();
+    fetched.map_err(|e| {
+        let error = if_foreign(e, blob, registry);
+        error.context(format!("layer {} of {}", at + 1, manifest.layers.len()))
+    })
+}
+
+/// What it means that the registry does not have the layer, if it is a foreign one.
+fn if_foreign(error: Error, layer: &Descriptor, registry: &str) -> Error {
+    if error.reason() != Reason::ImageNotFound || !layer.is_foreign() {
+        return error;
+    }
+    let Descriptor { digest, media_type, .. } = layer;
+    let message = format!(
+        "{digest} is a foreign layer ({media_type}), which registry {registry} does not have, and the `urls` of a manifest are \
+         not followed: push the image with --allow-nondistributable-artifacts, or use another one"
+    );
+    Error::new(Reason::ImageNotFound, message).with("digest", digest).with("registry", registry)
 }
 
 /// Ties everything to the image's name.
@@ -477,5 +516,60 @@ impl<'a> Running<'a> {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         self.shared.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.lease);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn descriptor(media_type: &str, size: u64) -> Descriptor {
+        Descriptor { media_type: media_type.to_owned(), digest: Digest::of(b"x"), size, platform: None }
+    }
+
+    #[test]
+    fn what_is_too_large_is_not_fetched() {
+        let (most, disk) = (20 << 20, Some(10 << 20));
+        let table = [
+            (vec![1, 2], None, None),
+            (vec![most, 0], None, None),
+            (vec![most, 1], None, Some("20971521 bytes compressed, 20971520 are allowed")),
+            (vec![u64::MAX, u64::MAX], disk, Some("image_size_max")),
+            (vec![5 << 20, 5 << 20], disk, None),
+            (vec![5 << 20, 6 << 20], disk, Some("base_size")),
+        ];
+        for (sizes, disk, refused) in table {
+            let layers = sizes.iter().map(|size| descriptor("l", *size)).collect();
+            let manifest = Manifest { config: descriptor("c", 1), layers };
+            let limits = PullLimits { image_bytes: most, disk, ..PullLimits::default() };
+            let outcome = expect_room(&manifest, &limits);
+            assert_eq!(outcome.is_err(), refused.is_some(), "{sizes:?}: {outcome:?}");
+            if let (Err(error), Some(says)) = (outcome, refused) {
+                assert_eq!(error.reason(), Reason::ImageUnsupported, "{sizes:?}");
+                assert!(error.to_string().contains(says), "{sizes:?}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn why_a_foreign_layer_is_not_there() {
+        let foreign = descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", 1);
+        let own = descriptor("application/vnd.docker.image.rootfs.diff.tar.gzip", 1);
+        let table = [
+            (&foreign, Reason::ImageNotFound, true),
+            (&foreign, Reason::RegistryUnavailable, false),
+            (&own, Reason::ImageNotFound, false),
+        ];
+        for (layer, reason, is_told) in table {
+            let error = if_foreign(Error::new(reason, "no"), layer, "r.example");
+            let words = error.to_string();
+            assert_eq!(error.reason(), reason);
+            assert_eq!(
+                words.contains("r.example does not have") && words.contains("`urls`"),
+                is_told,
+                "{words}"
+            );
+            assert_eq!(words == "no", !is_told, "{words}");
+        }
     }
 }

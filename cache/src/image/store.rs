@@ -1,7 +1,10 @@
 //! Gets documents and blobs into containerd's content store, each once, held by the pull's lease.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -58,6 +61,25 @@ struct Errand<'a> {
     reference: String,
     /// Who gets the bytes while they arrive.
     tap: Option<&'a Tap>,
+    /// Whether a registry has sent it to its end, or shown that it hands it out.
+    is_shown: AtomicBool,
+}
+
+impl Errand<'_> {
+    /// Whether that which is written is all of it, and nobody has shown that it may be had: it may be of another namespace of
+    /// containerd's, for example.
+    fn wants_proof(&self, written: u64) -> bool {
+        self.blob.size > 0 && written == self.blob.size && !self.is_shown.load(Ordering::Relaxed)
+    }
+
+    fn note_shown(&self, is_shown: bool) {
+        self.is_shown.store(is_shown, Ordering::Relaxed);
+    }
+
+    /// What was poured is nobody's word for what is there.
+    fn spoil(&self) {
+        self.tap.inspect(|tap| tap.spoil());
+    }
 }
 
 impl Store<'_> {
@@ -109,7 +131,8 @@ impl Store<'_> {
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
-        let errand = Errand { blob, labels, reference: self.reference(&blob.digest, &turn), tap };
+        let reference = self.reference(&blob.digest, &turn);
+        let errand = Errand { blob, labels, reference, tap, is_shown: AtomicBool::new(false) };
         let mut pause = FIRST_PAUSE;
         let mut tries = Tries {
             limit: self.shared.limits.attempts,
@@ -133,7 +156,8 @@ impl Store<'_> {
             }
             tracing::warn!(digest = %blob.digest, ?tries, %error, "fetching goes on where it broke off");
             if let Broken::Wrong(error) = &broken {
-                tap.inspect(|tap| tap.spoil());
+                errand.spoil();
+                errand.note_shown(false);
                 self.abort_or(&errand.reference, error).await?;
             }
             // If the brake is pulled, the next try says so.
@@ -148,54 +172,56 @@ impl Store<'_> {
         failed: u32,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<(), Broken> {
-        let Errand { blob, labels, reference, tap } = errand;
+        let Errand { blob, labels, reference, .. } = errand;
         let mut writer = match self.writer(reference, &blob.digest, blob.size).await {
             Ok(writer) => writer,
             Err(error) if error.is_already_exists() => {
-                tap.inspect(|tap| tap.spoil());
-                self.forget(reference).await;
-                let expected = self.asker().expect_access(Kind::Blob(blob.size), &blob.digest).await;
-                expected.map_err(Broken::ForGood)?;
-                return self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood);
+                return self.take_over(errand).await.map_err(Broken::ForGood);
             }
             Err(error) => return Err(self.broken(error)),
         };
         if writer.offset() > blob.size {
-            tap.inspect(|tap| tap.spoil());
+            errand.spoil();
             writer.restart();
         }
-        if failed == 0 && blob.size > 0 && writer.offset() == blob.size {
-            // Of another namespace of containerd's, for example: nobody has shown that it may be had.
+        if errand.wants_proof(writer.offset()) {
             self.asker().expect_proof(Kind::Blob(blob.size), &blob.digest).await?;
+            errand.note_shown(true);
         }
         let rest = if writer.offset() < blob.size || blob.size == 0 {
-            self.copy(blob, failed, &mut writer, *tap, progress).await?
+            self.copy(errand, failed, &mut writer, progress).await?
         } else {
             Vec::new()
         };
         match self.commit(writer, rest, &blob.digest, labels.clone()).await {
-            // What was poured is nobody's word for what is there.
-            Err(error) if error.is_already_exists() => {
-                tap.inspect(|tap| tap.spoil());
-                self.adopt(&blob.digest, labels.clone()).await.map_err(Broken::ForGood)
-            }
+            // containerd says so before it looks at what was written.
+            Err(error) if error.is_already_exists() => self.take_over(errand).await.map_err(Broken::ForGood),
             committed => committed.map_err(|error| self.refused(blob, error)),
         }
+    }
+
+    /// Takes the blob that somebody else has finished meanwhile, if who asks may have it.
+    async fn take_over(&self, errand: &Errand<'_>) -> Result<()> {
+        let Errand { blob, labels, reference, .. } = errand;
+        errand.spoil();
+        self.forget(reference).await;
+        self.asker().expect_access(Kind::Blob(blob.size), &blob.digest).await?;
+        self.adopt(&blob.digest, labels.clone()).await
     }
 
     /// Copies what is missing from the registry to containerd, but for the last piece, which it returns: that goes with the
     /// commit, so that a small blob is one message.
     async fn copy(
         &self,
-        blob: &Descriptor,
+        errand: &Errand<'_>,
         failed: u32,
         writer: &mut ContentWriter,
-        tap: Option<&Tap>,
         progress: &(impl Fn(u64) + Send + Sync),
     ) -> Result<Vec<u8>, Broken> {
+        let Errand { blob, tap, .. } = *errand;
         let source = self.source.blob(&blob.digest, writer.offset(), failed).await.map_err(Broken::from)?;
         if source.offset != writer.offset() {
-            tap.inspect(|tap| tap.spoil());
+            errand.spoil();
             writer.restart();
         }
         let mut bytes = source.bytes;
@@ -231,6 +257,7 @@ impl Store<'_> {
             }
         }
         let whole = writer.offset() + piece.len() as u64 == blob.size;
+        errand.note_shown(whole);
         if !whole || piece.len() > PIECE {
             self.flush(writer, &mut piece, tap, progress).await?;
         }
@@ -485,6 +512,30 @@ impl From<Error> for Broken {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_there_before_is_proved_however_often_it_is_tried() {
+        let blob =
+            |size| Descriptor { media_type: String::new(), digest: Digest::of(b"x"), size, platform: None };
+        let (empty, blob) = (blob(0), blob(10));
+        let errand = |blob| Errand {
+            blob,
+            labels: Labels::new(),
+            reference: String::new(),
+            tap: None,
+            is_shown: AtomicBool::new(false),
+        };
+        assert!(!errand(&empty).wants_proof(0), "there is nothing to be had");
+        let errand = errand(&blob);
+        for (written, wants) in [(0, false), (9, false), (10, true), (10, true), (11, false)] {
+            assert_eq!(errand.wants_proof(written), wants, "{written}");
+        }
+        errand.note_shown(true);
+        assert!(!errand.wants_proof(10));
+        // It was something else.
+        errand.note_shown(false);
+        assert!(errand.wants_proof(10));
+    }
 
     #[test]
     fn how_often_it_is_tried() {

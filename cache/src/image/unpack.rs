@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Prepare ─► mount, apply, compare the digest, write back, unmount (layer, here) ─► the blob is stored? ─► Commit
-//!         └─► or containerd's Diff service, for layers of a kind that is not known here
+//!         └─► or containerd's Diff service, if the configuration says so, or what is to be mounted is no block device
 //! ```
 
 use std::{
@@ -58,14 +58,14 @@ impl Inflating {
         Self::begin(shared, blob, bytes, Some(spare))
     }
 
-    /// Begins, unless it is a layer that containerd has to unpack.
+    /// Begins, unless containerd is to unpack.
     fn begin(
         shared: &Shared,
         blob: &Descriptor,
         bytes: &Outlet,
         spare: Option<OwnedSemaphorePermit>,
     ) -> Option<Self> {
-        if shared.limits.unpacker != Unpacker::Cowshed || !is_known(&blob.media_type) {
+        if shared.limits.unpacker != Unpacker::Cowshed {
             return None;
         }
         let stop = Stop::default();
@@ -92,18 +92,6 @@ fn thread<T: Send + 'static>(
         let _told = sender.send(span.in_scope(work));
     })?;
     Ok(receiver)
-}
-
-/// Tars, compressed or not. containerd can be taught others, encrypted ones for example.
-fn is_known(media_type: &str) -> bool {
-    let known = [
-        "application/vnd.oci.image.layer.v1.tar",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar",
-        "application/vnd.docker.image.rootfs.diff.tar",
-        "application/vnd.docker.image.rootfs.foreign.diff.tar",
-    ];
-    let rest = known.iter().find_map(|known| media_type.strip_prefix(known));
-    matches!(rest, Some("" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
 }
 
 /// Unpacks `layer` unless it is there; its snapshot is held by the store's lease.
@@ -407,13 +395,21 @@ pub(super) fn too_large_for(what: &str, needed: Option<u64>, disk: Option<u64>) 
 /// Has containerd apply it.
 async fn apply_there(shared: &Shared, layer: &Layer<'_>, mounts: Vec<Mount>) -> Result<String> {
     let descriptor = ContainerdDescriptor {
-        media_type: layer.blob.media_type.clone(),
+        media_type: for_containerd(&layer.blob.media_type).to_owned(),
         digest: layer.blob.digest.to_string(),
         size: i64::try_from(layer.blob.size).unwrap_or(i64::MAX),
         ..Default::default()
     };
     let applied = shared.containerd.apply(descriptor, mounts, shared.limits.unpack_timeout).await;
     applied.map_err(|error| refused_there(shared, layer, error))
+}
+
+/// containerd's differ may not know Docker's name of a tar in zstd; OCI's it knows.
+fn for_containerd(media_type: &str) -> &str {
+    match media_type {
+        "application/vnd.docker.image.rootfs.diff.tar.zstd" => "application/vnd.oci.image.layer.v1.tar+zstd",
+        other => other,
+    }
 }
 
 fn refused_there(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error {
@@ -436,26 +432,4 @@ fn refused_there(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error 
         return Error::new(Reason::ImageCorrupt, message).with("digest", digest);
     }
     shared.containerd.explain(error).context(format!("layer {digest}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_that_are_known_here() {
-        let table = [
-            ("application/vnd.oci.image.layer.v1.tar+gzip", true),
-            ("application/vnd.oci.image.layer.v1.tar", true),
-            ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", true),
-            ("application/vnd.docker.image.rootfs.diff.tar.gzip", true),
-            ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", true),
-            ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", false),
-            ("application/vnd.oci.image.layer.v1.erofs", false),
-            ("", false),
-        ];
-        for (media_type, known) in table {
-            assert_eq!(is_known(media_type), known, "{media_type}");
-        }
-    }
 }

@@ -5,7 +5,7 @@ use std::{future::Future, time::Duration};
 use oci_client::Reference;
 use reqwest::{
     Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode,
-    header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, RANGE},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, RANGE},
     redirect::{Action, Attempt, Policy},
 };
 
@@ -112,15 +112,20 @@ impl Connection {
         self.in_time(Box::pin(self.answer(at, request))).await
     }
 
-    /// Whether it is there, and we may have it.
-    pub(super) async fn has(&self, at: &Reference, kind: Kind, digest: &Digest) -> Result<(), Failure> {
+    /// Whether it says that it is there, and that we may have it. False: it has answered, but not with what would say so; who
+    /// is to log in first gets a page for it from some, whatever he asks for.
+    pub(super) async fn has(&self, at: &Reference, kind: Kind, digest: &Digest) -> Result<bool, Failure> {
         let request = match kind {
             Kind::Manifest => {
                 self.ask(Method::HEAD, at, &format!("manifests/{digest}")).header(ACCEPT, ACCEPTED.join(", "))
             }
             Kind::Blob(_) => self.ask(Method::HEAD, at, &format!("blobs/{digest}")),
         };
-        self.in_time(Box::pin(self.answer(at, request))).await.map(drop)
+        let response = self.in_time(Box::pin(self.answer(at, request))).await?;
+        Ok(match kind {
+            Kind::Manifest => said_digest(response.headers()).as_ref() == Some(digest),
+            Kind::Blob(size) => said_length(response.headers()) == Some(size),
+        })
     }
 
     fn base(&self, at: &Reference) -> String {
@@ -192,6 +197,10 @@ fn redirect(attempt: Attempt<'_>) -> Action {
 
 fn said_digest(headers: &HeaderMap) -> Option<Digest> {
     headers.get("docker-content-digest")?.to_str().ok()?.parse().ok()
+}
+
+fn said_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 #[cfg(test)]

@@ -214,18 +214,20 @@ impl Source {
         Err(failure.unwrap_or_else(|| (Outlook::Lasting, self.nowhere())))
     }
 
-    /// Whether an endpoint hands this out to us. Nothing is fetched.
+    /// Whether an endpoint hands this out to us, as it says when it is asked. Nothing is fetched, unless one answers, but not
+    /// with what would say so: that one has to show it.
     ///
     /// # Errors
-    /// If none does, and one refuses to say so or does not answer.
+    /// If none does, and one refuses to say so or does not answer, or what it sends is something else.
     pub async fn has(&self, kind: Kind, digest: &Digest) -> Result<bool> {
-        let mut failure: Option<Error> = None;
+        let (mut failure, mut is_vague): (Option<Error>, bool) = (None, false);
         for (endpoint, connection) in &self.endpoints {
             if endpoint.serves == Serves::Nothing {
                 continue;
             }
             match connection.has(&at(self.image.inner(), endpoint), kind, digest).await {
-                Ok(()) => return Ok(true),
+                Ok(true) => return Ok(true),
+                Ok(false) => is_vague = true,
                 Err(error) => {
                     let error = self.explain(&error, endpoint, digest.as_str());
                     // One that may say yes when it answers outweighs one that says no.
@@ -236,6 +238,9 @@ impl Source {
                     }
                 }
             }
+        }
+        if is_vague && self.proves(kind, digest).await? {
+            return Ok(true);
         }
         failure.map_or(Ok(false), Err)
     }
@@ -463,22 +468,51 @@ mod tests {
         }
     }
 
-    /// A registry that has one thing, and says that it has another.
-    async fn registry_of(honest: &'static [u8], lied_about: &str) -> Source {
+    /// How a registry answers.
+    #[derive(Clone, Copy)]
+    enum Manner {
+        /// It says what it has, as the specification wants it.
+        Plain,
+        /// It has it, and says nothing of it.
+        Terse,
+        /// It says what is wanted to be heard, and sends something else.
+        Lying,
+        /// With a page to log in on.
+        Page,
+    }
+
+    /// A registry that answers in this manner, whatever it is asked for but what it does not have; and what it was asked.
+    async fn registry_that_is(manner: Manner, honest: &'static [u8]) -> (Source, Arc<Mutex<Vec<String>>>) {
         use axum::{Router, body::Body, extract::Request, http};
         // Another test may have done it.
         let _done = rustls::crypto::ring::default_provider().install_default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let authority = listener.local_addr().unwrap().to_string();
-        let (theirs, lied_about) = (Digest::of(honest).to_string(), lied_about.to_owned());
+        let wanted = Digest::of(honest).to_string();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let told = asked.clone();
         let serve = Router::new().fallback(async move |request: Request| {
             let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
-            let (status, body) = match name {
-                name if name == theirs => (200, Body::from(honest)),
-                name if name == lied_about => (200, Body::from("something else")),
-                _ => (404, Body::empty()),
+            let answer = http::Response::builder();
+            if name != wanted {
+                return answer.status(404).body(Body::empty()).unwrap();
+            }
+            told.lock().unwrap().push(request.method().to_string());
+            let answer = match manner {
+                Manner::Plain | Manner::Lying => answer.header("docker-content-digest", &wanted),
+                Manner::Terse | Manner::Page => answer,
             };
-            http::Response::builder().status(status).body(body).unwrap()
+            let body = match manner {
+                // Its length is not told.
+                Manner::Terse => {
+                    let parts = futures_util::stream::iter([Ok::<_, std::io::Error>(honest)]);
+                    Body::from_stream(parts)
+                }
+                Manner::Plain => Body::from(honest),
+                Manner::Lying => Body::from(vec![b'?'; honest.len()]),
+                Manner::Page => Body::from("<html>Who are you?</html>"),
+            };
+            answer.body(body).unwrap()
         });
         tokio::spawn(async { axum::serve(listener, serve).await });
         let directory = tempfile::tempdir().unwrap();
@@ -489,22 +523,33 @@ mod tests {
         let none = directory.path().join("config.json");
         let registries = Registries::new(directory.path().to_owned(), none, patience, patience);
         let image = ImageRef::parse(&format!("{authority}/x:1")).unwrap();
-        registries.source(&image, None).await.unwrap()
+        (registries.source(&image, None).await.unwrap(), asked)
     }
 
     #[tokio::test]
     async fn to_say_that_one_has_it_is_not_to_prove_it() {
-        let (there, lied, missing) = (Digest::of(b"honest"), Digest::of(b"secret"), Digest::of(b"missing"));
-        let source = registry_of(b"honest", lied.as_str()).await;
-        for kind in [Kind::Manifest, Kind::Blob(6)] {
-            assert!(source.has(kind, &there).await.unwrap() && source.proves(kind, &there).await.unwrap());
-            assert!(source.has(kind, &lied).await.unwrap());
-            assert_eq!(source.proves(kind, &lied).await.unwrap_err().reason(), Reason::ImageCorrupt);
-            assert!(
-                !source.has(kind, &missing).await.unwrap() && !source.proves(kind, &missing).await.unwrap()
-            );
+        let (there, missing) = (Digest::of(b"honest"), Digest::of(b"missing"));
+        // What it says of what it has, whether it can show that, and how often it is asked before it is believed.
+        let corrupt = Err(Reason::ImageCorrupt);
+        let table = [
+            (Manner::Plain, Ok(true), Ok(true), vec!["HEAD"]),
+            (Manner::Terse, Ok(true), Ok(true), vec!["HEAD", "GET"]),
+            (Manner::Lying, Ok(true), corrupt, vec!["HEAD"]),
+            (Manner::Page, corrupt, corrupt, vec!["HEAD", "GET"]),
+        ];
+        for (manner, has, proves, requests) in table {
+            for kind in [Kind::Manifest, Kind::Blob(6)] {
+                let (source, asked) = registry_that_is(manner, b"honest").await;
+                assert_eq!(source.has(kind, &there).await.map_err(|e| e.reason()), has, "{kind:?}");
+                assert_eq!(*asked.lock().unwrap(), requests, "{kind:?}");
+                assert_eq!(source.proves(kind, &there).await.map_err(|e| e.reason()), proves, "{kind:?}");
+                assert!(!source.has(kind, &missing).await.unwrap());
+                assert!(!source.proves(kind, &missing).await.unwrap());
+            }
         }
         // More than there should be is read no further.
-        assert!(source.proves(Kind::Blob(3), &lied).await.is_err());
+        let (source, _) = registry_that_is(Manner::Lying, b"honest").await;
+        assert!(source.proves(Kind::Blob(3), &there).await.is_err());
+        assert!(source.has(Kind::Blob(3), &there).await.is_err());
     }
 }

@@ -12,7 +12,7 @@ use super::{changes, convert, parse};
 use crate::{
     clock::timestamp,
     error::{Error, Reason, Result},
-    image::{Class, ImageRef, Platform},
+    image::{Class, ImageRef, Platform, Progress},
     prefetch::{
         Picture, Prefetcher, Seen,
         job::{CONCURRENCY_MAX, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
@@ -181,9 +181,7 @@ pub(super) fn message(picture: Picture) -> v1::Prefetch {
 }
 
 fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::PrefetchedImage {
-    let layers = seen.progress.iter().flat_map(|progress| &progress.layers);
-    let (fetched, total) = layers
-        .fold((0, 0), |(fetched, total), layer| (fetched + layer.bytes_fetched, total + layer.bytes_total));
+    let (fetched, total) = seen.progress.as_ref().map(Progress::bytes).unwrap_or_default();
     let image = v1::PrefetchedImage {
         image: wanted.image.clone(),
         platform: wanted.platform.clone(),

@@ -307,6 +307,7 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         concurrent_downloads: r.concurrent_downloads,
         unpack_timeout: Duration::from_secs(config.containerd.unpack_timeout_seconds),
         unpacker: config.images.unpacker,
+        image_bytes: config.images.image_size_max.0,
         layer: Bounds {
             bytes: config.images.layer_size_max.0,
             members: config.images.layer_members_max,

@@ -278,7 +278,10 @@ fn head(stream: &mut TcpStream, code: u16, path: &str, length: usize, more: &str
 }
 
 fn whole(stream: &mut TcpStream, path: &str, bytes: &[u8], head_only: bool) -> Option<()> {
-    head(stream, 200, path, bytes.len(), "")?;
+    let is_manifest = path.contains("/manifests/");
+    let said =
+        if is_manifest { format!("Docker-Content-Digest: {}\r\n", digest(bytes)) } else { String::new() };
+    head(stream, 200, path, bytes.len(), &said)?;
     if head_only { Some(()) } else { stream.write_all(bytes).ok() }
 }
 
