@@ -13,7 +13,7 @@ use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
 use super::{
-    Evictor,
+    Evictor, Growing,
     grow::nothing_free,
     occupancy::{Seen, Wanted},
 };
@@ -70,15 +70,16 @@ impl Evictor {
     }
 
     /// Everything that there is, and who needs it; of what VMs have on their disks, only what is known.
-    pub(super) async fn take_stock(&self) -> Result<(Seen, Wanted)> {
+    pub(super) async fn take_stock(&self, growing: Growing) -> Result<(Seen, Wanted)> {
         let (pool, usage) = self.pool().await?;
         let (ledger, catalogue) = (&self.keeper.ledger, &self.keeper.catalogue);
-        let group = match self.grower.group().await {
-            Ok(group) => group,
-            Err(error) => {
-                tracing::warn!(%error, "the volume group cannot be asked: nothing of it is taken for free");
+        let group = match growing {
+            Growing::IfItCan => self.grower.group().await.unwrap_or_else(|error| {
+                tracing::debug!(%error, "nothing of the volume group is taken for free");
                 nothing_free()
-            }
+            }),
+            // LVM2 may hang: nobody waits for what is not used.
+            Growing::Not => nothing_free(),
         };
         let spares: Vec<Lease> =
             ledger.read(|book| book.after(None).filter(|lease| lease.is_spare()).cloned().collect());

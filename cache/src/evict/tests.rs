@@ -224,6 +224,10 @@ impl Grower for Group {
         Ok(VolumeGroup { free, extent: NonZeroU64::new(4 << 20).unwrap() })
     }
 
+    fn group_lately(&self) -> Option<VolumeGroup> {
+        None
+    }
+
     async fn extend(&self, _kind: Kind, _to: Bytes) -> Result<()> {
         if !self.gives {
             return Err(Error::new(Reason::NotReady, "the volume group is locked"));
@@ -622,6 +626,55 @@ async fn the_pool_grows_before_anything_goes_and_what_does_not_grow_is_told() {
     }
 }
 
+/// Whose pool grows by an LVM2 that can be made to hang.
+fn host_by_lvm() -> (Host, Arc<grow::tests::Fake>) {
+    let lvm = grow::tests::Fake::new(1000 * GIB, true);
+    let data = Growth::UpTo { step: Bytes(GIB), ceiling: Bytes(1 << 50) };
+    (host_with(Arc::new(ByLvm::new(lvm.clone(), Steps { data, metadata: Growth::Never }))), lvm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_lvm2_that_does_not_answer_keeps_nothing_from_going() {
+    let (host, lvm) = host_by_lvm();
+    host.store.put("old", 150, 9 * DAY);
+    host.store.put("other", 150, 8 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    let hung = lvm.answers.lock().await;
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("old", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // It is not waited for again.
+    host.fill(TOTAL * 88 / 100);
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    drop(hung);
+    while host.evictor.grower.group_lately().is_none() {
+        tokio::task::yield_now().await;
+    }
+    host.store.put("old", 150, 9 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    assert_eq!(fates(&host.run().await), [fate("extend data", "DONE")], "it counts when it answers");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_extension_that_hangs_keeps_nothing_from_going() {
+    let (host, lvm) = host_by_lvm();
+    host.store.put("old", 150, 9 * DAY);
+    host.store.put("other", 150, 8 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    let _hung = lvm.extends.lock().await;
+    let begun = Instant::now();
+    let report = host.run().await;
+    assert_eq!(fates(&report), [fate("extend data", "FAILED"), fate("old", "DONE")]);
+    assert!(report.steps[0].1.why().unwrap().contains("LVM2 has not extended"), "{report:?}");
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    host.fill(TOTAL * 88 / 100);
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn a_pool_that_does_not_write_is_nothing_to_plan_for() {
     let host = host();
@@ -643,7 +696,7 @@ async fn what_was_not_used_for_too_long_goes_without_need() {
     host.store.put("recent", 1, DAY);
     host.fill(100);
     let policy = Policy { retention: Some(Duration::from_secs(2 * DAY)), ..host.evictor.policy.clone() };
-    let occupied = host.evictor.take_stock().await.unwrap();
+    let occupied = host.evictor.take_stock(Growing::IfItCan).await.unwrap();
     let all = occupancy::occupancy(&occupied.0, &occupied.1);
     let plan = plan(&all, &policy, Trigger::Schedule, UnixMicros(NOW * 1_000_000));
     let fates = host.evictor.carry_out(&plan, &all).await;
