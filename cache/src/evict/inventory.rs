@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use cowshed_gc::evict::{Bytes, Pool, Room};
+use cowshed_gc::evict::{Bytes, Kind, Pool, Room};
 use cowshed_leases::{Lease, LeaseId};
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
@@ -64,9 +64,16 @@ impl Evictor {
                 return Err(Error::new(Reason::PoolUnusable, message).with("pool", &usage.name));
             }
         }
-        let used = used(&usage);
-        let returning = self.returning().look(used, self.elapsed());
-        Ok((Pool { total: total(&usage), used, returning }, usage))
+        let (total, used) = (total(&usage), used(&usage));
+        let is_pressing = |kind| {
+            let emergency = self.policy.limits(kind).marks.emergency().of(total.of(kind));
+            let is_out = usage.mode == PoolMode::OutOfDataSpace && kind == Kind::Data;
+            is_out || used.of(kind) >= emergency
+        };
+        let (mut returning, now) = (self.returning(), self.elapsed());
+        let _all = returning.look(used, now);
+        let returning = returning.reliable(is_pressing, now);
+        Ok((Pool { total, used, returning }, usage))
     }
 
     /// Everything that there is, and who needs it; of what VMs have on their disks, only what is known.

@@ -494,6 +494,23 @@ async fn what_is_on_its_way_back_is_not_asked_for_twice() {
     assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn in_an_emergency_what_does_not_come_back_is_not_waited_for() {
+    for (percent, mode) in [(96, PoolMode::ReadWrite), (90, PoolMode::OutOfDataSpace)] {
+        let host = host();
+        host.store.put("old", 250, 9 * DAY);
+        host.store.put("other", 250, DAY);
+        // It does come, and somebody writes as much.
+        host.store.lazy.store(true, Ordering::SeqCst);
+        host.fill(TOTAL * percent / 100);
+        host.world.state.lock().unwrap().pool_mode = mode;
+        assert_eq!(fates(&host.run().await), [fate("old", "DONE")], "{mode}");
+        assert!(host.run().await.steps.is_empty(), "{mode}");
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert_eq!(fates(&host.run().await), [fate("other", "DONE")], "{mode}");
+    }
+}
+
 #[tokio::test]
 async fn spares_go_first_and_those_that_somebody_has_open_stay() {
     let host = host();
