@@ -12,6 +12,7 @@ use std::{
 use containerd_client::types::Descriptor;
 use cowshed_gc::evict::{Action, Bytes, Growth, Kind, VolumeGroup};
 use cowshed_leases::{Lease, LeaseId, Moment, UnixMicros};
+use tonic_types::StatusExt as _;
 
 use super::*;
 use crate::{
@@ -602,6 +603,27 @@ async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_be
     host.store.put("last", 100, 9 * DAY);
     tokio::time::advance(Duration::from_secs(16)).await;
     host.make().await.unwrap();
+}
+
+/// Those who wait for the same, and those who come after one in vain.
+#[tokio::test]
+async fn each_is_refused_by_words_of_his_own() {
+    let host = host();
+    host.fill(TOTAL * 90 / 100);
+    let make = async |tenant: &str, gib: u64| {
+        let refused = Error::new(Reason::PoolFull, format!("{tenant} wants {gib}")).with("needed_bytes", gib);
+        host.evictor.make(refused, Bytes(gib * GIB), None).await.unwrap_err()
+    };
+    let (red, blue) = tokio::join!(make("red", 200), make("blue", 200));
+    let green = make("green", 300).await;
+    for (error, words) in [(red, "red wants 200"), (blue, "blue wants 200"), (green, "green wants 300")] {
+        let text = error.to_string();
+        assert!(text.starts_with(words) && text.contains("lacking: "), "{text}");
+        assert_eq!(text.matches(" wants ").count(), 1, "{text}");
+        let details = error.to_status().get_error_details();
+        let needed = &details.error_info().unwrap().metadata["needed_bytes"];
+        assert!(words.ends_with(needed), "{text}: {needed}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
