@@ -407,6 +407,7 @@ impl Acquirer {
     async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim) -> Result<Ticket> {
         let Self { ledger, kernel, admission, room, .. } = self;
         let (promises, limits) = (ledger.promises(), &*admission.limits);
+        promises.get_ready(limits, wish.until).await?;
         let instead_of = self.held_by(wish).filter(|_| wish.fresh);
         let ask = |pool: Result<PoolUsage, KernelError>| {
             let free = match pool {

@@ -125,6 +125,10 @@ pub(crate) struct State_ {
     pub(crate) pool_mode: PoolMode,
     /// What was written to each device, in bytes.
     pub(crate) written: BTreeMap<String, u64>,
+    /// What is written to a device while containerd is asked what it has, in bytes.
+    pub(crate) written_by_usage: u64,
+    /// containerd does not tell what snapshots have.
+    pub(crate) usage_fails: bool,
     /// Sizes of empty devices.
     sizes: BTreeMap<String, u64>,
     /// What devices count, by name.
@@ -343,11 +347,17 @@ const BASE: u64 = 1000;
 
 #[async_trait::async_trait]
 impl Usage for World {
-    async fn usage(&self, snapshot: &str) -> Option<u64> {
-        self.look(|s| {
-            let device = s.snapshots.get(snapshot)?;
-            Some(s.written.get(device).copied().unwrap_or_default())
-        })
+    async fn usage(&self, snapshot: &str) -> Result<Option<u64>> {
+        let mut state = self.state.lock().unwrap();
+        if state.usage_fails {
+            return Err(Error::new(Reason::ContainerdUnavailable, "containerd does not answer"));
+        }
+        let Some(device) = state.snapshots.get(snapshot).cloned() else { return Ok(None) };
+        let busy = state.written_by_usage;
+        let written = state.written.entry(device).or_default();
+        let before = *written;
+        *written += busy;
+        Ok(Some(before))
     }
 }
 

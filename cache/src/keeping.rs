@@ -154,15 +154,19 @@ impl Keeper {
         };
         let mut manifests = self.catalogue.manifests(&record.target.digest).await?;
         manifests.insert(record.target.digest.clone());
-        if self.catalogue.is_pulled(image) {
-            let message = format!("image {image} is being pulled: remove it when that has ended");
-            return Err(Error::new(Reason::ImageInUse, message).with("image", image));
-        }
-        let now = self.clock.now();
         let named = Named { record, among: &records, manifests: &manifests };
-        let removed = self.ledger.read_all(|book, marks| judge(&named, book, marks, &now))?;
-        if removed == Removed::Image {
-            self.drop_spares(&manifests).await?;
+        let judged = || {
+            if self.catalogue.is_pulled(image) {
+                let message = format!("image {image} is being pulled: remove it when that has ended");
+                return Err(Error::new(Reason::ImageInUse, message).with("image", image));
+            }
+            let now = self.clock.now();
+            self.ledger.read_all(|book, marks| judge(&named, book, marks, &now))
+        };
+        let removed = judged()?;
+        if removed == Removed::Image && self.drop_spares(&manifests).await? {
+            // Somebody may have come meanwhile.
+            judged()?;
         }
         if self.catalogue.remove(record, removed == Removed::Image).await? {
             return Ok(removed);
@@ -174,8 +178,8 @@ impl Keeper {
 
 impl Keeper {
     /// Spares of what goes are nobody's: they go first, for layers under them cannot. Waits until they are gone, or it is clear
-    /// that it takes longer.
-    async fn drop_spares(&self, manifests: &BTreeSet<String>) -> Result<()> {
+    /// that it takes longer; says whether there were any, so that it has taken its time.
+    async fn drop_spares(&self, manifests: &BTreeSet<String>) -> Result<bool> {
         drop(self.spares.clear(manifests.iter().filter_map(|digest| digest.parse().ok())));
         let made_of_it = |lease: &&Lease| {
             lease.vm.is_spare() && lease.grant().is_some_and(|grant| manifests.contains(&grant.image_digest))
@@ -184,13 +188,13 @@ impl Keeper {
             || self.ledger.read(|book| book.after(None).filter(made_of_it).map(|l| l.id.clone()).collect());
         let there: Vec<LeaseId> = all();
         if there.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         self.ledger.drop_spares(there.clone(), self.clock.now()).await?;
         self.wake.now();
         // The image goes all the same, and its layers after the spares.
         self.wait_until_gone(&there, SPARES_GO).await;
-        Ok(())
+        Ok(true)
     }
 
     /// Waits until nothing is left of these leases, for `limit` at the most.
@@ -227,10 +231,32 @@ impl Keeper {
         }
         let mut manifests = self.catalogue.manifests(&going.target).await?;
         manifests.insert(going.target.clone());
+        self.admit_going(going, &of_it, &manifests)?;
+        if self.drop_spares(&going.own).await? {
+            // Somebody may have come meanwhile.
+            self.admit_going(going, &of_it, &manifests)?;
+        }
+        for (at, record) in of_it.iter().enumerate() {
+            // The last of them holds what is to be collected.
+            if !self.catalogue.remove(record, at + 1 == of_it.len()).await? {
+                let message = format!("image {} was changed while it was being removed", record.name);
+                return Err(Error::new(Reason::NotReady, message).with("image", &record.name));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Refuses if somebody is at it, or needs it.
+    fn admit_going(
+        &self,
+        going: &Going,
+        records: &[&ImageRecord],
+        manifests: &BTreeSet<String>,
+    ) -> Result<()> {
         let now = self.clock.now();
         let awaited =
-            |name: &str| self.ledger.read_jobs(|jobs| is_awaited(jobs, name, going, &manifests, &now));
-        for record in &of_it {
+            |name: &str| self.ledger.read_jobs(|jobs| is_awaited(jobs, name, going, manifests, &now));
+        for record in records {
             let is_pulled = ImageRef::parse(&record.name).is_ok_and(|image| self.catalogue.is_pulled(&image));
             if is_pulled || awaited(&record.name) || self.wishes.contains(&record.name) {
                 let message = format!(
@@ -240,16 +266,7 @@ impl Keeper {
                 return Err(Error::new(Reason::ImageInUse, message).with("image", &record.name));
             }
         }
-        self.ledger.read_all(|book, marks| judge_unneeded(going, &of_it, &manifests, book, marks, &now))?;
-        self.drop_spares(&going.own).await?;
-        for (at, record) in of_it.iter().enumerate() {
-            // The last of them holds what is to be collected.
-            if !self.catalogue.remove(record, at + 1 == of_it.len()).await? {
-                let message = format!("image {} was changed while it was being removed", record.name);
-                return Err(Error::new(Reason::NotReady, message).with("image", &record.name));
-            }
-        }
-        Ok(true)
+        self.ledger.read_all(|book, marks| judge_unneeded(going, records, manifests, book, marks, &now))
     }
 }
 

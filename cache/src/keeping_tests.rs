@@ -331,6 +331,43 @@ async fn no_image_goes_that_is_pinned_while_it_is_removed() {
     }
 }
 
+/// Spares take their time to go.
+#[tokio::test]
+async fn what_somebody_has_come_for_while_its_spares_went_stays() {
+    for is_evicted in [false, true] {
+        let (host, _directory) = host();
+        let ledger = host.ledger();
+        ledger.intend_spare(id(9), book::spec(), book::now()).await.unwrap();
+        ledger.grant(id(9), grant_of(9, &manifest(), 0), book::now()).await.unwrap();
+        let going = Going {
+            target: INDEX.to_owned(),
+            names: [name()].into(),
+            own: [manifest()].into(),
+            last_use: UnixMicros(i64::MAX),
+            prefetched_for: Duration::from_secs(1),
+        };
+        let name = name();
+        let going = async {
+            if is_evicted {
+                host.keeper.evict(&going).await.map(drop)
+            } else {
+                host.remove(&name).await.map(drop)
+            }
+        };
+        let coming = async {
+            while ledger.read(|book| book.get(&id(9)).is_some_and(Lease::is_spare)) {
+                tokio::task::yield_now().await;
+            }
+            book::acquire(ledger, 1).await;
+            ledger.grant(id(1), grant_of(1, &manifest(), 0), book::now()).await.unwrap();
+            ledger.remove_all(vec![id(9)], book::now()).await.unwrap();
+        };
+        let (gone, ()) = tokio::join!(going, coming);
+        assert_eq!(gone.map_err(|error| error.reason()), Err(Reason::ImageInUse), "evicted: {is_evicted}");
+        assert!(host.records.removed.lock().unwrap().is_empty());
+    }
+}
+
 #[tokio::test]
 async fn the_last_use_is_that_of_the_last_grant_and_outlives_lease_and_restart() {
     let (host, directory) = host();

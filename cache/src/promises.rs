@@ -2,20 +2,39 @@
 //!
 //! Sums follow the ledger's records as writes are decided: a lease counts when its intent is decided, and no more when its release
 //! is. Who is on the way to an intent has a [`Ticket`] under the id that the lease will have, so that it counts once.
+//!
+//! What disks of before the start have written is in use in the pool, and until somebody has looked it would be reserved a second time:
+//! where it counts nothing is promised before that look.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use cowshed_gc::{
     evict::Bytes,
     reserve::{Asked, Claim, History, Policy, Refusal, Reserve, Use},
 };
 use cowshed_leases::{Book, Change, Lease, LeaseId, Tenant};
+use tokio::{sync::watch, time::Instant};
 
-use crate::error::{Error, Reason};
+use crate::error::{Error, Reason, Result};
+
+/// So long the first look at what disks have written is waited for.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
+/// Who was not promised anything for lack of it may ask again so soon.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// All that was promised, and what disks were seen to write. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Promises(Arc<Mutex<Inner>>);
+pub struct Promises(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    inner: Mutex<Inner>,
+    /// Whether it is known what the disks of before the start have written.
+    known: watch::Sender<bool>,
+}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -31,7 +50,11 @@ impl Promises {
         for lease in book.after(None) {
             let _nothing_known = inner.reserve.set(&lease.id, Claim::of(lease));
         }
+        let has_none = inner.reserve.leases().next().is_none();
         drop(inner);
+        if has_none {
+            this.set_known();
+        }
         this
     }
 
@@ -82,6 +105,44 @@ impl Promises {
         written.into_iter().for_each(|(id, written)| inner.reserve.wrote(id, *written));
     }
 
+    /// What disks have written is known from now on.
+    pub(crate) fn set_known(&self) {
+        let _was_not = self.0.known.send_if_modified(|known| !std::mem::replace(known, true));
+    }
+
+    /// Whether what disks have written is known.
+    pub(crate) fn are_known(&self) -> bool {
+        *self.0.known.borrow()
+    }
+
+    /// Whether anything can be promised by now; of what is not limited, always.
+    ///
+    /// # Errors
+    /// If it has to be known what disks have written, and is not yet.
+    pub fn ready(&self, policy: &Policy) -> Result<()> {
+        let Some(percent) = policy.overcommit_percent.filter(|_| !self.are_known()) else { return Ok(()) };
+        let message = format!(
+            "what the disks that there are have written is not known so soon after the start, so nothing is promised beside them \
+             ([admission] overcommit_percent is {percent}); try again in a moment"
+        );
+        Err(Error::new(Reason::NotReady, message).retry_after(AGAIN))
+    }
+
+    /// The same, if need be after a while, by `until` at the latest.
+    ///
+    /// # Errors
+    /// See [`Self::ready`].
+    pub(crate) async fn get_ready(&self, policy: &Policy, until: Option<Instant>) -> Result<()> {
+        if self.ready(policy).is_err() {
+            let limit = Instant::now() + FIRST_LOOK;
+            let mut known = self.0.known.subscribe();
+            let looking = known.wait_for(|known| *known);
+            let _in_time =
+                tokio::time::timeout_at(until.map_or(limit, |until| until.min(limit)), looking).await;
+        }
+        self.ready(policy)
+    }
+
     /// What is promised, and not written yet.
     pub fn reserved(&self) -> Bytes {
         self.lock().reserve.reserved()
@@ -98,7 +159,7 @@ impl Promises {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use cowshed_gc::reserve::{Quota, Quotas};
 use cowshed_leases::State;
@@ -10,6 +13,7 @@ use cowshed_leases::State;
 use super::*;
 use crate::{
     acquire::Wish,
+    evict::MakesRoom,
     fakes::{Process_, World, back, image, start_within, wish, world},
 };
 
@@ -99,6 +103,7 @@ async fn of_a_burst_as_many_as_fit_are_granted_and_the_rest_leaves_nothing() {
     // A restart forgets nothing.
     process.acquirer.ledger.close().await;
     let process = within(&world, directory.path(), Quotas::default());
+    process.writes.look().await;
     assert_eq!(process.acquirer.ledger.promises().reserved(), Bytes(40 * GIB));
     assert_eq!(refusals(&burst(&process, "last", 0..3).await), [Reason::PoolFull; 3]);
 }
@@ -178,11 +183,58 @@ async fn a_quota_holds_under_a_burst_and_over_a_restart() {
         assert!(process.acquirer.acquire(of("red", &granted[0])).await.unwrap().existing);
         process.acquirer.ledger.close().await;
         let process = within(&world, directory.path(), quotas);
+        process.writes.look().await;
         assert_eq!(refusals(&burst(&process, "red", 20..22).await), [Reason::QuotaExceeded; 2]);
         process.acquirer.release(back(&granted[0])).await.unwrap();
         process.settle().await;
         assert_eq!(refusals(&burst(&process, "red", 30..32).await), [Reason::QuotaExceeded; 1]);
     }
+}
+
+/// Room is made by nobody here, and it is told how often somebody wanted it.
+#[derive(Default)]
+struct Wanted(AtomicUsize);
+
+#[async_trait::async_trait]
+impl MakesRoom for Wanted {
+    async fn make(&self, refused: Error, _needed: Bytes, _until: Option<Instant>) -> Result<()> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Err(refused)
+    }
+}
+
+/// Of a process that starts anew nobody knows at first what disks have written: all of it would be reserved beside what is in use.
+#[tokio::test]
+async fn nothing_is_promised_before_it_is_known_what_disks_have_written() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    leave(&world, 5);
+    let process = within(&world, directory.path(), Quotas::default());
+    let lease = process.acquirer.acquire(wish("vm-1")).await.unwrap().lease.clone();
+    let device = lease.own_device().unwrap().dm_name.clone();
+    world.state.lock().unwrap().written.insert(device, 2 * GIB);
+    leave(&world, 3);
+    process.acquirer.ledger.close().await;
+    let mut process = within(&world, directory.path(), Quotas::default());
+    let wanted = Arc::new(Wanted::default());
+    Arc::get_mut(&mut process.acquirer).unwrap().room = wanted.clone();
+    let soon = || Wish { until: Some(Instant::now() + Duration::from_millis(50)), ..wish("vm-2") };
+    for containerd_answers in [true, false] {
+        if !containerd_answers {
+            world.state.lock().unwrap().usage_fails = true;
+            process.writes.look().await;
+        }
+        let refused = process.acquirer.acquire(soon()).await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::NotReady, "{refused}");
+        let said = refused.to_string();
+        assert!(said.contains("overcommit_percent is 100") && said.contains("try again"), "{said}");
+    }
+    world.state.lock().unwrap().usage_fails = false;
+    let (acquired, ()) = tokio::join!(process.acquirer.acquire(wish("vm-2")), process.writes.look());
+    acquired.unwrap();
+    assert_eq!(process.acquirer.ledger.promises().reserved(), Bytes(2 * GIB));
+    assert_eq!(wanted.0.load(Ordering::SeqCst), 0);
+    assert_eq!(process.acquirer.acquire(wish("vm-3")).await.unwrap_err().reason(), Reason::PoolFull);
+    assert_eq!(wanted.0.load(Ordering::SeqCst), 1);
 }
 
 /// A VM whose disk is suspect gets a new one in its place.

@@ -303,7 +303,7 @@ mod tests {
         runtime().block_on(async {
             let pool = FakePool::new();
             let mut inner = inner(directory.path(), &pool);
-            inner.settings.trim = Some(Trim { rate: Bytes(200 * MIB) });
+            inner.settings.trim = Some(Trim { rate: Bytes(50 * MIB) });
             let s = start_inner(Arc::new(inner), &pool).await;
             for key in ["large", "small"] {
                 make(&s, key, "", Kind::Active, &[]).await.unwrap();
@@ -314,15 +314,16 @@ mod tests {
             while !pool.reclaimed()[before..].contains(&Reclaimed::Discarded) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            // Half a second for what seems to have been freed, while the small one has nothing of its own.
+            // Two seconds for what seems to have been freed, while the small one has nothing of its own.
             pool.set_mapped(MIB);
             let thins = pool.thins().len();
             s.remove("small").unwrap();
-            while pool.thins().len() == thins {
+            let waiting =
+                || s.0.store.read(|tree| tree.removing().map(|s| s.key.clone()).collect::<Vec<_>>());
+            while waiting().contains(&"small".to_owned()) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            let left = s.0.store.read(|tree| tree.removing().map(|s| s.key.clone()).collect::<Vec<_>>());
-            assert_eq!((pool.thins().len(), left), (thins - 1, vec!["large".to_owned()]));
+            assert_eq!((pool.thins().len(), waiting()), (thins - 1, vec!["large".to_owned()]));
             quiet(&s).await;
             assert_eq!(pool.thins().len(), thins - 2);
         });

@@ -7,13 +7,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use cowshed_gc::evict::{Bytes, Pool, Room};
+use cowshed_gc::evict::{Bytes, Kind, Pool, Room};
 use cowshed_leases::{Lease, LeaseId};
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
 use super::{
-    Evictor,
+    Evictor, Growing,
     grow::nothing_free,
     occupancy::{Seen, Wanted},
 };
@@ -64,21 +64,29 @@ impl Evictor {
                 return Err(Error::new(Reason::PoolUnusable, message).with("pool", &usage.name));
             }
         }
-        let used = used(&usage);
-        let returning = self.returning().look(used, self.elapsed());
-        Ok((Pool { total: total(&usage), used, returning }, usage))
+        let (total, used) = (total(&usage), used(&usage));
+        let is_pressing = |kind| {
+            let emergency = self.policy.limits(kind).marks.emergency().of(total.of(kind));
+            let is_out = usage.mode == PoolMode::OutOfDataSpace && kind == Kind::Data;
+            is_out || used.of(kind) >= emergency
+        };
+        let (mut returning, now) = (self.returning(), self.elapsed());
+        let _all = returning.look(used, now);
+        let returning = returning.reliable(is_pressing, now);
+        Ok((Pool { total, used, returning }, usage))
     }
 
     /// Everything that there is, and who needs it; of what VMs have on their disks, only what is known.
-    pub(super) async fn take_stock(&self) -> Result<(Seen, Wanted)> {
+    pub(super) async fn take_stock(&self, growing: Growing) -> Result<(Seen, Wanted)> {
         let (pool, usage) = self.pool().await?;
         let (ledger, catalogue) = (&self.keeper.ledger, &self.keeper.catalogue);
-        let group = match self.grower.group().await {
-            Ok(group) => group,
-            Err(error) => {
-                tracing::warn!(%error, "the volume group cannot be asked: nothing of it is taken for free");
+        let group = match growing {
+            Growing::IfItCan => self.grower.group().await.unwrap_or_else(|error| {
+                tracing::debug!(%error, "nothing of the volume group is taken for free");
                 nothing_free()
-            }
+            }),
+            // LVM2 may hang: nobody waits for what is not used.
+            Growing::Not => nothing_free(),
         };
         let spares = ledger.gather(|lease| lease.is_spare().then(|| lease.clone()));
         let closed = self.closed(&spares).await;

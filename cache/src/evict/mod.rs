@@ -197,10 +197,7 @@ impl Evictor {
     }
 
     async fn plan_now(&self, trigger: Trigger, growing: Growing) -> Result<(Plan, Occupancy)> {
-        let (mut seen, wanted) = self.take_stock().await?;
-        if growing == Growing::HasFailed {
-            seen.group = grow::nothing_free();
-        }
+        let (seen, wanted) = self.take_stock(growing).await?;
         let (plan, occupancy, (mut seen, wanted)) = self.decide(trigger, seen, wanted).await?;
         if plan.outcome == Outcome::Met {
             return Ok((plan, occupancy));
@@ -231,7 +228,7 @@ impl Evictor {
     /// # Errors
     /// If the pool does not write, or nobody tells what there is.
     pub async fn taken(&self) -> Result<AllTaken> {
-        let (seen, wanted) = self.take_stock().await?;
+        let (seen, wanted) = self.take_stock(Growing::Not).await?;
         let summing = tokio::task::spawn_blocking(move || {
             let disks = seen.snapshots.iter().filter(|snapshot| !snapshot.committed).count();
             taken(&occupancy::occupancy(&seen, &wanted), disks)
@@ -249,14 +246,14 @@ impl Evictor {
         *self.outlook.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the volume group has, if the pool grows by itself and LVM2 has told.
-    async fn group_free(&self) -> Option<u64> {
+    /// What the volume group has, if the pool grows by itself and LVM2 has told. Does not wait for it.
+    fn group_free(&self) -> Option<u64> {
         if self.grower.growth(Kind::Data) == Growth::Never
             && self.grower.growth(Kind::Metadata) == Growth::Never
         {
             return None;
         }
-        self.grower.group().await.ok().map(|VolumeGroup { free, .. }| free.0)
+        self.grower.group_lately().map(|VolumeGroup { free, .. }| free.0)
     }
 
     fn returning(&self) -> MutexGuard<'_, Returning> {
@@ -294,8 +291,8 @@ pub(crate) fn name_of(trigger: Trigger) -> &'static str {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Growing {
     IfItCan,
-    /// A step of this run has failed to.
-    HasFailed,
+    /// A step of this run has failed to, or nothing is planned.
+    Not,
 }
 
 #[cfg(test)]

@@ -2,10 +2,12 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use cowshed_gc::evict::Room;
+use cowshed_gc::evict::{Kind, Room};
 
 /// What has not come back by then is not waited for any more: somebody else has it, or it was less than promised.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Where room is pressing it does not count from then on: what is written anew as fast as it comes back is never seen to come.
+const PRESSING: Duration = Duration::from_secs(5);
 
 /// Promises, the oldest first; times are since whatever moment.
 #[derive(Debug, Default)]
@@ -40,6 +42,13 @@ impl Returning {
     pub(super) fn outstanding(&self) -> Room {
         self.promised.iter().map(|(_, room)| *room).sum()
     }
+
+    /// The same as far as it can be relied on, if room of some kinds is pressing.
+    pub(super) fn reliable(&self, is_pressing: impl Fn(Kind) -> bool, now: Duration) -> Room {
+        let of_late = self.promised.iter().filter(|(at, _)| now.saturating_sub(*at) < PRESSING);
+        let (all, of_late) = (self.outstanding(), of_late.map(|(_, room)| *room).sum::<Room>());
+        Room::each(|kind| if is_pressing(kind) { of_late.of(kind) } else { all.of(kind) })
+    }
 }
 
 #[cfg(test)]
@@ -68,6 +77,19 @@ mod tests {
         assert_eq!(returning.look(room(85, 9), at(4)), room(15, 2));
         assert_eq!(returning.look(room(60, 0), at(5)), Room::NONE, "more has come than was promised");
         assert_eq!(returning.look(room(60, 0), at(6)), Room::NONE);
+    }
+
+    #[test]
+    fn what_is_promised_for_long_does_not_count_where_room_is_pressing() {
+        let mut returning = Returning::default();
+        returning.look(room(100, 10), at(0));
+        returning.promise(room(30, 3), at(0));
+        returning.promise(room(20, 2), at(3));
+        for (now, data) in [(4, 50), (5, 20), (7, 20), (8, 0)] {
+            assert_eq!(returning.look(room(100, 10), at(now)), room(50, 5));
+            assert_eq!(returning.reliable(|kind| kind == Kind::Data, at(now)), room(data, 5), "{now}");
+            assert_eq!(returning.reliable(|_| false, at(now)), room(50, 5), "{now}");
+        }
     }
 
     #[test]

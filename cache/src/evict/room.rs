@@ -73,7 +73,26 @@ pub async fn admit(
     }
 }
 
-type Flight = Shared<oneshot::Receiver<Result<()>>>;
+type Flight = Shared<oneshot::Receiver<Result<(), Vain>>>;
+
+/// Why there is none: the same for all who wait for it, each of whom is refused by words of his own.
+#[derive(Clone, Debug)]
+enum Vain {
+    /// What a run has come to.
+    Ran(Outcome),
+    /// There was none.
+    Failed(Error),
+}
+
+impl Vain {
+    /// The refusal, with what is lacking, and what would help.
+    fn refuse(&self, refused: Error) -> Error {
+        match self {
+            Self::Ran(outcome) => with_advice(refused, outcome),
+            Self::Failed(error) => refused.and(format!("and no room can be made: {error}")),
+        }
+    }
+}
 
 /// The run under way for those who would be refused, and what the last one came to.
 #[derive(Default)]
@@ -85,16 +104,17 @@ struct Latest {
     flight: Option<(Flight, Bytes)>,
     /// How many were begun.
     begun: u64,
-    /// When one came to nothing, for what was needed then, and what was said.
-    barren: Option<(Instant, Bytes, Error)>,
+    /// When one came to nothing, for what was needed then, and why.
+    barren: Option<(Instant, Bytes, Vain)>,
 }
 
 #[async_trait::async_trait]
 impl MakesRoom for Arc<Evictor> {
     async fn make(&self, refused: Error, needed: Bytes, until: Option<Instant>) -> Result<()> {
-        let flight = match self.join(&refused, needed) {
+        let flight = match self.join(needed) {
             Ok(flight) => flight,
-            Err(barren) => return Err(barren),
+            Err((barren, None)) => return Err(barren.refuse(refused)),
+            Err((barren, Some(after))) => return Err(barren.refuse(refused).retry_after(after)),
         };
         let landed = match until {
             Some(until) => match tokio::time::timeout_at(until, flight).await {
@@ -103,8 +123,11 @@ impl MakesRoom for Arc<Evictor> {
             },
             None => flight.await,
         };
-        // The runtime is gone otherwise.
-        landed.unwrap_or(Err(refused))
+        match landed {
+            Ok(made) => made.map_err(|vain| vain.refuse(refused)),
+            // The runtime is gone.
+            Err(_) => Err(refused),
+        }
     }
 }
 
@@ -120,34 +143,34 @@ pub(crate) fn deadline(patience: Duration) -> Instant {
 
 impl Evictor {
     /// Joins the run for those who would be refused, or begins it. If there was nothing to be had lately that is the answer,
-    /// whatever comes of it.
-    fn join(self: &Arc<Self>, refused: &Error, needed: Bytes) -> Result<Flight> {
+    /// whatever comes of it; then also after what time to ask again, if it is being looked at anew.
+    fn join(self: &Arc<Self>, needed: Bytes) -> Result<Flight, (Vain, Option<Duration>)> {
         let mut latest = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
         let barren = latest.barren.clone().filter(|(at, of, _)| at.elapsed() < REMEMBERED && needed >= *of);
-        if let Some((at, _, error)) = &barren
+        if let Some((at, _, vain)) = &barren
             && at.elapsed() < BARREN
         {
-            return Err(error.clone());
+            return Err((vain.clone(), None));
         }
         // One that has crashed has arrived with nothing; and one that is to make more may come to nothing where this would not.
         let joined =
             latest.flight.as_ref().filter(|(flight, makes)| flight.peek().is_none() && *makes <= needed);
         let flight = match joined {
             Some((flight, _)) => flight.clone(),
-            None => self.begin(&mut latest, refused, needed),
+            None => self.begin(&mut latest, needed),
         };
-        barren.map_or(Ok(flight), |(_, _, error)| Err(error.retry_after(BARREN)))
+        barren.map_or(Ok(flight), |(_, _, vain)| Err((vain, Some(BARREN))))
     }
 
-    fn begin(self: &Arc<Self>, latest: &mut Latest, refused: &Error, needed: Bytes) -> Flight {
+    fn begin(self: &Arc<Self>, latest: &mut Latest, needed: Bytes) -> Flight {
         let (sender, arrival) = oneshot::channel();
         let flight = arrival.shared();
-        let (this, refused) = (self.clone(), refused.clone());
+        let this = self.clone();
         latest.begun += 1;
         let number = latest.begun;
         let begun = self.tasks.spawn(async move {
             let begun = Instant::now();
-            let made = this.make_room(refused, needed).await;
+            let made = this.make_room(needed).await;
             if made.is_ok() {
                 this.could.took(begun.elapsed());
             }
@@ -156,7 +179,7 @@ impl Evictor {
             if latest.begun == number {
                 latest.flight = None;
             }
-            latest.barren = made.as_ref().err().map(|error| (Instant::now(), needed, error.clone()));
+            latest.barren = made.as_ref().err().map(|vain| (Instant::now(), needed, vain.clone()));
             drop(latest);
             let _nobody_waits = sender.send(made);
         });
@@ -165,7 +188,7 @@ impl Evictor {
         flight
     }
 
-    async fn make_room(self: &Arc<Self>, refused: Error, needed: Bytes) -> Result<()> {
+    async fn make_room(self: &Arc<Self>, needed: Bytes) -> Result<(), Vain> {
         let ample = match self.kernel.pool().await {
             Ok(usage) => {
                 let total = total(&usage);
@@ -179,42 +202,46 @@ impl Evictor {
             let planned = self.plan(Trigger::Admission(Room::only(Kind::Data, needed))).await;
             match planned.map(|plan| plan.outcome) {
                 Ok(Outcome::Met) => {}
-                Ok(short) => return Err(with_advice(refused, &short)),
-                Err(error) => return Err(refused.and(format!("and no room can be made: {error}"))),
+                Ok(short) => return Err(Vain::Ran(short)),
+                Err(error) => return Err(Vain::Failed(error)),
             }
         }
-        let judge = |usage: PoolUsage| {
-            let is_free = self.admission.to_promise(&usage) >= needed;
-            self.admission.judge(&Ok(usage)).and(if is_free { Ok(()) } else { Err(refused.clone()) })
-        };
         let ran = self.run_in_turn(Trigger::Admission(ample)).await;
+        if self.has_come(needed).await {
+            return Ok(());
+        }
+        Err(ran.map_or_else(Vain::Failed, |report| Vain::Ran(report.outcome)))
+    }
+
+    /// Waits until there is enough, or it is clear that it does not come.
+    async fn has_come(&self, needed: Bytes) -> bool {
+        let is_enough = |usage: PoolUsage| {
+            let is_free = self.admission.to_promise(&usage) >= needed;
+            is_free && self.admission.judge(&Ok(usage)).is_ok()
+        };
         let limit = Instant::now() + COMES_WITHIN;
         let (mut least, mut came) = (u64::MAX, Instant::now());
-        let refused = loop {
-            let (judged, is_coming) = match self.pool().await {
-                Ok((pool, usage)) => {
-                    let used = usage.data_used.saturating_add(usage.metadata_used);
-                    if used < least {
-                        (least, came) = (used, Instant::now());
-                    }
-                    let settled = pool.settled().used;
-                    let (data_used, metadata_used) = (settled.data.0, settled.metadata.0);
-                    let settled = PoolUsage { data_used, metadata_used, ..usage.clone() };
-                    let comes = came.elapsed() < STANDS_STILL && judge(settled).is_ok();
-                    (judge(usage), comes)
-                }
-                Err(error) => (Err(error), false),
+        while let Ok((_, usage)) = self.pool().await {
+            let used = usage.data_used.saturating_add(usage.metadata_used);
+            if used < least {
+                (least, came) = (used, Instant::now());
+            }
+            let returning = self.returning().outstanding();
+            let settled = PoolUsage {
+                data_used: usage.data_used.saturating_sub(returning.data.0),
+                metadata_used: usage.metadata_used.saturating_sub(returning.metadata.0),
+                ..usage.clone()
             };
-            let Err(still) = judged else { return Ok(()) };
-            if still.reason() != Reason::PoolFull || !is_coming || Instant::now() >= limit {
-                break if still.reason() == Reason::PoolFull { still } else { refused };
+            if is_enough(usage) {
+                return true;
+            }
+            let is_coming = came.elapsed() < STANDS_STILL && is_enough(settled);
+            if !is_coming || Instant::now() >= limit {
+                return false;
             }
             tokio::time::sleep(POLL).await;
-        };
-        Err(match ran {
-            Ok(report) => with_advice(refused, &report.outcome),
-            Err(error) => refused.and(format!("and no room can be made: {error}")),
-        })
+        }
+        false
     }
 }
 

@@ -134,7 +134,7 @@ impl Evictor {
         for round in 1..=ROUNDS {
             let fates = self.carry_out(&plan, &occupancy).await;
             if has_not_grown(&plan.steps, &fates) {
-                growing = Growing::HasFailed;
+                growing = Growing::Not;
             }
             let is_short = fates.iter().any(|fate| fate.why().is_some());
             report.steps.extend(plan.steps.into_iter().zip(fates));
@@ -162,8 +162,13 @@ impl Evictor {
         for step in &plan.steps {
             let Action::Extend { kind, to, .. } = step.action else { break };
             let extended = self.grower.extend(kind, to).await;
+            // Who cannot be asked is not asked for more.
+            let is_deaf = extended.as_ref().is_err_and(|error| error.reason() != Reason::PoolFull);
             fates.push(extended.map_or_else(|error| Fate::Failed(error.to_string()), |()| Fate::Done));
             self.settle(step, fates.last());
+            if is_deaf {
+                break;
+            }
         }
         if has_not_grown(&plan.steps, &fates) {
             return fates;

@@ -12,6 +12,7 @@ use std::{
 use containerd_client::types::Descriptor;
 use cowshed_gc::evict::{Action, Bytes, Growth, Kind, VolumeGroup};
 use cowshed_leases::{Lease, LeaseId, Moment, UnixMicros};
+use tonic_types::StatusExt as _;
 
 use super::*;
 use crate::{
@@ -222,6 +223,10 @@ impl Grower for Group {
     async fn group(&self) -> Result<VolumeGroup> {
         let free = Bytes(*self.gib.lock().unwrap() * GIB);
         Ok(VolumeGroup { free, extent: NonZeroU64::new(4 << 20).unwrap() })
+    }
+
+    fn group_lately(&self) -> Option<VolumeGroup> {
+        None
     }
 
     async fn extend(&self, _kind: Kind, _to: Bytes) -> Result<()> {
@@ -516,6 +521,23 @@ async fn what_is_on_its_way_back_is_not_asked_for_twice() {
     assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn in_an_emergency_what_does_not_come_back_is_not_waited_for() {
+    for (percent, mode) in [(96, PoolMode::ReadWrite), (90, PoolMode::OutOfDataSpace)] {
+        let host = host();
+        host.store.put("old", 250, 9 * DAY);
+        host.store.put("other", 250, DAY);
+        // It does come, and somebody writes as much.
+        host.store.lazy.store(true, Ordering::SeqCst);
+        host.fill(TOTAL * percent / 100);
+        host.world.state.lock().unwrap().pool_mode = mode;
+        assert_eq!(fates(&host.run().await), [fate("old", "DONE")], "{mode}");
+        assert!(host.run().await.steps.is_empty(), "{mode}");
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert_eq!(fates(&host.run().await), [fate("other", "DONE")], "{mode}");
+    }
+}
+
 #[tokio::test]
 async fn spares_go_first_and_those_that_somebody_has_open_stay() {
     let host = host();
@@ -609,6 +631,27 @@ async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_be
     host.make().await.unwrap();
 }
 
+/// Those who wait for the same, and those who come after one in vain.
+#[tokio::test]
+async fn each_is_refused_by_words_of_his_own() {
+    let host = host();
+    host.fill(TOTAL * 90 / 100);
+    let make = async |tenant: &str, gib: u64| {
+        let refused = Error::new(Reason::PoolFull, format!("{tenant} wants {gib}")).with("needed_bytes", gib);
+        host.evictor.make(refused, Bytes(gib * GIB), None).await.unwrap_err()
+    };
+    let (red, blue) = tokio::join!(make("red", 200), make("blue", 200));
+    let green = make("green", 300).await;
+    for (error, words) in [(red, "red wants 200"), (blue, "blue wants 200"), (green, "green wants 300")] {
+        let text = error.to_string();
+        assert!(text.starts_with(words) && text.contains("lacking: "), "{text}");
+        assert_eq!(text.matches(" wants ").count(), 1, "{text}");
+        let details = error.to_status().get_error_details();
+        let needed = &details.error_info().unwrap().metadata["needed_bytes"];
+        assert!(words.ends_with(needed), "{text}: {needed}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_does_not_wait_so_long_is_told_in_time() {
     let host = host();
@@ -648,6 +691,55 @@ async fn the_pool_grows_before_anything_goes_and_what_does_not_grow_is_told() {
     }
 }
 
+/// Whose pool grows by an LVM2 that can be made to hang.
+fn host_by_lvm() -> (Host, Arc<grow::tests::Fake>) {
+    let lvm = grow::tests::Fake::new(1000 * GIB, true);
+    let data = Growth::UpTo { step: Bytes(GIB), ceiling: Bytes(1 << 50) };
+    (host_with(Arc::new(ByLvm::new(lvm.clone(), Steps { data, metadata: Growth::Never }))), lvm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_lvm2_that_does_not_answer_keeps_nothing_from_going() {
+    let (host, lvm) = host_by_lvm();
+    host.store.put("old", 150, 9 * DAY);
+    host.store.put("other", 150, 8 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    let hung = lvm.answers.lock().await;
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("old", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // It is not waited for again.
+    host.fill(TOTAL * 88 / 100);
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    drop(hung);
+    while host.evictor.grower.group_lately().is_none() {
+        tokio::task::yield_now().await;
+    }
+    host.store.put("old", 150, 9 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    assert_eq!(fates(&host.run().await), [fate("extend data", "DONE")], "it counts when it answers");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_extension_that_hangs_keeps_nothing_from_going() {
+    let (host, lvm) = host_by_lvm();
+    host.store.put("old", 150, 9 * DAY);
+    host.store.put("other", 150, 8 * DAY);
+    host.fill(TOTAL * 88 / 100);
+    let _hung = lvm.extends.lock().await;
+    let begun = Instant::now();
+    let report = host.run().await;
+    assert_eq!(fates(&report), [fate("extend data", "FAILED"), fate("old", "DONE")]);
+    assert!(report.steps[0].1.why().unwrap().contains("LVM2 has not extended"), "{report:?}");
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    host.fill(TOTAL * 88 / 100);
+    let begun = Instant::now();
+    assert_eq!(fates(&host.run().await), [fate("other", "DONE")]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn a_pool_that_does_not_write_is_nothing_to_plan_for() {
     let host = host();
@@ -669,7 +761,7 @@ async fn what_was_not_used_for_too_long_goes_without_need() {
     host.store.put("recent", 1, DAY);
     host.fill(100);
     let policy = Policy { retention: Some(Duration::from_secs(2 * DAY)), ..host.evictor.policy.clone() };
-    let occupied = host.evictor.take_stock().await.unwrap();
+    let occupied = host.evictor.take_stock(Growing::IfItCan).await.unwrap();
     let all = occupancy::occupancy(&occupied.0, &occupied.1);
     let plan = plan(&all, &policy, Trigger::Schedule, UnixMicros(NOW * 1_000_000));
     let fates = host.evictor.carry_out(&plan, &all).await;

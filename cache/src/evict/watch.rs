@@ -19,8 +19,6 @@ impl Evictor {
     /// Until `stopped` changes. Without `[gc] enabled` it only measures.
     pub async fn watch(self: Arc<Self>, events: Events, mut stopped: watch::Receiver<bool>) {
         let mut pace = Pace::default();
-        // So that it is known when the first one would be refused: LVM2 takes its time. What is wrong is said when it matters.
-        let _known = self.grower.group().await;
         let mut scheduled = Instant::now() + self.settings.interval;
         // After runs that came to nothing the next one waits longer and longer.
         let (mut rest, mut not_before) = (Duration::ZERO, Instant::now());
@@ -28,7 +26,8 @@ impl Evictor {
             let pause = match self.pool().await {
                 Ok((pool, usage)) => {
                     pace.look(used(&usage), self.elapsed());
-                    self.tell_pace(&pace, &pool).await;
+                    // LVM2 is asked meanwhile, so that it is known when the first one would be refused.
+                    self.tell_pace(&pace, &pool);
                     if let Some(trigger) = self.is_time(&pool, scheduled, not_before) {
                         if trigger == Trigger::Schedule {
                             scheduled = Instant::now() + self.settings.interval;
@@ -77,14 +76,14 @@ impl Evictor {
         })
     }
 
-    async fn tell_pace(&self, pace: &Pace, pool: &Pool) {
+    fn tell_pace(&self, pace: &Pace, pool: &Pool) {
         let trend = |kind| {
             let full_in = pace.time_to(kind, pool.total.of(kind));
             self.metrics.pool_full_in(kind, full_in);
             Trend { rate: pace.known_rate(kind), full_in }
         };
         let (data, metadata) = (trend(Kind::Data), trend(Kind::Metadata));
-        let outlook = Outlook { data, metadata, group_free: self.group_free().await };
+        let outlook = Outlook { data, metadata, group_free: self.group_free() };
         *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = outlook;
     }
 }

@@ -18,6 +18,9 @@ use crate::error::{Error, Reason, Result};
 /// for a moment to activate anything, which is tried again.
 const ALONE: Duration = Duration::from_secs(5);
 
+/// LVM2 has to answer a question within this time: who asks has others who wait.
+const ANSWER: Duration = Duration::from_secs(15);
+
 /// So long at the most what would be asked of the pool waits for an extension.
 const HELD: Duration = Duration::from_secs(10);
 
@@ -46,7 +49,8 @@ impl Lvm {
     /// Extends this pool, by its device-mapper name; "" means the only one there is. What the snapshotter would do in it waits
     /// meanwhile.
     pub fn new(pool: String, snapshotter: Option<Standing>, metrics: Metrics) -> Self {
-        Self { runner: Runner::default(), pool, snapshotter, metrics, alone: tokio::sync::Mutex::default() }
+        let runner = Runner::default().with_answer_within(ANSWER);
+        Self { runner, pool, snapshotter, metrics, alone: tokio::sync::Mutex::default() }
     }
 }
 

@@ -81,6 +81,7 @@ fn admits(api: &Api, wish: &Wish, pool: &Result<PoolUsage, KernelError>) -> Resu
     promised(api, wish, None)?;
     api.admission.judge(pool)?;
     api.admission.hindrances.admit()?;
+    api.ledger.promises().ready(&api.admission.limits)?;
     promised(api, wish, pool.as_ref().ok())
 }
 

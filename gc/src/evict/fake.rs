@@ -35,6 +35,8 @@ pub(super) fn manifest(n: usize) -> Manifest {
 pub(super) struct Fake {
     pub(super) seen: Occupancy,
     hidden: BTreeMap<ChainId, Room>,
+    /// What else is in use.
+    rest: Room,
     /// Layers that somebody holds of whom nobody knows.
     unclaimed: BTreeSet<ChainId>,
     now: UnixMicros,
@@ -42,18 +44,9 @@ pub(super) struct Fake {
 
 impl Fake {
     /// With so much in use beside all that is in the inventory.
-    pub(super) fn new(
-        mut seen: Occupancy,
-        hidden: BTreeMap<ChainId, Room>,
-        rest: Room,
-        now: UnixMicros,
-    ) -> Self {
-        let layers = seen.layers.values().map(|layer| layer.own);
-        let disks = seen.leases.values().map(|lease| lease.own);
-        let spares = seen.spares.values().map(|spare| spare.own);
-        seen.pool.used = layers.chain(disks).chain(spares).chain(hidden.values().copied()).sum();
-        seen.pool.used = seen.pool.used.plus(rest);
-        let mut fake = Self { seen, hidden, unclaimed: BTreeSet::new(), now };
+    pub(super) fn new(seen: Occupancy, hidden: BTreeMap<ChainId, Room>, rest: Room, now: UnixMicros) -> Self {
+        let mut fake = Self { seen, hidden, rest, unclaimed: BTreeSet::new(), now };
+        fake.seen.pool.used = fake.takes();
         let reached = fake.reached();
         fake.unclaimed = fake.seen.layers.keys().filter(|layer| !reached.contains(*layer)).cloned().collect();
         fake
@@ -73,6 +66,64 @@ impl Fake {
 
     pub(super) fn free(&self) -> Room {
         self.seen.pool.total.less(self.seen.pool.used)
+    }
+
+    /// What there is takes so much, summed up anew.
+    fn takes(&self) -> Room {
+        let layers = self.seen.layers.values().map(|layer| layer.own);
+        let disks = self.seen.leases.values().map(|lease| lease.own);
+        let spares = self.seen.spares.values().map(|spare| spare.own);
+        let known: Room = layers.chain(disks).chain(spares).sum();
+        known.plus(self.hidden.values().copied().sum()).plus(self.rest)
+    }
+
+    /// What is not consistent: of this fake by itself, and by what it was before anything was done.
+    pub(super) fn audit(&self, before: &Self) -> Vec<String> {
+        let (seen, was) = (&self.seen, &before.seen);
+        let mut found = self.audit_layers();
+        for (id, lease) in &was.leases {
+            if seen.leases.get(id) != Some(lease) {
+                found.push(format!("{id} of {} is not what it was", lease.vm));
+            } else if was.is_asked_for(&lease.made_of) && !seen.is_asked_for(&lease.made_of) {
+                found.push(format!("{id} of {} has lost its image", lease.vm));
+            }
+        }
+        for (id, spare) in &seen.spares {
+            let made_of = MadeOf::Manifest(spare.manifest.clone());
+            if was.is_asked_for(&made_of) && !seen.is_asked_for(&made_of) {
+                found.push(format!("{id} is a spare of what is gone"));
+            }
+        }
+        let is_held = |layer: &ChainId| was.layers[layer].others > 0 || before.unclaimed.contains(layer);
+        let lost = was.layers.keys().filter(|layer| is_held(layer) && !seen.layers.contains_key(*layer));
+        found.extend(lost.map(|layer| format!("{layer} is gone, which others hold")));
+        if seen.pool.used != self.takes() {
+            found.push(format!("{} are in use, {} by what there is", seen.pool.used, self.takes()));
+        }
+        let extents = |of: &Occupancy| of.group.free.plus(of.pool.total.data).plus(of.pool.total.metadata);
+        if extents(seen) != extents(was) {
+            found.push("what the volume group gave is not what the pool has got".to_owned());
+        }
+        found
+    }
+
+    /// Layers on which nothing stands, and what stands on none.
+    fn audit_layers(&self) -> Vec<String> {
+        let seen = &self.seen;
+        let of_images = seen.images.iter().flat_map(|(target, image)| {
+            image.manifests.values().flatten().map(move |top| (target.to_string(), top))
+        });
+        let of_leases =
+            seen.leases.iter().filter_map(|(id, lease)| Some((id.to_string(), lease.top.as_ref()?)));
+        let of_spares = seen.spares.iter().map(|(id, spare)| (id.to_string(), &spare.top));
+        let of_layers =
+            seen.layers.iter().filter_map(|(id, layer)| Some((id.to_string(), layer.parent.as_ref()?)));
+        let stand = of_images.chain(of_leases).chain(of_spares).chain(of_layers);
+        let hang = stand.filter(|(_, layer)| !seen.layers.contains_key(*layer));
+        let hang = hang.map(|(what, layer)| format!("{what} stands on {layer}, which is gone"));
+        let reached = self.reached();
+        let left = seen.layers.keys().filter(|layer| !reached.contains(*layer));
+        hang.chain(left.map(|layer| format!("{layer} is left, and nothing stands on it"))).collect()
     }
 
     fn extend(&mut self, kind: Kind, to: Bytes) -> Result<(), String> {
@@ -167,5 +218,15 @@ impl Fake {
             }
         }
         reached
+    }
+}
+
+impl Occupancy {
+    /// Whether an image leads to it.
+    fn is_asked_for(&self, made_of: &MadeOf) -> bool {
+        self.images.values().any(|image| match made_of {
+            MadeOf::Manifest(manifest) => image.manifests.contains_key(manifest),
+            MadeOf::Name(name) => image.names.iter().any(|own| own.image == *name),
+        })
     }
 }

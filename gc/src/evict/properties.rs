@@ -253,7 +253,8 @@ fn hosts() -> u32 {
 proptest! {
     #![proptest_config(ProptestConfig { cases: hosts(), failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// The fake refuses what must not go. Each step frees what it promises, or more, and done again it frees nothing.
+    /// The fake refuses what must not go. Each step frees what it promises, or more, leaves nothing inconsistent, and done again it
+    /// frees nothing.
     #[test]
     fn what_is_promised_comes_back_and_nothing_else_goes(
         mut fake in host(HIDDEN), policy in policy(), trigger in trigger()
@@ -265,6 +266,7 @@ proptest! {
             prop_assert!(free.is_ok(), "{free:?}\n{plan}\n{before:?}");
             let missing = step.gives.less(free.unwrap());
             prop_assert!(missing.is_none(), "{step}: {missing} is missing");
+            prop_assert_eq!(fake.audit(&before), Vec::<String>::new(), "{}\n{}", step, plan);
         }
         let after = fake.clone();
         for step in &plan.steps {
@@ -364,7 +366,7 @@ proptest! {
             for step in &plan.steps {
                 fake.run(step).unwrap();
             }
-            let before = fake.free();
+            let (before, first) = (fake.free(), fake.clone());
             let spares: Vec<_> = fake.seen.spares.iter().map(|(id, spare)| (id.clone(), spare.clone())).collect();
             for (id, Spare { manifest, .. }) in spares {
                 let action = Action::DropSpare { id, manifest };
@@ -378,6 +380,7 @@ proptest! {
                 let reason = Reason::Expired { unused: Duration::ZERO };
                 let _refused = fake.run(&Step { action, reason, gives: Room::NONE });
             }
+            prop_assert_eq!(fake.audit(&first), Vec::<String>::new(), "\n{}", plan);
             let more = fake.free().less(before);
             prop_assert!(!more.helps(lacking), "{more} more\n{plan}");
         }

@@ -378,3 +378,33 @@ fn what_an_image_takes_is_told_without_its_disks_own() {
     world.seen.layers.get_mut(&layer_id(3)).unwrap().others = 1;
     assert_eq!(told(&world)[1], of("lone", 0, 7, 1));
 }
+
+/// What properties rely on.
+#[test]
+fn the_fake_tells_what_is_not_consistent() {
+    type Breach = fn(&mut Occupancy);
+    let table: [(Breach, &str); 8] = [
+        (|_| (), ""),
+        (|seen| seen.images.clear(), "has lost its image"),
+        (|seen| drop(seen.images.remove(&Target("target-of-b".to_owned()))), "is a spare of what is gone"),
+        (|seen| seen.leases.clear(), "is not what it was"),
+        (|seen| drop(seen.layers.remove(&layer_id(0))), "stands on layer-00, which is gone"),
+        (|seen| drop(seen.layers.remove(&layer_id(3))), "layer-03 is gone, which others hold"),
+        (|seen| seen.pool.used = room(1, 0), "are in use"),
+        (|seen| seen.pool.total = room(1001, 1000), "what the volume group gave"),
+    ];
+    for (breach, words) in table {
+        let layers = [(None, 10), (Some(0), 5), (None, 5), (None, 5)];
+        let world = World::new(1000, &layers).image("a", 1, 0).image("b", 2, 0);
+        let before = world.lease(1, 1, 2).spare(1, 2, 2).fake();
+        let mut after = before.clone();
+        breach(&mut after.seen);
+        let found = after.audit(&before).join("; ");
+        assert!(found.contains(words) && found.is_empty() == words.is_empty(), "{words}: {found}");
+    }
+    // With the last that stands on it a layer goes; this one does not.
+    let before = World::new(1000, &[(None, 10)]).image("a", 0, 0).fake();
+    let mut after = before.clone();
+    after.seen.images.clear();
+    assert_eq!(after.audit(&before), ["layer-00 is left, and nothing stands on it"]);
+}

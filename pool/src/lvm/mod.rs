@@ -23,7 +23,7 @@ pub use run::{CHILD, Runner};
 /// # Errors
 /// See [`LvmError`].
 pub async fn groups(runner: &Runner) -> Result<Vec<Group>, LvmError> {
-    report::groups(&runner.run(&asked("vgs", report::GROUP_FIELDS)).await?)
+    report::groups(&runner.ask(&asked("vgs", report::GROUP_FIELDS)).await?)
 }
 
 /// The thin pools of the host that LVM2 knows.
@@ -31,7 +31,7 @@ pub async fn groups(runner: &Runner) -> Result<Vec<Group>, LvmError> {
 /// # Errors
 /// See [`LvmError`].
 pub async fn pools(runner: &Runner) -> Result<Vec<PoolVolume>, LvmError> {
-    report::pools(&runner.run(&asked("lvs", report::POOL_FIELDS)).await?)
+    report::pools(&runner.ask(&asked("lvs", report::POOL_FIELDS)).await?)
 }
 
 /// The disks of the host that are LVM2's.
@@ -39,7 +39,7 @@ pub async fn pools(runner: &Runner) -> Result<Vec<PoolVolume>, LvmError> {
 /// # Errors
 /// See [`LvmError`].
 pub async fn disks(runner: &Runner) -> Result<Vec<Disk>, LvmError> {
-    report::disks(&runner.run(&asked("pvs", report::DISK_FIELDS)).await?)
+    report::disks(&runner.ask(&asked("pvs", report::DISK_FIELDS)).await?)
 }
 
 /// The one of LVM2's pools that device-mapper knows by this uuid; if it is not active and has none, by this name.

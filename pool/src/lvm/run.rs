@@ -42,8 +42,10 @@ const CONFIGURATION: &str = "global/wait_for_locks=0 activation/monitoring=0";
 pub struct Runner {
     /// Our own binary.
     program: PathBuf,
-    /// A report has to be there within this time, and any other command, unless it says otherwise.
+    /// A command has to end within this time …
     limit: Duration,
+    /// … and one that only asks within this.
+    answer: Duration,
     /// A lock that another command has is waited for so long.
     patience: Duration,
 }
@@ -54,6 +56,7 @@ impl Default for Runner {
             // Also when it was replaced by another version meanwhile.
             program: "/proc/self/exe".into(),
             limit: Duration::from_secs(60),
+            answer: Duration::from_secs(60),
             patience: Duration::from_secs(10),
         }
     }
@@ -66,6 +69,7 @@ impl Runner {
         Self {
             program: program.to_owned(),
             limit: Duration::from_millis(500),
+            answer: Duration::from_millis(500),
             patience: Duration::from_millis(300),
         }
     }
@@ -73,7 +77,13 @@ impl Runner {
     /// With another limit for each command.
     #[must_use]
     pub fn with_limit(self, limit: Duration) -> Self {
-        Self { limit, ..self }
+        Self { limit, answer: limit, ..self }
+    }
+
+    /// With another limit for each command that only asks.
+    #[must_use]
+    pub fn with_answer_within(self, answer: Duration) -> Self {
+        Self { answer, ..self }
     }
 
     /// Runs a command of LVM2's, such as `["vgs", "vg"]`; returns what it has printed.
@@ -84,14 +94,31 @@ impl Runner {
         self.run_with("", words).await
     }
 
+    /// The same, of a command that only asks.
+    ///
+    /// # Errors
+    /// See [`Self::run`].
+    pub async fn ask(&self, words: &[&str]) -> Result<String, LvmError> {
+        self.run_within(self.answer, "", words).await
+    }
+
     /// The same, with more of LVM2's configuration, such as `global/use_lvmpolld=0`.
     ///
     /// # Errors
     /// See [`Self::run`].
     pub async fn run_with(&self, configuration: &str, words: &[&str]) -> Result<String, LvmError> {
+        self.run_within(self.limit, configuration, words).await
+    }
+
+    async fn run_within(
+        &self,
+        limit: Duration,
+        configuration: &str,
+        words: &[&str],
+    ) -> Result<String, LvmError> {
         let begun = Instant::now();
         loop {
-            let (status, stdout, stderr) = self.once(configuration, words).await?;
+            let (status, stdout, stderr) = self.once(limit, configuration, words).await?;
             if status.success() {
                 return Ok(stdout);
             }
@@ -115,11 +142,12 @@ impl Runner {
 
     async fn once(
         &self,
+        limit: Duration,
         configuration: &str,
         words: &[&str],
     ) -> Result<(ExitStatus, String, String), LvmError> {
         let mut command = Command::new(&self.program);
-        let alarm = (self.limit + GRACE).as_secs().to_string();
+        let alarm = (limit + GRACE).as_secs().to_string();
         let configuration = format!("{CONFIGURATION} {configuration}");
         let (name, rest) = words.split_first().unwrap_or((&"version", &[]));
         command.args([CHILD, "--limit", &alarm, "--", name, "--config", configuration.trim_end()]);
@@ -130,12 +158,12 @@ impl Runner {
         let mut child = command.spawn().map_err(|e| LvmError::NotThere(e.to_string()))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let talk = async { tokio::join!(text(stdout), text(stderr), child.wait()) };
-        match timeout(self.limit, talk).await {
+        match timeout(limit, talk).await {
             Ok((stdout, stderr, Ok(status))) => Ok((status, stdout, stderr)),
             Ok((.., Err(error))) => Err(LvmError::NotThere(error.to_string())),
             Err(_) => {
                 let stuck = !end(&mut child).await;
-                Err(LvmError::TimedOut { command: words.join(" "), after: self.limit, stuck })
+                Err(LvmError::TimedOut { command: words.join(" "), after: limit, stuck })
             }
         }
     }
@@ -188,6 +216,9 @@ mod tests {
 
     use super::*;
 
+    /// One test at a time: a script cannot be run while a child that another test has just started has it open for writing.
+    static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
     /// A program that does this instead of LVM2.
     fn fake(script: &str) -> (tempfile::TempDir, Runner) {
         let directory = tempfile::tempdir().unwrap();
@@ -200,6 +231,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_command_is_told_as_it_is_and_its_output_comes_back() {
+        let _alone = ALONE.lock().await;
         let (_kept, runner) = fake("printf '%s|' \"$@\"");
         let said = runner.run(&["vgs", "-o", "vg free"]).await.unwrap();
         assert_eq!(said, format!("lvm-child|--limit|10|--|vgs|--config|{CONFIGURATION}|-o|vg free|"));
@@ -207,6 +239,7 @@ mod tests {
 
     #[tokio::test]
     async fn failures_are_told_apart() {
+        let _alone = ALONE.lock().await;
         let (_kept, runner) = fake("echo '  Volume group \"vg\" not found' >&2; exit 5");
         let error = runner.run(&["vgs", "vg"]).await.unwrap_err();
         assert_eq!(error.to_string(), "`lvm vgs vg` failed: Volume group \"vg\" not found");
@@ -225,6 +258,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_hangs_is_killed_with_all_that_it_has_started() {
+        let _alone = ALONE.lock().await;
         let (kept, runner) = fake("sleep 600 & echo $! > \"$(dirname \"$0\")/pid\"; wait");
         let begun = Instant::now();
         let error = runner.run(&["lvextend", "vg/pool"]).await.unwrap_err();
@@ -241,6 +275,16 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         panic!("{pid} lives");
+    }
+
+    #[tokio::test]
+    async fn what_only_asks_has_a_limit_of_its_own() {
+        let _alone = ALONE.lock().await;
+        let (_kept, runner) = fake("sleep 0.2; echo told");
+        let runner = runner.with_limit(Duration::from_secs(20)).with_answer_within(Duration::from_millis(20));
+        let error = runner.ask(&["vgs"]).await.unwrap_err();
+        assert!(matches!(&error, LvmError::TimedOut { after, .. } if *after == runner.answer), "{error}");
+        assert_eq!(runner.run(&["lvextend"]).await.unwrap(), "told\n");
     }
 
     #[test]
