@@ -10,7 +10,7 @@ use crate::{
         containerd,
         cow::{acquire_as, cowshed, evict, refused, release, release_fully, wait_gone},
         fake_image::{FakeImage, digest, gzip, noise, tar},
-        fake_registry::{Answer, FakeRegistry, Hosts},
+        fake_registry::{Answer, FakeRegistry, Hosts, Request},
         same,
         second::Plan,
         wait_for,
@@ -24,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("more_bytes_than_promised", more_bytes_than_promised),
     ("layer_is_gone", layer_is_gone),
     ("broken_off_download_goes_on", broken_off_download_goes_on),
+    ("mirror_that_fails_in_mid_layer", mirror_that_fails_in_mid_layer),
     ("stalled_download_ends", stalled_download_ends),
     ("one_that_drips_holds_up_nobody_else", one_that_drips_holds_up_nobody_else),
     ("bodies_without_end", bodies_without_end),
@@ -133,13 +134,36 @@ fn broken_off_download_goes_on() -> Outcome {
     let asked = registry.requests(&layer);
     same!(asked.len(), 2, "the requests {asked:?}");
     same!(asked[0].range, None, "the range of the first request");
-    let from = asked[1]
-        .range
-        .as_ref()
-        .and_then(|r| r.strip_prefix("bytes=")?.split('-').next()?.parse::<u64>().ok());
-    check!(from.is_some_and(|from| (1 << 20..=3_000_000).contains(&from)), "it did not go on: {asked:?}");
+    went_on(&asked[1], 3_000_000)?;
     release("odd-cut")?;
     wait_gone("odd-cut")?;
+    evict(&[&name])
+}
+
+/// That what had come before it was broken off after so many bytes was not asked for again, but for the last piece.
+fn went_on(request: &Request, after: u64) -> Outcome {
+    let from = request.range.as_ref();
+    let from = from.and_then(|range| range.strip_prefix("bytes=")?.split('-').next()?.parse::<u64>().ok());
+    check!(from.is_some_and(|from| (1 << 20..=after).contains(&from)), "it did not go on: {request:?}");
+    Ok(())
+}
+
+/// The rest comes from the next one.
+fn mirror_that_fails_in_mid_layer() -> Outcome {
+    let image = FakeImage::new(40, 5_000_000)?;
+    let (mirror, other) = (registry_with("1", &image)?, registry_with("1", &image)?);
+    let layer = digest(&image.layer);
+    mirror.blob(&layer, Answer::CutOnce(image.layer.clone(), 3_000_000));
+    other.blob(&layer, Answer::Ranges(image.layer.clone()));
+    mirror.mirrored_by(&other)?;
+    let name = mirror.image("1");
+    acquire_as("miss", "odd-mirror", &name)?;
+    let (begun, rest) = (mirror.requests(&layer), other.requests(&layer));
+    same!((begun.len(), rest.len()), (1, 1), "the requests {begun:?} {rest:?}");
+    same!(begun[0].range, None, "the range of the first request");
+    went_on(&rest[0], 3_000_000)?;
+    release("odd-mirror")?;
+    wait_gone("odd-mirror")?;
     evict(&[&name])
 }
 

@@ -6,13 +6,16 @@ use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::Duration,
 };
 
 use base64::Engine as _;
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    process::{Child, Command},
+};
 
 use super::hosts;
 use crate::error::{Error, Reason, Result, shown};
@@ -148,26 +151,15 @@ impl Credentials {
         if helper.is_empty() || helper.contains('/') {
             return Err(failed("is no name of a helper"));
         }
-        let mut command = tokio::process::Command::new(&program);
+        let mut command = Command::new(&program);
         command
             .arg("get")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|error| failed(&format!("cannot be run: {error}")))?;
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let talk = async {
-            if let Some(mut stdin) = stdin {
-                stdin.write_all(server.as_bytes()).await?;
-            }
-            let mut answer = Vec::new();
-            if let Some(stdout) = stdout {
-                stdout.take(ANSWER_MAX_BYTES).read_to_end(&mut answer).await?;
-            }
-            Ok::<_, io::Error>((child.wait().await?, answer))
-        };
-        let (status, answer) = match tokio::time::timeout(HELPER_PATIENCE, talk).await {
+        let child = command.spawn().map_err(|error| failed(&format!("cannot be run: {error}")))?;
+        let (status, answer) = match tokio::time::timeout(HELPER_PATIENCE, talk(child, server)).await {
             Ok(talked) => talked.map_err(|error| failed(&format!("cannot be talked to: {error}")))?,
             Err(_) => return Err(failed(&format!("did not answer within {} s", HELPER_PATIENCE.as_secs()))),
         };
@@ -220,6 +212,21 @@ fn wrong(path: &Path, what: &str) -> Error {
         path.display()
     );
     Error::new(Reason::RegistryConfiguration, message).with("path", path.display())
+}
+
+/// Asks a helper; returns how it has ended, and what it said. One that has made up its mind need not read what it is asked.
+async fn talk(mut child: Child, asked: &str) -> io::Result<(ExitStatus, Vec<u8>)> {
+    if let Some(mut stdin) = child.stdin.take() {
+        match stdin.write_all(asked.as_bytes()).await {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            written => written?,
+        }
+    }
+    let mut answer = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(ANSWER_MAX_BYTES).read_to_end(&mut answer).await?;
+    }
+    Ok((child.wait().await?, answer))
 }
 
 #[cfg(test)]
@@ -281,6 +288,15 @@ mod tests {
     }
 
     /// One that answers is found by PATH, which tests must not change for one another: end to end.
+    #[tokio::test]
+    async fn what_a_helper_says_counts_also_if_it_has_not_read_what_was_asked() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "exec <&-; echo no; exit 3"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // More than a pipe takes.
+        let (status, answer) = talk(command.spawn().unwrap(), &"x".repeat(1 << 20)).await.unwrap();
+        assert_eq!((status.code(), answer.as_slice()), (Some(3), b"no\n".as_slice()));
+    }
+
     #[tokio::test]
     async fn helpers_that_cannot_be_asked_are_told() {
         for (helper, says) in [("../x", "no name"), ("", "no name"), ("that-is-not-there", "cannot be run")] {

@@ -44,6 +44,8 @@ pub(crate) enum Answer {
     Challenge(String),
     /// Says that it sends all, and closes the connection after so many bytes, the first time; honours ranges after it.
     CutOnce(Vec<u8>, usize),
+    /// All of it, or the range that is asked for.
+    Ranges(Vec<u8>),
     /// Never answers.
     Stall,
     /// Answers when the gate is opened.
@@ -204,6 +206,7 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> Option<()> {
             whole(&mut stream, &path, &bytes, head_only)
         }
         Some(Answer::CutOnce(bytes, at)) => cut_once(shared, &mut stream, &path, &bytes, at, &request),
+        Some(Answer::Ranges(bytes)) => ranges(&mut stream, &path, &bytes, &request),
     }
 }
 
@@ -298,6 +301,10 @@ fn cut_once(
         head(stream, 200, path, bytes.len(), "")?;
         return stream.write_all(&bytes[..at]).ok();
     }
+    ranges(stream, path, bytes, request)
+}
+
+fn ranges(stream: &mut TcpStream, path: &str, bytes: &[u8], request: &Request) -> Option<()> {
     let from = request.range.as_ref().and_then(|r| r.strip_prefix("bytes=")?.split('-').next()?.parse().ok());
     let Some(from) = from.filter(|from: &usize| *from < bytes.len()) else {
         return whole(stream, path, bytes, false);
