@@ -42,8 +42,8 @@ impl State {
 }
 
 impl Evictor {
-    /// What could be freed, or the pool grow by, for a disk that would be refused otherwise, and how long that takes; `None` if nothing is removed by
-    /// itself, or it is not known yet: then it is learnt for whoever asks a moment later.
+    /// What could be freed, or the pool grow by, for a disk that would be refused otherwise, and how long that takes; `None` if
+    /// nothing is removed by itself, or it is not known yet: then it is learnt for whoever asks a moment later.
     pub fn could_free(self: &Arc<Self>) -> Option<(Room, Duration)> {
         if !self.settings.enabled {
             return None;

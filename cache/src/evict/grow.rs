@@ -205,6 +205,8 @@ impl Grower for ByLvm {
         let extending = tokio::spawn(self.clone().extend_now(part, to));
         match tokio::time::timeout(EXTENDS_WITHIN, extending).await {
             Ok(ended) => ended.unwrap_or_else(|error| {
+                // It has panicked: nobody else says that it is over.
+                self.lately.send_modify(|lately| lately.is_extending = false);
                 Err(Error::new(Reason::InternalError, format!("extending the pool's {kind}: {error}")))
             }),
             Err(_) => {
