@@ -17,8 +17,8 @@ use cowshed_gc::{
     reserve::{self, Asked, Claim, Policy},
 };
 use cowshed_leases::{
-    Acquisition, Ask, BookError, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing, RequestId,
-    Scratch, Seen, Share, Spare, Spec, Ttl, VmId,
+    Acquisition, Ask, BookError, DeviceIdentity, Failure, Grant, Lease, LeaseId, Mode, Release, Releasing,
+    RequestId, Scratch, Seen, Share, Spare, Spec, Ttl, VmId,
 };
 use tokio::time::Instant;
 use tracing::Instrument as _;
@@ -143,6 +143,23 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         Self { error, failed: None }
     }
+}
+
+/// A spare's device is what it was.
+struct Looked<T> {
+    at: std::time::Instant,
+    /// What handing it out has come to, which it has mostly done by now.
+    handed: T,
+}
+
+/// A spare that cannot be handed out.
+#[derive(Debug)]
+enum Unfit {
+    /// What has become of it is not known, or it is no disk.
+    Unseen(KernelError),
+    /// It is this by now.
+    #[expect(dead_code, reason = "for the log")]
+    Other(DeviceIdentity),
 }
 
 /// Whether a caller's flight is its own.
@@ -460,34 +477,33 @@ impl Acquirer {
                 spare.gone();
                 continue;
             };
-            let now = match self.kernel.inspect(&granted.path).await {
-                Ok(now) if granted.differs_from(&now).is_none() && !now.read_only => now,
+            let ticket = self.promise(wish, id.clone(), claim).await?;
+            let look = self.look_and_hand_out(id.clone(), granted, image, ask, given_up);
+            let handed = match look.await {
+                Ok(Looked { at, handed }) => {
+                    stages.done_at(Stage::Verify, at);
+                    handed.await?
+                }
                 // It may be there in a moment: it is looked at again, by whoever has the time.
-                Err(KernelError::Missing(_)) => {
+                Err(Unfit::Unseen(KernelError::Missing(_))) => {
                     spare.gone();
                     self.spares.look_again();
                     continue;
                 }
-                Err(
+                Err(Unfit::Unseen(
                     error @ (KernelError::Slow { .. } | KernelError::Refused { .. } | KernelError::NoPool(_)),
-                ) => {
+                )) => {
                     tracing::warn!(lease = %id, %error, "whether a spare is well cannot be told");
                     return Ok(None);
                 }
-                seen @ (Ok(_) | Err(KernelError::NotThin { .. })) => {
-                    tracing::warn!(lease = %id, ?seen, "a spare is not what it was; it is given up");
+                Err(unfit) => {
+                    tracing::warn!(lease = %id, ?unfit, "a spare is not what it was; it is given up");
                     spare.gone();
                     self.ledger.drop_spares(vec![id], self.clock.now()).await?;
                     self.wake.now();
                     continue;
                 }
             };
-            stages.done(Stage::Verify);
-            let ticket = self.promise(wish, id.clone(), claim).await?;
-            let (image_digest, seen) = (image.manifest.to_string(), Seen { root: now, scratch: None });
-            let chosen = Spare { lease: id.clone(), image_digest, seen };
-            let ask = Ask { spare: Some(chosen), ..ask.clone() };
-            let handed = self.ledger.hand_out(ask, self.clock.now(), given_up.clone()).await?;
             stages.done(Stage::Spare);
             match handed {
                 HandedOut::Lease(lease) => {
@@ -509,6 +525,30 @@ impl Acquirer {
             }
         }
         Ok(None)
+    }
+
+    /// Looks at the spare's device, and if it is what was `granted`, has the ledger make it the VM's, in the same turn.
+    async fn look_and_hand_out(
+        &self,
+        id: LeaseId,
+        granted: DeviceIdentity,
+        image: &ResolvedImage,
+        ask: &Ask,
+        given_up: &GivenUp,
+    ) -> Result<Looked<impl Future<Output = Result<HandedOut>> + use<>>, Unfit> {
+        let (ledger, clock, given_up) = (self.ledger.clone(), self.clock.clone(), given_up.clone());
+        let (image_digest, ask, path) = (image.manifest.to_string(), ask.clone(), granted.path.clone());
+        let hand_out = move |seen: Result<DeviceIdentity, KernelError>| {
+            let root = seen.map_err(Unfit::Unseen)?;
+            if granted.differs_from(&root).is_some() || root.read_only {
+                return Err(Unfit::Other(root));
+            }
+            let at = std::time::Instant::now();
+            let spare = Spare { lease: id, image_digest, seen: Seen { root, scratch: None } };
+            let ask = Ask { spare: Some(spare), ..ask };
+            Ok(Looked { at, handed: ledger.hand_out_here(ask, clock.now(), given_up) })
+        };
+        self.kernel.inspect_then(&path, hand_out).await.map_err(Unfit::Unseen)?
     }
 
     /// The image, which was not there a moment ago.

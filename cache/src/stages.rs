@@ -66,9 +66,13 @@ impl Stages {
 
     /// All since the stage before was this one.
     pub fn done(&mut self, stage: Stage) {
-        let now = Instant::now();
-        self.done.push((stage, now - self.last));
-        self.last = now;
+        self.done_at(stage, Instant::now());
+    }
+
+    /// The same, which was over then.
+    pub fn done_at(&mut self, stage: Stage, then: Instant) {
+        self.done.push((stage, then.saturating_duration_since(self.last)));
+        self.last = then;
     }
 
     /// In order.

@@ -1,6 +1,9 @@
 //! The book: all leases, what became of recent ones, and which requests were answered. Moves are decided in `moves`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +12,7 @@ use crate::{Generation, Lease, LeaseId, Request, RequestId, Revision, VmId};
 /// All leases, in memory. A value: what is decided on it comes out as [`Change`]s, which are written down and applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Book {
-    leases: BTreeMap<LeaseId, Lease>,
+    leases: BTreeMap<LeaseId, Arc<Lease>>,
     /// The lease that each VM holds or waits for.
     held: HashMap<VmId, LeaseId>,
     /// Each VM's failed lease that nobody has seen.
@@ -50,7 +53,7 @@ pub struct Tombstone {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// The lease is now this.
-    Put(Box<Lease>),
+    Put(Arc<Lease>),
     /// The lease is gone.
     Delete(Tombstone),
     /// That it has gone, in this revision, is forgotten.
@@ -60,7 +63,7 @@ pub enum Change {
     /// Takes a first Put back.
     Unmake(LeaseId),
     /// Takes a Delete back.
-    Undelete(Box<Lease>, Revision),
+    Undelete(Arc<Lease>, Revision),
     /// Takes an Expunge back.
     Bury(Tombstone),
 }
@@ -89,7 +92,7 @@ impl Book {
         };
         for lease in stored.leases {
             book.expect_fit(&lease)?;
-            book.apply(Change::Put(Box::new(lease)));
+            book.apply(Change::Put(Arc::new(lease)));
         }
         if let Some(lost) = book.sharers.keys().find(|id| !book.leases.contains_key(id)) {
             return Err(format!("a lease shares the device of lease {lost}, which is not there"));
@@ -141,24 +144,23 @@ impl Book {
 
     /// One lease.
     pub fn get(&self, id: &LeaseId) -> Option<&Lease> {
-        self.leases.get(id)
+        self.leases.get(id).map(Arc::as_ref)
     }
 
     /// The lease that the VM holds or waits for.
     pub fn held_by(&self, vm: &VmId) -> Option<&Lease> {
-        self.held.get(vm).and_then(|id| self.leases.get(id))
+        self.held.get(vm).and_then(|id| self.get(id))
     }
 
     /// The VM's lease that could not be made, if nobody has seen why.
     pub fn failed_of(&self, vm: &VmId) -> Option<&Lease> {
-        self.failed.get(vm).and_then(|id| self.leases.get(id))
+        self.failed.get(vm).and_then(|id| self.get(id))
     }
 
     /// The lease that the VM holds or waits for; if none, the one that has failed; if none, its latest one that is being
     /// reclaimed.
     pub fn of_vm(&self, vm: &VmId) -> Option<&Lease> {
-        let latest =
-            || self.leases.values().filter(|lease| lease.vm == *vm).max_by_key(|lease| lease.generation);
+        let latest = || self.after(None).filter(|lease| lease.vm == *vm).max_by_key(|lease| lease.generation);
         self.held_by(vm).or_else(|| self.failed_of(vm)).or_else(latest)
     }
 
@@ -166,7 +168,7 @@ impl Book {
     pub fn after(&self, after: Option<&LeaseId>) -> impl Iterator<Item = &Lease> {
         use std::ops::Bound;
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        self.leases.range::<LeaseId, _>((from, Bound::Unbounded)).map(|(_, lease)| lease)
+        self.leases.range::<LeaseId, _>((from, Bound::Unbounded)).map(|(_, lease)| &**lease)
     }
 
     /// Whether all that has gone after `revision` is still known.
@@ -183,7 +185,7 @@ impl Book {
 
     /// Leases that have changed after `revision` and are there, the earliest change first. Only the last change of each.
     pub fn changed_after(&self, revision: Revision) -> impl Iterator<Item = &Lease> {
-        self.changed.range(revision.next()..).filter_map(|(_, id)| self.leases.get(id))
+        self.changed.range(revision.next()..).filter_map(|(_, id)| self.get(id))
     }
 
     /// Leases that have gone after `revision`, the earliest first.
@@ -213,8 +215,7 @@ impl Book {
 
     /// How many leases have failed and were not seen, and the oldest.
     pub(crate) fn failures(&self) -> (Option<&Lease>, usize) {
-        let oldest =
-            self.failed.values().filter_map(|id| self.leases.get(id)).min_by_key(|lease| lease.revision);
+        let oldest = self.failed.values().filter_map(|id| self.get(id)).min_by_key(|lease| lease.revision);
         (oldest, self.failed.len())
     }
 
@@ -234,8 +235,8 @@ impl Book {
         match change {
             Change::Put(lease) => {
                 let id = lease.id.clone();
-                match self.replace(&id, Some(*lease)) {
-                    Some(before) => Change::Put(Box::new(before)),
+                match self.replace(&id, Some(lease)) {
+                    Some(before) => Change::Put(before),
                     None => Change::Unmake(id),
                 }
             }
@@ -245,20 +246,20 @@ impl Book {
                 let before = self.replace(&id, None);
                 self.gone.insert(revision, tombstone);
                 match before {
-                    Some(lease) => Change::Undelete(Box::new(lease), revision),
+                    Some(lease) => Change::Undelete(lease, revision),
                     None => Change::Unmake(id),
                 }
             }
             Change::Undelete(lease, revision) => {
                 let id = lease.id.clone();
-                self.replace(&id, Some(*lease));
+                self.replace(&id, Some(lease));
                 match self.gone.remove(&revision) {
                     Some(tombstone) => Change::Delete(tombstone),
                     None => Change::Unmake(id),
                 }
             }
             Change::Unmake(id) => match self.replace(&id, None) {
-                Some(lease) => Change::Put(Box::new(lease)),
+                Some(lease) => Change::Put(lease),
                 None => Change::Unmake(id),
             },
             Change::Expunge(revision) => {
@@ -280,7 +281,7 @@ impl Book {
         }
     }
 
-    fn replace(&mut self, id: &LeaseId, now: Option<Lease>) -> Option<Lease> {
+    fn replace(&mut self, id: &LeaseId, now: Option<Arc<Lease>>) -> Option<Arc<Lease>> {
         let before = self.leases.remove(id);
         if let Some(before) = &before {
             for index in [&mut self.held, &mut self.failed] {

@@ -613,7 +613,7 @@ fn what_does_not_fit_together_is_refused() {
 /// What would be written down of the book.
 pub(crate) fn stored(book: &Book) -> Stored {
     Stored {
-        leases: book.leases.values().cloned().collect(),
+        leases: book.after(None).cloned().collect(),
         gone: book.gone.values().cloned().collect(),
         requests: book.requests.iter().map(|(id, request)| (id.clone(), request.clone())).collect(),
         horizon: book.horizon,

@@ -1,5 +1,7 @@
 //! What a decision comes to, before it is written down: leases, tombstones and answers, each with a revision of its own.
 
+use std::sync::Arc;
+
 use crate::{
     Ask, Book, Change, Generation, Kind, Lease, LeaseId, Moment, Request, RequestId, Revision, Seen, Share,
     Spec, State, Term, Tombstone, Ttl, VmId,
@@ -91,7 +93,7 @@ impl<'a> Draft<'a> {
 
     pub(crate) fn put(&mut self, lease: &Lease, state: State) -> Lease {
         let lease = Lease { state, revision: self.next(), ..lease.clone() };
-        self.changes.push(Change::Put(Box::new(lease.clone())));
+        self.changes.push(Change::Put(Arc::new(lease.clone())));
         lease
     }
 

@@ -1,6 +1,6 @@
 //! Names: VM ids as launchers choose them, lease ids and generations as we do.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -15,7 +15,7 @@ pub const VM_ID_MAX_BYTES: usize = 128;
 /// own lease: see [`VmId::of_image`] and [`VmId::of_spare`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct VmId(String);
+pub struct VmId(Arc<str>);
 
 /// Why a string is no VM id.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -44,12 +44,12 @@ impl VmId {
     /// If the rest is nothing that a VM can be called.
     pub fn of_image(digest: &str) -> Result<Self, VmIdError> {
         let Self(rest) = digest.parse()?;
-        Ok(Self(format!("{IMAGE_PREFIX}{rest}")))
+        Ok(Self(format!("{IMAGE_PREFIX}{rest}").into()))
     }
 
     /// Who holds a spare, a disk that is made ahead of need: `+` and its lease. No VM can be called so.
     pub fn of_spare(lease: &LeaseId) -> Self {
-        Self(format!("{SPARE_PREFIX}{lease}"))
+        Self(format!("{SPARE_PREFIX}{lease}").into())
     }
 
     /// Whether it is an image, and no VM.
@@ -74,19 +74,19 @@ const SPARE_PREFIX: char = '+';
 /// Whom a VM belongs to, as the launcher knows it: made of what VM ids are made of.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Tenant(String);
+pub struct Tenant(Arc<str>);
 
 /// The only one, where nobody says which.
 impl Default for Tenant {
     fn default() -> Self {
-        Self("default".to_owned())
+        Self("default".into())
     }
 }
 
 impl Tenant {
     /// One that no request can name.
     pub fn nobody() -> Self {
-        Self(String::new())
+        Self("".into())
     }
 }
 
@@ -126,7 +126,7 @@ impl FromStr for VmId {
         if text.contains("..") {
             return Err(VmIdError::DotDot);
         }
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 }
 
@@ -134,7 +134,7 @@ impl FromStr for VmId {
 /// containerd leases are named after it, so a stale name cannot mean somebody else's disk.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct LeaseId(String);
+pub struct LeaseId(Arc<str>);
 
 /// A string that is no lease id.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -144,7 +144,7 @@ pub struct LeaseIdError;
 impl LeaseId {
     /// From 128 random bits.
     pub fn from_random(bits: u128) -> Self {
-        Self(format!("{bits:032x}"))
+        Self(format!("{bits:032x}").into())
     }
 
     /// The name of this lease's snapshot, and of the containerd lease that holds it.
@@ -166,7 +166,7 @@ impl FromStr for LeaseId {
 
     fn from_str(text: &str) -> Result<Self, LeaseIdError> {
         let hex = text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if hex && text.len() == 32 { Ok(Self(text.to_owned())) } else { Err(LeaseIdError) }
+        if hex && text.len() == 32 { Ok(Self(text.into())) } else { Err(LeaseIdError) }
     }
 }
 
@@ -177,7 +177,7 @@ pub const REQUEST_ID_MAX_BYTES: usize = 128;
 /// a UUID for example.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct RequestId(String);
+pub struct RequestId(Arc<str>);
 
 /// A string that is no request id.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -190,7 +190,7 @@ impl FromStr for RequestId {
     fn from_str(text: &str) -> Result<Self, RequestIdError> {
         let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&text.len());
         if fits && text.bytes().all(|b| b.is_ascii_graphic()) {
-            Ok(Self(text.to_owned()))
+            Ok(Self(text.into()))
         } else {
             Err(RequestIdError)
         }
@@ -227,7 +227,7 @@ macro_rules! string_newtype {
         }
         impl From<$name> for String {
             fn from(name: $name) -> String {
-                name.0
+                name.0.as_ref().to_owned()
             }
         }
     };

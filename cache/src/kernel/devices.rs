@@ -1,12 +1,15 @@
 //! The kernel, asked from async code: a call that hangs holds up its caller for a while, and no thread of the runtime.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use cowshed_leases::DeviceIdentity;
-use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout_at};
 
 use super::{Holder, Kernel, KernelError, Load, PoolUsage};
 
@@ -66,6 +69,20 @@ impl Devices {
     pub async fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
         let (what, path) = (format!("looking at {path}"), path.to_owned());
         self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.inspect(&path)).await
+    }
+
+    /// The same; what is seen is given to `then`, in the thread that has looked, which may wait for a disk: whoever writes down
+    /// what comes of it saves two turns of the processor. Not called if that comes too late.
+    ///
+    /// # Errors
+    /// If it comes too late.
+    pub(crate) async fn inspect_then<T: Send + 'static>(
+        &self,
+        path: &str,
+        then: impl FnOnce(Result<DeviceIdentity, KernelError>) -> T + Send + 'static,
+    ) -> Result<T, KernelError> {
+        let (what, path) = (format!("looking at {path}"), path.to_owned());
+        self.ask_then(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.inspect(&path), then).await
     }
 
     /// See [`Kernel::open_count`].
@@ -171,23 +188,45 @@ impl Devices {
         turns: &Arc<Semaphore>,
         limit: Duration,
         what: String,
-        call: impl FnOnce(&dyn Kernel) -> Result<T, KernelError> + Send + 'static,
+        look: impl FnOnce(&dyn Kernel) -> Result<T, KernelError> + Send + 'static,
     ) -> Result<T, KernelError> {
-        let kernel = self.kernel.clone();
-        let answer = async {
-            // Fails only if the semaphore is closed, which it never is.
-            let turn = turns.clone().acquire_owned().await.map_err(|e| e.to_string())?;
-            let asked = spawn_blocking(move || {
-                // Held until the kernel answers, however long that takes.
-                let _turn = turn;
-                call(&*kernel)
-            });
-            asked.await.map_err(|e| e.to_string())
+        self.ask_then(turns, limit, what, look, |seen| seen).await?
+    }
+
+    async fn ask_then<T: Send + 'static, U: Send + 'static>(
+        &self,
+        turns: &Arc<Semaphore>,
+        limit: Duration,
+        what: String,
+        look: impl FnOnce(&dyn Kernel) -> Result<T, KernelError> + Send + 'static,
+        then: impl FnOnce(Result<T, KernelError>) -> U + Send + 'static,
+    ) -> Result<U, KernelError> {
+        let until = tokio::time::Instant::now() + limit;
+        // Fails only if the semaphore is closed, which it never is.
+        let turn = match timeout_at(until, turns.clone().acquire_owned()).await {
+            Ok(Ok(turn)) => turn,
+            Ok(Err(error)) => return Err(KernelError::Refused { what, error: error.to_string() }),
+            Err(_) => return Err(KernelError::Slow { what, after: limit }),
         };
-        match timeout(limit, answer).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => Err(KernelError::Refused { what, error }),
-            Err(_) => Err(KernelError::Slow { what, after: limit }),
+        let kernel = self.kernel.clone();
+        let settled = Arc::new(AtomicBool::new(false));
+        let seen_in_time = settled.clone();
+        let mut asked = spawn_blocking(move || {
+            let seen = look(&*kernel);
+            // Held until the kernel answers, however long that takes.
+            drop(turn);
+            (!seen_in_time.swap(true, Ordering::SeqCst)).then(|| then(seen))
+        });
+        let answer = match timeout_at(until, &mut asked).await {
+            Ok(answer) => answer,
+            // It was seen just in time: what comes of it is waited for.
+            Err(_) if settled.swap(true, Ordering::SeqCst) => asked.await,
+            Err(_) => Ok(None),
+        };
+        match answer {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(KernelError::Slow { what, after: limit }),
+            Err(error) => Err(KernelError::Refused { what, error: error.to_string() }),
         }
     }
 }
@@ -237,6 +276,36 @@ mod tests {
             let _pool = self.pool.lock().unwrap();
             self.usage.clone().ok_or_else(|| KernelError::NoPool("it answers".into()))
         }
+    }
+
+    #[tokio::test]
+    async fn what_comes_too_late_has_no_consequences_and_what_was_begun_in_time_is_waited_for() {
+        let devices = Devices::new(Arc::new(Hung::default()));
+        let limit = Duration::from_millis(50);
+        let (answer, answers) = std::sync::mpsc::channel::<()>();
+        let (looked, called) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (has_looked, is_called) = (looked.clone(), called.clone());
+        let look = move |_: &dyn Kernel| {
+            answers.recv().unwrap();
+            has_looked.store(true, Ordering::SeqCst);
+            Ok(())
+        };
+        let then = move |_| is_called.store(true, Ordering::SeqCst);
+        let late = devices.ask_then(&devices.turns, limit, "late".into(), look, then).await;
+        assert!(matches!(late, Err(KernelError::Slow { .. })), "{late:?}");
+        answer.send(()).unwrap();
+        // All turns are there again: its thread has seen what it was to see.
+        let all = u32::try_from(PARALLEL).unwrap();
+        let all = devices.turns.clone().acquire_many_owned(all).await.unwrap();
+        assert!(looked.load(Ordering::SeqCst));
+        drop(all);
+        let slow_disk = |seen: Result<u8, KernelError>| {
+            std::thread::sleep(Duration::from_millis(200));
+            seen.unwrap() + 1
+        };
+        let done = devices.ask_then(&devices.turns, limit, "in time".into(), |_| Ok(1), slow_disk).await;
+        assert_eq!(done, Ok(2));
+        assert!(!called.load(Ordering::SeqCst), "what came too late was acted upon");
     }
 
     #[tokio::test]

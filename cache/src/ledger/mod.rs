@@ -1,6 +1,6 @@
 //! The ledger: which VM holds which disk, on disk, as the book of leases decided it.
 //!
-//! One SQLite file, one writer thread (see `cowshed_pool::store`), in which the book decides each write in turn.
+//! One SQLite file, and one at a time who writes it (see `cowshed_pool::store`); the book decides each write in turn.
 
 mod error;
 mod marks;
@@ -151,9 +151,14 @@ impl Ledger {
     }
 
     /// Makes the spare that `ask` names the VM's. That its image was used is in the same write. Refused if it was given up by
-    /// then.
-    pub async fn hand_out(&self, ask: Ask, now: Moment, given_up: GivenUp) -> Result<HandedOut> {
-        self.write(move |batch| {
+    /// then. The caller may wait for the disk: see [`Store::write_here`].
+    pub fn hand_out_here(
+        &self,
+        ask: Ask,
+        now: Moment,
+        given_up: GivenUp,
+    ) -> impl Future<Output = Result<HandedOut>> + Send + use<> {
+        self.store.write_here(move |batch: &mut Batch<'_, Records>| {
             if given_up.is_set() {
                 return Err(released(&ask.vm));
             }
@@ -171,7 +176,6 @@ impl Ledger {
                 Err(error) => Err(error.into()),
             }
         })
-        .await
     }
 
     /// Writes the intent of a spare; see [`Book::intend_spare`].
@@ -477,6 +481,9 @@ fn book<'a>(batch: &'a Batch<'_, Records>) -> &'a Book {
 
 fn apply(batch: &mut Batch<'_, Records>, changes: Vec<cowshed_leases::Change>) {
     changes.into_iter().for_each(|change| batch.change(Change::Lease(change)));
+    if let Some(reserved) = batch.state().to_reserve() {
+        batch.change(Change::Reserved(reserved));
+    }
 }
 
 /// When it is over if it begins now, by the wall clock.

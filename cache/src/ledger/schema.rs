@@ -75,7 +75,7 @@ CREATE TABLE requests (
     body TEXT NOT NULL             -- what was answered, JSON
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE counters (
-    name  TEXT PRIMARY KEY,        -- last_generation, last_revision, horizon (nothing is forgotten after it)
+    name  TEXT PRIMARY KEY,        -- last_generation, last_revision: those up to it may have been given out; horizon: nothing is forgotten after it
     value INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('horizon', 0);
@@ -89,10 +89,22 @@ INSERT INTO counters VALUES ('last_generation', 0), ('last_revision', 0), ('hori
 /// Which version of the format has brought the jobs.
 const JOBS_SINCE: i64 = 4;
 
+/// So many generations and revisions are reserved at a time: of most leases that change, nothing else is then to be written.
+/// Those that were not given out when the ledger is opened again are skipped.
+pub(super) const RESERVE: u64 = 100;
+
+/// What may be given out without another write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reserved {
+    generation: u64,
+    revision: u64,
+}
+
 /// What is in it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Records {
     pub(super) book: Book,
+    pub(super) reserved: Reserved,
     /// Pulls under way: containerd lease → image.
     pub(super) pulls: BTreeMap<String, String>,
     /// Of images.
@@ -107,10 +119,26 @@ pub(super) struct Records {
 #[derive(Clone, Debug)]
 pub(super) enum Change {
     Lease(cowshed_leases::Change),
+    /// Generations and revisions up to these may be given out.
+    Reserved(Reserved),
     /// The pull that has this containerd lease is of this image; `None`: it is over.
     Pull(String, Option<String>),
     Image(Mark),
     Job(job::Change),
+}
+
+impl Records {
+    /// What is to be reserved, if that is due.
+    pub(super) fn to_reserve(&self) -> Option<Reserved> {
+        let (generation, revision) = (self.book.last_generation(), self.book.last_revision().0);
+        let covers =
+            |reserved: u64, last: u64| if last > reserved { last.saturating_add(RESERVE) } else { reserved };
+        let reserved = Reserved {
+            generation: covers(self.reserved.generation, generation),
+            revision: covers(self.reserved.revision, revision),
+        };
+        (reserved != self.reserved).then_some(reserved)
+    }
 }
 
 impl Stored for Records {
@@ -124,6 +152,7 @@ impl Stored for Records {
                 self.leads.changed(&self.book, lease.as_ref());
                 Change::Lease(undo)
             }
+            Change::Reserved(reserved) => Change::Reserved(std::mem::replace(&mut self.reserved, reserved)),
             Change::Pull(lease, Some(image)) => {
                 let before = self.pulls.insert(lease.clone(), image);
                 Change::Pull(lease, before)
@@ -143,6 +172,10 @@ impl Stored for Records {
         };
         match change {
             Change::Lease(change) => write_lease(connection, change),
+            Change::Reserved(reserved) => {
+                count(connection, "last_generation", reserved.generation)?;
+                count(connection, "last_revision", reserved.revision)
+            }
             Change::Pull(lease, Some(image)) => {
                 execute("INSERT OR REPLACE INTO pulls VALUES (?, ?)", &[lease, image])
             }
@@ -174,12 +207,10 @@ fn write_lease(connection: &Connection, change: &cowshed_leases::Change) -> rusq
         Bury(tombstone) => bury(connection, tombstone),
         Undelete(lease, revision) => unbury(revision).and_then(|()| put(connection, lease)),
         Expunge(revision) => unbury(revision).and_then(|()| count(connection, "horizon", revision.0)),
-        Request(id, Some(request)) => {
-            connection
-                .prepare_cached("INSERT OR REPLACE INTO requests VALUES (?, ?)")?
-                .execute([id.as_str(), &json(request)?])?;
-            count(connection, "last_revision", request.revision.0)
-        }
+        Request(id, Some(request)) => connection
+            .prepare_cached("INSERT OR REPLACE INTO requests VALUES (?, ?)")?
+            .execute([id.as_str(), &json(request)?])
+            .map(drop),
         Request(id, None) => {
             connection.prepare_cached("DELETE FROM requests WHERE id = ?")?.execute([id.as_str()]).map(drop)
         }
@@ -187,34 +218,32 @@ fn write_lease(connection: &Connection, change: &cowshed_leases::Change) -> rusq
 }
 
 fn put(connection: &Connection, lease: &Lease) -> rusqlite::Result<()> {
-    connection.prepare_cached(PUT)?.execute(params![
-        lease.id.as_str(),
-        lease.vm.as_str(),
-        integer(lease.generation.0),
-        state_name(&lease.state),
-        json(lease)?
-    ])?;
     connection
-        .prepare_cached(COUNT_BOTH)?
-        .execute([integer(lease.generation.0), integer(lease.revision.0)])
+        .prepare_cached(PUT)?
+        .execute(params![
+            lease.id.as_str(),
+            lease.vm.as_str(),
+            integer(lease.generation.0),
+            state_name(&lease.state),
+            json(lease)?
+        ])
         .map(drop)
 }
 
 /// In its place, if it is there: its id's index stays as it is.
 const PUT: &str = "INSERT INTO leases VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
     vm = excluded.vm, generation = excluded.generation, state = excluded.state, body = excluded.body";
-const COUNT_BOTH: &str =
-    "UPDATE counters SET value = max(value, CASE name WHEN 'last_generation' THEN ?1 ELSE ?2 END)
-    WHERE name IN ('last_generation', 'last_revision')";
 
 fn bury(connection: &Connection, tombstone: &Tombstone) -> rusqlite::Result<()> {
-    connection.prepare_cached("INSERT OR REPLACE INTO gone VALUES (?, ?, ?, ?)")?.execute(params![
-        integer(tombstone.revision.0),
-        tombstone.id.as_str(),
-        tombstone.vm.as_str(),
-        integer(tombstone.generation.0)
-    ])?;
-    count(connection, "last_revision", tombstone.revision.0)
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO gone VALUES (?, ?, ?, ?)")?
+        .execute(params![
+            integer(tombstone.revision.0),
+            tombstone.id.as_str(),
+            tombstone.vm.as_str(),
+            integer(tombstone.generation.0)
+        ])
+        .map(drop)
 }
 
 /// A counter only ever grows.
@@ -279,7 +308,15 @@ pub(super) fn load(connection: &Connection, path: &Path) -> Result<Records, Open
     let jobs = if format < JOBS_SINCE { Vec::new() } else { rows("SELECT id, body FROM jobs")? };
     let jobs = jobs.iter().map(|(id, body)| parse_job(id, body)).collect::<Result<_, _>>();
     let jobs = jobs.and_then(Jobs::load).map_err(damaged)?;
-    Ok(Records { book, pulls, marks: Marks::load(connection, path)?, jobs, leads: Leads::default() })
+    let reserved = Reserved { generation: book.last_generation(), revision: book.last_revision().0 };
+    Ok(Records {
+        book,
+        reserved,
+        pulls,
+        marks: Marks::load(connection, path)?,
+        jobs,
+        leads: Leads::default(),
+    })
 }
 
 fn parse_job(id: &str, body: &str) -> Result<Job, String> {

@@ -4,7 +4,7 @@ use std::fs;
 
 use cowshed_leases::{Spec, State, Uptime};
 
-use super::*;
+use super::{schema::RESERVE, *};
 use crate::fakes::book::{ask, back, grant, id, now, spec};
 
 fn vm(n: u32) -> VmId {
@@ -32,7 +32,10 @@ async fn what_was_answered_is_there_after_a_restart() {
     drop(ledger);
 
     let ledger = Ledger::open(directory.path()).unwrap();
-    assert_eq!(ledger.read(Clone::clone), before);
+    let all = |book: &Book| book.after(None).cloned().collect::<Vec<_>>();
+    assert_eq!(ledger.read(all), all(&before));
+    assert!(ledger.read(Book::last_generation) >= before.last_generation());
+    assert!(ledger.read(Book::last_revision) >= before.last_revision());
     assert_eq!(ledger.pulls().keys().collect::<Vec<_>>(), ["cowshed-pull-1"]);
     assert!(matches!(ledger.read(|b| b.get(&some.id).unwrap().state.clone()), State::Releasing { .. }));
     ledger.remove_all(vec![some.id.clone()], now()).await.unwrap();
@@ -46,6 +49,39 @@ async fn what_was_answered_is_there_after_a_restart() {
     let again = ledger.acquire(ask(7), id(999), now(), GivenUp::default()).await.unwrap();
     let Acquisition::New { lease: again, .. } = again else { unreachable!("{again:?}") };
     assert!(again.generation > some.generation, "a generation is never given out twice");
+}
+
+#[tokio::test]
+async fn what_is_given_out_was_reserved_and_is_never_given_out_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let reserved = || {
+        let connection = Connection::open(directory.path().join("ledger.db")).unwrap();
+        let read = |name| {
+            let sql = "SELECT value FROM counters WHERE name = ?";
+            connection.query_row(sql, [name], |row| row.get::<_, i64>(0)).unwrap().unsigned_abs()
+        };
+        (read("last_generation"), read("last_revision"))
+    };
+    let mut greatest = (0, 0);
+    for run in 0..3 {
+        let ledger = Ledger::open(directory.path()).unwrap();
+        for n in 0..u32::try_from(RESERVE).unwrap() + 1 {
+            let n = 1000 * run + n;
+            let Acquisition::New { lease, .. } =
+                ledger.acquire(ask(n), id(n), now(), GivenUp::default()).await.unwrap()
+            else {
+                unreachable!("VM {n} has no lease")
+            };
+            let given = (lease.generation.0, lease.revision.0);
+            assert!(given.0 > greatest.0 && given.1 > greatest.1, "{given:?} after {greatest:?}");
+            let reserved = reserved();
+            assert!(given.0 <= reserved.0 && given.1 <= reserved.1, "{given:?}, reserved {reserved:?}");
+            greatest = given;
+        }
+        // Not closed in order; what is there was durable at each answer.
+        std::mem::forget(ledger.clone());
+        assert!(ledger.read(|book| book.last_generation()) <= reserved().0);
+    }
 }
 
 #[tokio::test]

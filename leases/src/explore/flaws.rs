@@ -1,5 +1,7 @@
 //! What is wrong on purpose: with the service, or with the book that it asks.
 
+use std::sync::Arc;
+
 use super::desk::{Answer, Clock, Op, interrupted, moment};
 use crate::{
     Book, Change, Grant, Lease, LeaseId, Moment, Revision, State, Stored, Suspicion, Term, Tombstone,
@@ -106,7 +108,7 @@ impl BookFlaw {
         };
         is_taken_for_ready.then(|| {
             let mut book = book.clone();
-            book.apply(Change::Put(Box::new(ready(lease, grant, now))));
+            book.apply(Change::Put(Arc::new(ready(lease, grant, now))));
             book
         })
     }
@@ -141,7 +143,7 @@ impl BookFlaw {
 
     fn spoil_spares(self, book: &Book, op: Op, clock: Clock, decided: &mut (Answer, Vec<Change>)) {
         let puts = decided.1.iter_mut().filter_map(|change| match change {
-            Change::Put(lease) => Some(lease),
+            Change::Put(lease) => Some(Arc::make_mut(lease)),
             _ => None,
         });
         match (self, op) {
@@ -151,7 +153,7 @@ impl BookFlaw {
             }
             (Self::TakesBackAsSpare, Op::Release(_)) => {
                 let granted = puts.filter_map(|lease| Some((lease.grant()?.clone(), lease)));
-                granted.for_each(|(grant, lease)| **lease = ready(lease, grant, &moment(clock)));
+                granted.for_each(|(grant, lease)| *lease = ready(lease, grant, &moment(clock)));
             }
             (Self::DropsWhatWasHandedOut, Op::DropSpare(lease)) => {
                 let lease = book.get(&id(lease.into())).filter(|lease| lease.vm.is_vm() && lease.is_held());
@@ -162,14 +164,14 @@ impl BookFlaw {
                 let spare =
                     spare.and_then(|lease| Some(ready(lease, lease.grant()?.clone(), &moment(clock))));
                 puts.zip(spare)
-                    .for_each(|(lease, spare)| **lease = Lease { revision: lease.revision, ..spare });
+                    .for_each(|(lease, spare)| *lease = Lease { revision: lease.revision, ..spare });
             }
             (Self::RenewsUnseen, Op::Renew(lease)) => {
                 let (now, revision) = (moment(clock), book.last_revision().next());
                 let unseen = |lease: &&Lease| lease.is_spare() && !lease.is_ready_spare(&now);
                 let spare = book.get(&id(lease.into())).filter(unseen);
                 let spare = spare.and_then(|lease| Some(ready(lease, lease.grant()?.clone(), &now)));
-                let put = |lease| Change::Put(Box::new(Lease { revision, ..lease }));
+                let put = |lease| Change::Put(Arc::new(Lease { revision, ..lease }));
                 decided.1.extend(spare.map(put));
             }
             (Self::KeepsSparesThatFailed, Op::Fail(_)) => {
@@ -210,7 +212,7 @@ fn suspected(lease: &Lease, now: &Moment, revision: Revision) -> Change {
     let grant = Box::new(lease.grant().cloned().unwrap());
     let (why, since) = (Suspicion::EarlierBoot, UnixMicros(0));
     let state = State::Suspect { grant, why, since, boot: now.boot, until: now.up };
-    Change::Put(Box::new(Lease { state, revision, ..lease.clone() }))
+    Change::Put(Arc::new(Lease { state, revision, ..lease.clone() }))
 }
 
 fn grant_anyway(
@@ -221,7 +223,7 @@ fn grant_anyway(
 ) {
     if let (Some(lease), Some(grant), Answer::Refused) = (lease, op.grant(book, clock), decided.0) {
         let (state, revision) = (State::Granted(Box::new(grant)), book.last_revision().next());
-        *decided = (Answer::Done, vec![Change::Put(Box::new(Lease { state, revision, ..lease.clone() }))]);
+        *decided = (Answer::Done, vec![Change::Put(Arc::new(Lease { state, revision, ..lease.clone() }))]);
     }
 }
 
@@ -232,7 +234,7 @@ fn is_of_what_others_share(change: &Change, asked: &LeaseId) -> bool {
 fn released(lease: &Lease, revision: Revision) -> Change {
     let grant = lease.grant().cloned().map(Box::new);
     let state = State::Releasing { grant, since: UnixMicros(0), abandoned: false };
-    Change::Put(Box::new(Lease { state, revision, ..lease.clone() }))
+    Change::Put(Arc::new(Lease { state, revision, ..lease.clone() }))
 }
 
 fn gone(lease: &Lease, revision: Revision) -> Change {

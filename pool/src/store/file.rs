@@ -365,11 +365,14 @@ fn make_room_for_log(path: &Path) -> bool {
     }
 }
 
+/// So many statements are kept prepared: more than a store has.
+const STATEMENTS: usize = 64;
 /// The log's size, and after how many pages it is moved into the file, so that it does not outgrow that.
 const LOG_BYTES: usize = 1 << 20;
 const LOG_PAGES: i64 = 240;
 
 fn settings(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;

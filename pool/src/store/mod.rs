@@ -1,7 +1,7 @@
-//! What is durable: one SQLite file and one thread that writes it.
+//! What is durable: one SQLite file, and one at a time who writes it.
 //!
-//! Every write decides at once on the state as the ones before have left it, durable or not, and queues up. The thread
-//! makes all that has queued up durable with one commit, and only then answers and publishes. A commit that fails takes
+//! Every write decides at once on the state as the ones before have left it, durable or not, and queues up. A thread, or a
+//! caller that may wait for the disk, makes all that has queued up durable with one commit, and only then answers and publishes. A commit that fails takes
 //! everything back that was decided and is not durable, and every caller of that is told; a failed fsync ends the
 //! process, for what is on the disk is then unknown.
 //!
@@ -13,6 +13,7 @@ mod snapshots;
 mod writer;
 
 use std::{
+    future::Future,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError},
 };
@@ -23,7 +24,7 @@ use tokio::sync::{oneshot, watch};
 
 pub(crate) use snapshots::{open, open_for_reading};
 pub use writer::{Batch, DISK_FAILED};
-use writer::{Handle, Shows};
+use writer::{By, Handle, Shows};
 
 /// How many writes may queue up before a caller is told to come back.
 const QUEUE: usize = 4096;
@@ -127,15 +128,46 @@ impl<S: Stored> Store<S> {
         T: Send + 'static,
         E: From<WriteError> + Send + 'static,
     {
+        let answer = self.enter(By::Thread, decide)?;
+        answer.await.map_err(|_| E::from(WriteError::Stopping))?
+    }
+
+    /// The same for a caller that may wait for the disk: it is the one that writes, unless somebody is at it. What the future
+    /// comes to is mostly there when this returns; whoever waits for the future waits for no disk.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_here<T, E, F>(
+        &self,
+        decide: F,
+    ) -> impl Future<Output = Result<T, E>> + Send + use<S, T, E, F>
+    where
+        T: Send + 'static,
+        E: From<WriteError> + Send + 'static,
+        F: FnOnce(&mut Batch<'_, S>) -> Result<T, E>,
+    {
+        let answer = self.enter(By::Caller, decide);
+        async move { answer?.await.map_err(|_| E::from(WriteError::Stopping))? }
+    }
+
+    fn enter<T, E>(
+        &self,
+        by: By,
+        decide: impl FnOnce(&mut Batch<'_, S>) -> Result<T, E>,
+    ) -> Result<oneshot::Receiver<Result<T, E>>, E>
+    where
+        T: Send + 'static,
+        E: From<WriteError> + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
-        self.handle.0.enter(Shows::WhenDurable, |batch| {
+        self.handle.0.enter(Shows::WhenDurable, by, |batch| {
             let decided = decide(batch);
             Box::new(move |committed| {
                 // The caller may have gone; what it asked for is durable all the same.
                 let _gone = reply.send(committed.map_err(E::from).and(decided));
             })
         })?;
-        answer.await.map_err(|_| E::from(WriteError::Stopping))?
+        Ok(answer)
     }
 
     /// Lets `decide` decide on the state and change it. What it changes is seen at once, and a crash may still undo it;
@@ -153,7 +185,7 @@ impl<S: Stored> Store<S> {
         E: From<WriteError>,
     {
         let mut refused = Ok(());
-        self.handle.0.enter(Shows::AtOnce, |batch| match decide(batch) {
+        self.handle.0.enter(Shows::AtOnce, By::Thread, |batch| match decide(batch) {
             Ok(decided) => Box::new(move |committed| written(decided, committed)),
             Err(error) => {
                 refused = Err(error);

@@ -8,6 +8,8 @@ use std::{
     },
 };
 
+use futures_util::FutureExt as _;
+
 use super::*;
 
 /// Names of cows.
@@ -111,6 +113,66 @@ async fn what_is_written_behind_shows_at_once_and_stays_above_what_was_before() 
     assert_eq!(cows(&store), ["Bertha"]);
     assert_eq!((sold.await.unwrap(), bertha.await.unwrap()), (Ok(()), Ok(())));
     assert_eq!(cows(&store), ["Bertha"]);
+}
+
+fn here(store: &Store<Herd>, change: Change) -> impl Future<Output = Result<(), WriteError>> + use<> {
+    store.write_here(|batch: &mut Batch<'_, Herd>| {
+        batch.change(change);
+        Ok(())
+    })
+}
+
+#[tokio::test]
+async fn who_may_wait_for_the_disk_writes_by_itself() {
+    let store = herd();
+    let bertha = here(&store, Buy("Bertha".into()));
+    assert_eq!(cows(&store), ["Bertha"], "nobody else had to have a turn");
+    assert_eq!(bertha.now_or_never(), Some(Ok(())));
+    // What is queued up before goes before.
+    let sold = behind(&store, Sell("Bertha".into()));
+    assert_eq!(here(&store, Buy("Bertha".into())).now_or_never(), Some(Ok(())));
+    assert_eq!(sold.now_or_never(), Some(Ok(Ok(()))));
+    assert_eq!(cows(&store), ["Bertha"]);
+}
+
+#[tokio::test]
+async fn who_finds_somebody_writing_waits_for_nothing_and_is_written_next() {
+    let store = herd();
+    let (first, go_on) = busy(&store).await;
+    let mut bertha = std::pin::pin!(here(&store, Buy("Bertha".into())));
+    assert_eq!(bertha.as_mut().now_or_never(), None);
+    go_on.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(bertha.await, Ok(()));
+    assert_eq!(cows(&store), ["Alma", "Bertha"]);
+    store.close().await;
+    assert_eq!(here(&store, Buy("Cora".into())).await, Err(WriteError::Stopping));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn all_who_write_at_once_are_answered_and_in_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("herd.db");
+    let connection = Connection::open(&path).unwrap();
+    connection.execute_batch("CREATE TABLE cows (name)").unwrap();
+    let store = Store::start(connection, Herd::default(), path.clone()).unwrap();
+    let writes = (0..200).map(|n| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let cow = Buy(format!("cow {n:03}"));
+            match n % 3 {
+                0 => here(&store, cow).await,
+                1 => write(&store, cow).await,
+                _ => behind(&store, cow).await.unwrap(),
+            }
+        })
+    });
+    for write in writes.collect::<Vec<_>>() {
+        assert_eq!(write.await.unwrap(), Ok(()));
+    }
+    assert_eq!(cows(&store).len(), 200);
+    let count = Connection::open(&path).unwrap().query_row("SELECT count(*) FROM cows", [], |row| row.get(0));
+    assert_eq!(count, Ok(200));
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The writer thread: makes what has queued up durable with one commit.
+//! Makes what has queued up durable with one commit: a thread does, or a caller that finds it idle and may wait for the disk.
 
 use std::{
     io,
@@ -52,6 +52,15 @@ pub(super) enum Shows {
     AtOnce,
 }
 
+/// Who makes a write durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// The thread.
+    Thread,
+    /// The caller, unless somebody is at it already: it may wait for the disk, and two turns of the processor are saved.
+    Caller,
+}
+
 /// A write that was decided, and is not durable.
 struct Decided<S: Stored> {
     changes: Vec<S::Change>,
@@ -71,8 +80,10 @@ struct Book<S: Stored> {
     closed: bool,
 }
 
-/// What all handles and the thread share. Whoever locks both locks the book first.
+/// What all handles and the thread share. Whoever locks several locks the desk first, then the book.
 pub(super) struct Shared<S: Stored> {
+    /// Held from before writes are taken off the queue until they are durable, so that they are in their order.
+    desk: Mutex<Desk>,
     book: Mutex<Book<S>>,
     /// What is durable, and what shows at once.
     pub(super) published: RwLock<S>,
@@ -106,6 +117,7 @@ impl<S: Stored> Shared<S> {
     pub(super) fn enter(
         &self,
         shows: Shows,
+        by: By,
         decide: impl FnOnce(&mut Batch<'_, S>) -> Finish,
     ) -> Result<(), WriteError> {
         let mut book = self.book()?;
@@ -130,8 +142,44 @@ impl<S: Stored> Shared<S> {
             self.shown.send_replace(());
         }
         book.queued.push(decided);
-        self.news.notify_one();
+        drop(book);
+        if by == By::Thread || !self.write_here() {
+            self.news.notify_one();
+        }
         Ok(())
+    }
+
+    /// Makes what has queued up durable, if nobody is at it; says whether that was all.
+    fn write_here(&self) -> bool {
+        let Ok(mut desk) = self.desk.try_lock() else { return false };
+        self.write_some(&mut desk);
+        self.book().is_ok_and(|book| book.queued.is_empty())
+    }
+
+    fn write_some(&self, desk: &mut Desk) {
+        let batch = match self.book() {
+            Ok(mut book) => {
+                let count = book.queued.len().min(BATCH);
+                book.queued.drain(..count).collect::<Vec<_>>()
+            }
+            Err(_) => return,
+        };
+        if batch.is_empty() {
+            return;
+        }
+        let (done, outcome) = match desk.commit(&batch, self.seconds.get()) {
+            Ok(()) => {
+                self.publish(&batch);
+                (batch, Ok(()))
+            }
+            Err(error) => {
+                let why = desk.explain(&error);
+                (self.take_back(batch), Err(why))
+            }
+        };
+        for decided in done {
+            (decided.finish)(outcome.clone());
+        }
     }
 
     /// Changes what is no part of the file.
@@ -154,20 +202,19 @@ impl<S: Stored> Shared<S> {
         answer
     }
 
-    /// The next writes, when there are any; `None` when there will be no more.
-    fn next(&self) -> Option<Vec<Decided<S>>> {
+    /// Waits until there is something to write; `false` when there will be no more.
+    fn is_to_write(&self) -> bool {
+        let Ok(book) = self.book() else { return false };
         let nothing = |book: &mut Book<S>| book.queued.is_empty() && book.closing.is_none();
-        let mut book = self.news.wait_while(self.book().ok()?, nothing).ok()?;
+        let Ok(book) = self.news.wait_while(book, nothing) else { return false };
         if book.queued.is_empty() {
-            return None;
+            return false;
         }
         let nobody_waits = |book: &mut Book<S>| {
             let behind = |decided: &Decided<S>| decided.shows == Shows::AtOnce;
             book.queued.len() < BATCH && book.closing.is_none() && book.queued.iter().all(behind)
         };
-        (book, _) = self.news.wait_timeout_while(book, BEHIND, nobody_waits).ok()?;
-        let count = book.queued.len().min(BATCH);
-        Some(book.queued.drain(..count).collect())
+        self.news.wait_timeout_while(book, BEHIND, nobody_waits).is_ok()
     }
 
     /// Lets everybody see what is durable now, below what shows already.
@@ -211,10 +258,23 @@ pub(super) fn start<S: Stored>(connection: Connection, state: S, path: PathBuf) 
     let book = Mutex::new(Book { state, queued: Vec::new(), closing: None, closed: false });
     let shown = watch::Sender::new(());
     let seconds = OnceLock::new();
-    let shared = Arc::new(Shared { book, published, shown, news: Condvar::new(), seconds });
-    let writer = Writer { connection, shared: shared.clone(), path };
-    thread::Builder::new().name(name).spawn(move || writer.run())?;
+    let desk = Mutex::new(Desk { connection: Some(connection), path });
+    let shared = Arc::new(Shared { desk, book, published, shown, news: Condvar::new(), seconds });
+    let writing = shared.clone();
+    thread::Builder::new().name(name).spawn(move || run(&writing))?;
     Ok(Handle(shared))
+}
+
+fn run<S: Stored>(shared: &Arc<Shared<S>>) {
+    let _end = End(shared.clone());
+    while shared.is_to_write() {
+        // Whoever has panicked at it has left a transaction that nobody knows the end of.
+        let Ok(mut desk) = shared.desk.lock() else { return };
+        shared.write_some(&mut desk);
+    }
+    if let Ok(mut desk) = shared.desk.lock() {
+        desk.close();
+    }
 }
 
 /// The thread's end, in order or by a panic: nobody must wait for it any more.
@@ -232,57 +292,62 @@ impl<S: Stored> Drop for End<S> {
     }
 }
 
-struct Writer<S: Stored> {
-    connection: Connection,
-    shared: Arc<Shared<S>>,
+/// The file. Whoever has it writes.
+struct Desk {
+    /// `None` when it is closed.
+    connection: Option<Connection>,
     path: PathBuf,
 }
 
-impl<S: Stored> Writer<S> {
-    fn run(mut self) {
-        let _end = End(self.shared.clone());
-        while let Some(batch) = self.shared.next() {
-            self.commit_together(batch);
-        }
-        self.close();
+/// Taken back unless it is committed. Its statements are kept prepared, which rusqlite's own are not.
+struct Transaction<'a>(&'a Connection);
+
+impl<'a> Transaction<'a> {
+    fn begin(connection: &'a Connection) -> rusqlite::Result<Self> {
+        connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        Ok(Self(connection))
     }
 
+    fn commit(self) -> rusqlite::Result<()> {
+        self.0.prepare_cached("COMMIT")?.execute([]).map(drop)
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        // A commit that fails may have taken it back already.
+        if !self.0.is_autocommit() {
+            let _taken_back_when_closed = self.0.execute_batch("ROLLBACK");
+        }
+    }
+}
+
+impl Desk {
     /// Moves the write-ahead log into the file, so that what lies there between two runs is one file.
-    fn close(self) {
-        if let Err((_, error)) = self.connection.close() {
+    fn close(&mut self) {
+        if let Some(Err((_, error))) = self.connection.take().map(Connection::close) {
             let path = self.path.display();
             tracing::warn!(%path, %error, "not closed; its write-ahead log is read at the next start");
         }
     }
 
-    fn commit_together(&mut self, batch: Vec<Decided<S>>) {
-        let (done, outcome) = match self.commit(&batch) {
-            Ok(()) => {
-                self.shared.publish(&batch);
-                (batch, Ok(()))
-            }
-            Err(error) => {
-                let why = self.explain(&error);
-                (self.shared.take_back(batch), Err(why))
-            }
-        };
-        for decided in done {
-            (decided.finish)(outcome.clone());
-        }
-    }
-
-    fn commit(&mut self, batch: &[Decided<S>]) -> rusqlite::Result<()> {
+    fn commit<S: Stored>(
+        &mut self,
+        batch: &[Decided<S>],
+        seconds: Option<&Histogram>,
+    ) -> rusqlite::Result<()> {
         let mut changes = batch.iter().flat_map(|decided| &decided.changes).peekable();
-        if changes.peek().is_none() {
+        // Nothing is queued any more when it is closed.
+        let Some(connection) = self.connection.as_mut().filter(|_| changes.peek().is_some()) else {
             return Ok(());
-        }
+        };
         let begun = Instant::now();
-        let transaction = self.connection.transaction()?;
+        let transaction = Transaction::begin(connection)?;
         for change in changes {
-            S::write(&transaction, change)?;
+            S::write(transaction.0, change)?;
         }
         transaction.commit()?;
-        if let Some(seconds) = self.shared.seconds.get() {
+        if let Some(seconds) = seconds {
             seconds.observe(begun.elapsed().as_secs_f64());
         }
         Ok(())

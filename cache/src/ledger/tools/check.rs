@@ -24,7 +24,7 @@ pub struct Findings {
     pub leases: BTreeMap<String, u64>,
     /// How many pins of images it has.
     pub pins: usize,
-    /// The greatest generation that was ever given out.
+    /// No greater generation was ever given out.
     pub last_generation: u64,
     /// What is wrong with it; if anything is, the other fields say nothing.
     pub problems: Vec<Problem>,
