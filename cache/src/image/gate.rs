@@ -1,7 +1,7 @@
 //! Who comes first: launchers' pulls before prefetch jobs' pulls, and those by their class.
 //!
-//! Each pull has a gate. It passes it before each part that it takes from a registry and before each layer that it unpacks,
-//! and waits there while a pull of a higher class is under way. Nobody waits for one who waits there:
+//! Each pull has a gate. It passes it before each part that it takes from a registry, each layer that it unpacks, and each part
+//! of one that it inflates, and waits there while a pull of a higher class is under way. Nobody waits for one who waits there:
 //!
 //! | who comes | what becomes of the one who is there |
 //! |---|---|
