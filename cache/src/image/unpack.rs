@@ -240,6 +240,7 @@ async fn apply(
             if !store.brake.or(layer.bytes.stored()).await? {
                 return Err(not_fetched(layer));
             }
+            let _at_work = store.gate.work();
             apply_there(shared, layer, mounts).await?
         }
     };
@@ -325,6 +326,7 @@ async fn apply_here(
 async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Error {
     let late = async {
         layer.bytes.stored().await;
+        let _at_work = store.gate.work();
         let mut left = limit;
         while !left.is_zero() {
             store.gate.pass().await?;
