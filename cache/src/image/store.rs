@@ -560,3 +560,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod races;
