@@ -242,6 +242,8 @@ pub struct Registry {
     pub connect_timeout_seconds: u64,
     /// A download without a byte for this time is broken off, in seconds.
     pub read_timeout_seconds: u64,
+    /// So is one that has had fewer bytes a second than this, over a minute. 0: none.
+    pub rate_min: Bytes,
     /// How long its word counts that a tenant may have what another has pulled with credentials of its own, in seconds;
     /// 0: it is asked each time.
     pub access_check_seconds: u64,
@@ -463,6 +465,7 @@ impl Default for Registry {
             concurrent_downloads: 3,
             connect_timeout_seconds: 10,
             read_timeout_seconds: 60,
+            rate_min: Bytes(16 << 10),
             access_check_seconds: PullLimits::default().access_check.as_secs(),
         }
     }
@@ -961,6 +964,7 @@ mod tests {
         "concurrent_downloads",
         "connect_timeout_seconds",
         "read_timeout_seconds",
+        "rate_min",
         "timeout_seconds",
         "signed_only",
         "images",

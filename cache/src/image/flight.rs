@@ -129,7 +129,10 @@ async fn fly(landing: Landing, board: Board, sender: oneshot::Sender<Outcome>) {
     let shared = landing.shared.clone();
     let (image, platform, access) = landing.key.clone();
     let errand = pull::Errand { image: &image, platform: &platform, access: &access, gate: &landing.gate };
-    let outcome = caught(Box::pin(pull::run(&shared, &errand, &board))).await;
+    let outcome = tokio::select! {
+        outcome = caught(Box::pin(pull::run(&shared, &errand, &board))) => outcome,
+        never = landing.gate.take_pulse() => match never {},
+    };
     let outcome = outcome.map_err(|error| about(&image, error));
     let took = begun.elapsed();
     shared.observer.finished(&outcome.as_ref().map(|(_, cache)| *cache).map_err(Clone::clone), took);

@@ -1,19 +1,22 @@
 //! Who comes first: launchers' pulls before prefetch jobs' pulls, and those by their class.
 //!
-//! Each pull has a gate. It passes it before each part that it takes from a registry and before each layer that it unpacks,
-//! and waits there while a pull of a higher class is under way. Nobody waits for one who waits there:
+//! Each pull has a gate. It passes it before each part that it takes from a registry, each layer that it unpacks, and each part
+//! of one that it inflates, and waits there while a pull of a higher class is under way. Nobody waits for one who waits there:
 //!
 //! | who comes | what becomes of the one who is there |
 //! |---|---|
 //! | a launcher, for the same image | its pull is a launcher's from now on: what it has fetched counts |
 //! | any pull, to a blob or layer that it is at | it goes on, as that one would, until that one has its turn |
 //! | nobody any more: its jobs were cancelled | it ends |
+//!
+//! A pull that does hardly anything but wait for its registry holds up nobody, for a while (`pace.rs`).
 
 use std::{
+    convert::Infallible,
     num::NonZeroU64,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -21,6 +24,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
 
+use super::pace::{BEAT, Pulse};
 use crate::error::{Error, Reason, Result};
 
 /// How urgent a pull is.
@@ -134,9 +138,16 @@ struct State {
     given_up: bool,
     /// It is not under way any more.
     ended: bool,
+    /// It gets hardly anything.
+    is_slow: bool,
 }
 
 impl State {
+    /// The class below which others wait for it, if they do.
+    fn holds_up(&self) -> Option<Class> {
+        (!self.ended && !self.is_slow).then(|| self.class())
+    }
+
     fn class(&self) -> Class {
         self.claims.iter().map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
     }
@@ -156,6 +167,20 @@ impl State {
 pub(super) struct Gate {
     traffic: Traffic,
     state: watch::Sender<State>,
+    /// How many bytes its downloads have brought.
+    fetched: AtomicU64,
+    /// At how many things it is for which it needs no registry.
+    at_work: AtomicUsize,
+}
+
+/// A pull is at something for which it needs no registry, until this is dropped.
+#[derive(Debug)]
+pub(super) struct AtWork<'a>(&'a AtomicUsize);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Gate {
@@ -164,8 +189,29 @@ impl Gate {
         let id = ClaimId::new();
         let claim = Claim { id, terms: terms.clone(), is_lent: false };
         traffic.count(terms.class, 1);
-        let state = State { claims: vec![claim], given_up: false, ended: false };
-        (Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state) }), id)
+        let state = State { claims: vec![claim], given_up: false, ended: false, is_slow: false };
+        let (fetched, at_work) = (AtomicU64::new(0), AtomicUsize::new(0));
+        (Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state), fetched, at_work }), id)
+    }
+
+    /// It is at something for which it needs no registry.
+    pub(super) fn work(&self) -> AtWork<'_> {
+        self.at_work.fetch_add(1, Ordering::Relaxed);
+        AtWork(&self.at_work)
+    }
+
+    /// Sees to it that the pull holds up nobody while it gets hardly anything.
+    pub(super) async fn take_pulse(&self) -> Infallible {
+        let mut pulse = Pulse::default();
+        loop {
+            tokio::time::sleep(BEAT).await;
+            let is_excused = self.at_work.load(Ordering::Relaxed) > 0 || !self.is_open();
+            let is_slow = pulse.beat(self.fetched.load(Ordering::Relaxed), is_excused);
+            // Each change wakes who waits at the gate.
+            if self.state.borrow().is_slow != is_slow {
+                self.change(|state| state.is_slow = is_slow);
+            }
+        }
     }
 
     /// Somebody else wants the same. `None`: it has been given up, and has to be begun anew.
@@ -215,12 +261,12 @@ impl Gate {
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         self.state.send_modify(|state| {
-            let before = state.class();
+            let before = state.holds_up();
             change(state);
-            let now = state.class();
-            if now != before && !state.ended {
-                self.traffic.count(now, 1);
-                self.traffic.count(before, -1);
+            let now = state.holds_up();
+            if now != before {
+                now.inspect(|class| self.traffic.count(*class, 1));
+                before.inspect(|class| self.traffic.count(*class, -1));
             }
         });
     }
@@ -229,12 +275,9 @@ impl Gate {
         self.state.borrow().class()
     }
 
-    /// The pull is not under way any more. To be called once.
+    /// The pull is not under way any more.
     pub(super) fn end(&self) {
-        self.state.send_modify(|state| {
-            state.ended = true;
-            self.traffic.count(state.class(), -1);
-        });
+        self.change(|state| state.ended = true);
     }
 
     /// Told of each change of the class, and of more.
@@ -276,11 +319,12 @@ impl Gate {
         }
     }
 
-    /// Takes so many bytes, and waits until it may take more, by its budget. 0 bytes: only waits.
+    /// So many bytes have come: takes them, and waits until it may take more, by its budget. 0 bytes: only waits.
     ///
     /// # Errors
     /// As [`Self::pass`].
     pub(super) async fn spend(&self, bytes: u64) -> Result<()> {
+        self.fetched.fetch_add(bytes, Ordering::Relaxed);
         let mut state = self.state.subscribe();
         let budget = state.borrow_and_update().budget();
         let Some(budget) = budget else { return Ok(()) };
@@ -378,6 +422,49 @@ mod tests {
         assert_eq!(lent.join(&Terms::LAUNCHER), None, "it has been given up");
         lent.end();
         lent.lend(loan, &launcher);
+        assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launcher_that_gets_hardly_anything_holds_up_nobody_for_long() {
+        let traffic = Traffic::default();
+        let ((launcher, _), (job, _)) =
+            (Gate::new(&traffic, &Terms::LAUNCHER), Gate::new(&traffic, &terms(Class::Background)));
+        // For how many seconds the job is held up, and then not, while the launcher gets so many bytes a second.
+        let held_up_and_free = async |rate: u64| {
+            let (mut held_up, mut free) = (0, 0);
+            while free == 0 || !job.is_open() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                assert!(launcher.spend(rate).await.is_ok());
+                *if job.is_open() { &mut free } else { &mut held_up } += 1;
+                if held_up == 300 {
+                    break;
+                }
+            }
+            while job.is_open() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                free += 1;
+            }
+            (held_up, free)
+        };
+        let looks = async {
+            // Between the beats.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let (held_up, free) = held_up_and_free(1 << 10).await;
+            assert!((19..=21).contains(&held_up) && (99..=101).contains(&free), "{held_up} {free}");
+            assert_eq!(held_up_and_free(1 << 20).await, (300, 0), "it is fast");
+            let working = launcher.work();
+            assert_eq!(held_up_and_free(0).await, (300, 0), "it has something else to do");
+            drop(working);
+            assert!(held_up_and_free(0).await.1 > 0);
+        };
+        tokio::select! {
+            () = looks => {}
+            never = launcher.take_pulse() => match never {},
+        }
+        launcher.end();
+        launcher.end();
+        job.end();
         assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
     }
 

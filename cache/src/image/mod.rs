@@ -12,6 +12,7 @@ mod known;
 mod labels;
 mod locks;
 mod manifest;
+mod memory;
 mod on_disk;
 pub(crate) mod pace;
 mod platform;
@@ -295,8 +296,9 @@ struct Shared {
     /// For bytes that are fetched and not unpacked yet; and for those of pulls that may have to wait.
     room: Arc<tap::Room>,
     side_room: Arc<tap::Room>,
-    /// For layers that are inflated ahead of their turn.
+    /// For layers that are inflated ahead of their turn; and what all that are inflated take.
     spare_threads: Arc<Semaphore>,
+    memory: Arc<memory::Memory>,
 }
 
 impl Images {
@@ -331,6 +333,7 @@ impl Images {
             room: Arc::new(tap::Room::of(ROOM)),
             side_room: Arc::new(tap::Room::of(SIDE_ROOM)),
             spare_threads: Arc::new(Semaphore::new(SPARE_THREADS)),
+            memory: Arc::default(),
         }))
     }
 

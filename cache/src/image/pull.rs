@@ -18,7 +18,7 @@ use super::{
     digest::chain_ids,
     facts::Facts,
     flight::caught,
-    gate::{Class, Gate},
+    gate::Gate,
     labels::{self, Labels},
     manifest::{self, DOCUMENT_MAX_BYTES, DOCUMENTS_MAX, Descriptor, Document, ImageConfig, Manifest},
     progress::Board,
@@ -398,13 +398,7 @@ async fn unpack_layers(
     outlets: Vec<Outlet>,
     window: &Window,
 ) -> Cache {
-    let begin = |at: usize| match store.gate.class() {
-        // What gives way to everybody takes no threads from them.
-        Class::Background => None,
-        Class::Normal | Class::Urgent => {
-            Inflating::begin_ahead(store.shared, &manifest.layers[at], &outlets[at])
-        }
-    };
+    let begin = |at: usize| Inflating::begin_ahead(store, &manifest.layers[at], &outlets[at]);
     let mut cache = Cache::Hit;
     let mut ahead: HashMap<usize, Option<Inflating>> = HashMap::new();
     for at in window.start()..chain.len() {

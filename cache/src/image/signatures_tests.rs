@@ -53,7 +53,7 @@ impl Bench {
         fs::create_dir(&hosts).unwrap();
         fs::write(hosts.join("hosts.toml"), format!("server = \"http://{authority}\"\n")).unwrap();
         let (none, patience) = (directory.path().join("config.json"), Duration::from_secs(20));
-        let registries = Registries::new(directory.path().to_owned(), none, patience, patience);
+        let registries = Registries::new(directory.path().to_owned(), none, patience, patience, 0);
         Self { state, directory, authority, registries, locks: Locks::default() }
     }
 

@@ -18,7 +18,6 @@ use super::{
     labels::{self, Labels},
     locks::Turn,
     manifest::Descriptor,
-    pace::Pace,
     pull::Asker,
     tap::{Room, Tap},
 };
@@ -226,7 +225,7 @@ impl Store<'_> {
         }
         let mut bytes = source.bytes;
         let missing = usize::try_from(blob.size.saturating_sub(writer.offset())).unwrap_or(PIECE);
-        let (mut piece, mut pace) = (Vec::with_capacity(missing.min(PIECE)), Pace::default());
+        let (mut piece, mut pace) = (Vec::with_capacity(missing.min(PIECE)), self.source.pace());
         loop {
             let asked = Instant::now();
             let Some(part) = bytes.next().await else { break };
@@ -561,3 +560,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod races;

@@ -182,10 +182,25 @@ impl Drop for Tap {
     }
 }
 
+/// Tells when the blob is there.
+#[derive(Clone, Debug)]
+pub(super) struct Arrival(Arc<Pipe>);
+
+impl Arrival {
+    /// Waits until the blob is in the store. False: it will not be.
+    pub(super) async fn stored(&self) -> bool {
+        self.0.stored().await
+    }
+}
+
 impl Outlet {
     /// Waits until the blob is in the store. False: it will not be.
     pub(super) async fn stored(&self) -> bool {
         self.0.stored().await
+    }
+
+    pub(super) fn arrival(&self) -> Arrival {
+        Arrival(self.0.clone())
     }
 
     /// Whether what has flowed was wrong, so that it has to be read again: said once.

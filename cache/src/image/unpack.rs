@@ -12,15 +12,21 @@ use std::{
 };
 
 use containerd_client::types::Descriptor as ContainerdDescriptor;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 
-use super::{Cache, Digest, Shared, Unpacker, access, manifest::Descriptor, store::Store, tap::Outlet};
+use super::{
+    Cache, Class, Digest, SPARE_THREADS, Shared, Unpacker, access, manifest::Descriptor, memory::Account,
+    store::Store, tap::Outlet,
+};
 use crate::{
     containerd::{CallError, Mount},
     error::{Error, Reason, Result},
     layer::{self, Bounds, Detached, Inflated, LayerError, MountPoint, Stop},
     stages::Laps,
 };
+
+/// How often it is looked whether time counts.
+const TICK: Duration = Duration::from_secs(1);
 
 /// One layer to unpack.
 pub(super) struct Layer<'a> {
@@ -40,6 +46,8 @@ pub(super) struct Layer<'a> {
 pub(super) struct Inflating {
     inflated: Inflated,
     stop: StopWhenDropped,
+    /// Whether it is its turn to be applied.
+    turn: watch::Sender<bool>,
 }
 
 /// Nobody may be left to wait for the threads.
@@ -53,30 +61,45 @@ impl Drop for StopWhenDropped {
 
 impl Inflating {
     /// Begins ahead of its turn, if there is a thread to spare.
-    pub(super) fn begin_ahead(shared: &Shared, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
-        let spare = shared.spare_threads.clone().try_acquire_owned().ok()?;
-        Self::begin(shared, blob, bytes, Some(spare))
+    pub(super) fn begin_ahead(store: &Store<'_>, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
+        let threads = &store.shared.spare_threads;
+        if threads.available_permits() <= kept_from(store.gate.class()) {
+            return None;
+        }
+        let spare = threads.clone().try_acquire_owned().ok()?;
+        Self::begin(store, blob, bytes, Some(spare))
     }
 
     /// Begins, unless containerd is to unpack.
     fn begin(
-        shared: &Shared,
+        store: &Store<'_>,
         blob: &Descriptor,
         bytes: &Outlet,
         spare: Option<OwnedSemaphorePermit>,
     ) -> Option<Self> {
+        let shared = store.shared;
         if shared.limits.unpacker != Unpacker::Cowshed {
             return None;
         }
-        let stop = Stop::default();
-        let (work, inflated) = layer::inflate(shared.limits.layer.inflated(), &stop);
+        let (stop, turn) = (Stop::default(), watch::Sender::new(false));
+        let account = Account::new(&shared.memory, store.gate, bytes.arrival(), turn.subscribe());
+        let (work, inflated) = layer::inflate(shared.limits.layer.inflated(), &stop, Box::new(account));
         let flow = bytes.flow(&shared.containerd, blob.digest.as_str());
         // Its receiver is told if it cannot be made, as if it had ended.
         let _made = thread("inflate", move || {
             work(Box::new(flow));
             drop(spare);
         });
-        Some(Self { inflated, stop: StopWhenDropped(stop) })
+        Some(Self { inflated, stop: StopWhenDropped(stop), turn })
+    }
+}
+
+/// Spare threads that pulls of a class leave to those of higher ones: who gives way keeps those that it has.
+fn kept_from(class: Class) -> usize {
+    match class {
+        Class::Background => SPARE_THREADS,
+        Class::Normal => SPARE_THREADS / 2,
+        Class::Urgent => 0,
     }
 }
 
@@ -208,7 +231,7 @@ async fn apply(
         Err(error) => return Err(containerd.explain(error)),
     };
     let prepared = clock.lap();
-    let ahead = ahead.or_else(|| Inflating::begin(shared, layer.blob, layer.bytes, None));
+    let ahead = ahead.or_else(|| Inflating::begin(store, layer.blob, layer.bytes, None));
     let point = mount_point(&mounts);
     let applied = match (ahead, point) {
         (Some(ahead), Some(point)) => apply_here(store, layer, point, ahead).await?,
@@ -217,6 +240,7 @@ async fn apply(
             if !store.brake.or(layer.bytes.stored()).await? {
                 return Err(not_fetched(layer));
             }
+            let _at_work = store.gate.work();
             apply_there(shared, layer, mounts).await?
         }
     };
@@ -260,13 +284,14 @@ async fn apply_here(
     store: &Store<'_>,
     layer: &Layer<'_>,
     point: MountPoint,
-    Inflating { inflated, stop }: Inflating,
+    Inflating { inflated, stop, turn }: Inflating,
 ) -> Result<String> {
     let limits = &store.shared.limits;
     let expected = layer.diff_id.clone();
     let size = layer.blob.size;
     let (bounds, stopped) = (limits.layer, stop.0.clone());
     let is_plain = layer.blob.media_type.ends_with(".tar");
+    turn.send_replace(true);
     let work = thread("apply", move || {
         let least = if is_plain { size } else { 0 };
         fill(&point, inflated, least, bounds, &expected, &stopped)
@@ -279,6 +304,7 @@ async fn apply_here(
         // Its thread has come to an end before the snapshot is removed.
         why = ended(store, layer, limits.unpack_timeout) => {
             stop.0.stop();
+            drop(turn);
             match (work.await, why) {
                 (Ok((Err(LayerError::Stopped), _)), error) => return Err(error),
                 (outcome, _) => outcome,
@@ -295,13 +321,21 @@ async fn apply_here(
     }
 }
 
-/// Ends when the layer should: the pull has failed elsewhere, or it takes too long though its bytes are there.
+/// Ends when the layer should: the pull has failed elsewhere, or was given up, or it takes too long though its bytes are there
+/// and its pull gives way to nobody.
 async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Error {
     let late = async {
         layer.bytes.stored().await;
-        tokio::time::sleep(limit).await;
+        let _at_work = store.gate.work();
+        let mut left = limit;
+        while !left.is_zero() {
+            store.gate.pass().await?;
+            tokio::time::sleep(left.min(TICK)).await;
+            left = left.saturating_sub(TICK);
+        }
+        Ok(())
     };
-    match store.brake.or(late).await {
+    match store.brake.or(late).await.flatten() {
         Err(stopped) => stopped,
         Ok(()) => {
             let message = format!(

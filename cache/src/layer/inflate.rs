@@ -1,4 +1,5 @@
-//! Inflating, and the digest of what comes out, in a thread of its own, ahead of whoever applies it.
+//! Inflating, and the digest of what comes out, in a thread of its own, ahead of whoever applies it. It takes memory, and goes
+//! on, only as its warden lets it.
 
 use std::{
     io::{self, BufRead, BufReader, Read},
@@ -11,7 +12,10 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use super::{LayerError, Result};
+use super::{
+    LayerError, Result,
+    frames::{self, Frames},
+};
 use crate::image::Digest;
 
 /// Bytes per chunk, and chunks that may wait: 4 MiB a layer.
@@ -19,6 +23,24 @@ const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 16;
 /// Bytes asked of the source at once.
 const INPUT: usize = 64 << 10;
+/// Bytes of memory that every inflater takes: its chunks, and what it has beside them.
+pub(super) const LEAST_MEMORY: u64 = 5 << 20;
+/// The largest window of a zstd frame, in bytes; zstd by itself takes no larger ones either.
+pub(super) const WINDOW_MAX: u64 = 128 << 20;
+
+/// Who is asked by an inflater, on its thread, which may wait there.
+pub trait Warden: Send {
+    /// For so many bytes of memory in place of those that it has.
+    ///
+    /// # Errors
+    /// [`LayerError::Stopped`], or what keeps it from being inflated.
+    fn memory(&mut self, bytes: u64) -> Result<()>;
+    /// Whether it is to go on; before each part of the source.
+    ///
+    /// # Errors
+    /// As [`Self::memory`].
+    fn go_on(&mut self) -> Result<()>;
+}
 
 /// Tells the threads of a layer to end.
 #[derive(Clone, Debug, Default)]
@@ -55,11 +77,15 @@ pub struct Inflated {
 
 /// What inflates a source, on the thread that calls it, until `Inflated` was read to its end or dropped. What the source is
 /// compressed with, its first bytes say: media types are often wrong about it. More than `most` bytes are refused.
-pub fn inflate(most: u64, stop: &Stop) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
+pub fn inflate(
+    most: u64,
+    stop: &Stop,
+    warden: Box<dyn Warden>,
+) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
     let (sender, parts) = sync_channel(CHUNKS);
     let source_stop = stop.clone();
-    let work = move |source: Box<dyn Read + Send>| {
-        let last = match copy(Source { from: source, stop: source_stop }, most, &sender) {
+    let work = move |from: Box<dyn Read + Send>| {
+        let last = match copy(Source { from, stop: source_stop, warden }, most, &sender) {
             Ok(digest) => Part::End(digest),
             Err(error) => Part::Failed(error),
         };
@@ -109,20 +135,40 @@ fn fill(from: &mut dyn Read, chunk: &mut [u8]) -> Result<usize> {
 fn inflater(source: Source) -> Result<Box<dyn Read>> {
     let mut source = BufReader::with_capacity(INPUT, source);
     let first = source.fill_buf().map_err(unreadable)?;
-    Ok(match first {
-        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
-        // A frame, or one that is skipped.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
-            Box::new(zstd::stream::read::Decoder::with_buffer(source).map_err(unreadable)?)
-        }
+    let (is_zstd, is_gzip) = (frames::is_zstd(first), first.starts_with(&[0x1f, 0x8b]));
+    source.get_mut().warden.memory(LEAST_MEMORY)?;
+    Ok(match (is_zstd, is_gzip) {
+        (true, _) => Box::new(Frames::of(source).map_err(unreadable)?),
+        (_, true) => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
         _ => Box::new(source),
     })
 }
 
 /// Marks errors of the source, which are no errors of the compression; ends when it is told to.
-struct Source {
+pub(super) struct Source {
     from: Box<dyn Read + Send>,
     stop: Stop,
+    warden: Box<dyn Warden>,
+}
+
+impl Source {
+    /// For a zstd frame with a window of so many bytes.
+    pub(super) fn memory(&mut self, window: u64) -> io::Result<()> {
+        if window > WINDOW_MAX {
+            let what = format!(
+                "it takes {} MiB of memory to inflate it (the window of its zstd frame), {} are allowed: compress it anew",
+                window >> 20,
+                WINDOW_MAX >> 20
+            );
+            return Err(passed_on(LayerError::Refused(what)));
+        }
+        self.warden.memory(LEAST_MEMORY + window).map_err(passed_on)
+    }
+}
+
+/// Through [`Read`], and whatever inflates.
+fn passed_on(error: LayerError) -> io::Error {
+    io::Error::other(SourceError(io::Error::other(error)))
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +177,7 @@ struct SourceError(io::Error);
 
 impl Read for Source {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.stop.check().map_err(|stopped| io::Error::other(SourceError(io::Error::other(stopped))))?;
+        self.stop.check().and_then(|()| self.warden.go_on()).map_err(passed_on)?;
         self.from.read(into).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => error,
             _ => io::Error::other(SourceError(error)),
@@ -142,7 +188,7 @@ impl Read for Source {
 fn unreadable(error: io::Error) -> LayerError {
     match error.downcast::<SourceError>() {
         Ok(SourceError(error)) => match error.downcast::<LayerError>() {
-            Ok(stopped) => stopped,
+            Ok(passed_on) => passed_on,
             Err(error) => LayerError::Source(error),
         },
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {

@@ -10,6 +10,7 @@
 
 mod apply;
 mod archive;
+mod frames;
 mod inflate;
 mod mount;
 mod pax;
@@ -21,7 +22,7 @@ mod tests;
 use std::{io, path::Path};
 
 pub use apply::{Bounds, apply};
-pub use inflate::{Inflated, Stop, inflate};
+pub use inflate::{Inflated, Stop, Warden, inflate};
 pub use mount::{Detached, MountPoint};
 pub use root::Root;
 

@@ -11,6 +11,7 @@ use std::{
         unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::Path,
+    sync::{Arc, Mutex},
 };
 
 use tar::{Builder, EntryType, Header};
@@ -19,6 +20,21 @@ use super::*;
 use crate::image::Digest;
 
 const BOUNDS: Bounds = Bounds { bytes: 1 << 30, members: 1000, memory: 1 << 20 };
+
+/// Lets inflaters have what they want; and what that was, in MiB.
+#[derive(Clone, Default)]
+struct Asked(Arc<Mutex<Vec<u64>>>);
+
+impl Warden for Asked {
+    fn memory(&mut self, bytes: u64) -> Result<()> {
+        self.0.lock().unwrap().push(bytes >> 20);
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
 
 /// A layer in the making, owned by whoever runs the tests.
 struct Tar(Builder<Vec<u8>>);
@@ -77,7 +93,7 @@ fn root(directory: &Path, stop: &Stop) -> Root {
 
 fn apply_with(directory: &Path, layer: &[u8], bounds: Bounds) -> Result<Digest> {
     let stop = Stop::default();
-    let (work, inflated) = inflate(bounds.inflated(), &stop);
+    let (work, inflated) = inflate(bounds.inflated(), &stop, Box::new(Asked::default()));
     let source = Box::new(io::Cursor::new(layer.to_vec()));
     let inflating = std::thread::spawn(move || work(source));
     let applied = apply(root(directory, &stop), inflated, bounds).and_then(Inflated::finish);
@@ -406,7 +422,7 @@ fn small_layers_take_no_memory_and_no_time() {
 #[test]
 fn who_is_stopped_ends() {
     let stop = Stop::default();
-    let (work, inflated) = inflate(u64::MAX, &stop);
+    let (work, inflated) = inflate(u64::MAX, &stop, Box::new(Asked::default()));
     let endless = Box::new(io::repeat(0x41));
     let inflating = std::thread::spawn(move || work(endless));
     stop.stop();
@@ -414,4 +430,78 @@ fn who_is_stopped_ends() {
     let error = apply(root(directory.path(), &stop), inflated, BOUNDS).map(drop).unwrap_err();
     assert!(matches!(error, LayerError::Stopped), "{error:?}");
     inflating.join().unwrap();
+}
+
+/// Arrives in pieces of so many bytes.
+struct Piecemeal(io::Cursor<Vec<u8>>, usize);
+
+impl io::Read for Piecemeal {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let most = into.len().min(self.1);
+        self.0.read(&mut into[..most])
+    }
+}
+
+/// What comes out, and what memory was asked for.
+fn inflated(bytes: &[u8], piece: usize) -> (Result<Digest>, Vec<u64>) {
+    let asked = Asked::default();
+    let (work, inflated) = inflate(u64::MAX, &Stop::default(), Box::new(asked.clone()));
+    let source = Piecemeal(io::Cursor::new(bytes.to_vec()), piece);
+    let inflating = std::thread::spawn(move || work(Box::new(source)));
+    let digest = inflated.finish();
+    inflating.join().unwrap();
+    let asked = asked.0.lock().unwrap().clone();
+    (digest, asked)
+}
+
+#[test]
+fn memory_is_asked_for_before_each_frame_that_needs_more() {
+    let frame = |window_log: u32, data: &[u8]| {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(window_log).unwrap();
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    };
+    let data: Vec<u8> = (0..3_000_000_u32).map(|n| (n >> 5) as u8).collect();
+    let skipped = [&[0x53, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
+    let empty = [0x50, 0x2a, 0x4d, 0x18, 0, 0, 0, 0];
+    let frames = [
+        &skipped[..],
+        &frame(20, &data),
+        &empty,
+        &frame(20, b""),
+        &frame(23, &data),
+        &frame(21, &data),
+        &frame(27, &data),
+        &skipped,
+    ]
+    .concat();
+    let all = Digest::of(&data.repeat(4));
+    for piece in [4, 7, 1 << 20] {
+        let (digest, asked) = inflated(&frames, piece);
+        assert_eq!((digest.unwrap(), asked), (all.clone(), vec![5, 6, 13, 133]), "in pieces of {piece}");
+    }
+    // Others take what all take.
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&data).unwrap();
+    for bytes in [data.clone(), gzip.finish().unwrap()] {
+        let (digest, asked) = inflated(&bytes, 1 << 20);
+        assert_eq!((digest.unwrap(), asked), (Digest::of(&data), vec![5]));
+    }
+    // A window of 144 MiB is refused before anything is asked for, in whichever frame it is.
+    let larger = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x89, 1, 0, 0];
+    for (before, had) in [(vec![], vec![5]), (frame(20, &data), vec![5, 6])] {
+        let (error, asked) = inflated(&[&before[..], &larger].concat(), 1 << 20);
+        let error = error.unwrap_err();
+        assert!(matches!(&error, LayerError::Refused(what) if what.contains("144 MiB")), "{error:?}");
+        assert_eq!(asked, had);
+    }
+    // Cut short, and followed by what is no frame.
+    let whole = frame(20, &data);
+    for bytes in
+        [&whole[..3], &whole[..4], &whole[..5], &whole[..whole.len() - 1], &[&whole[..], b"x"].concat()]
+    {
+        let (error, _) = inflated(bytes, 1 << 20);
+        assert!(bytes.len() < 4 || matches!(error, Err(LayerError::Damaged(_))), "{} {error:?}", bytes.len());
+    }
 }

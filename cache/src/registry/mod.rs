@@ -43,6 +43,7 @@ pub struct Registries {
     config_path: PathBuf,
     docker_config: PathBuf,
     patience: Patience,
+    rate_min: u64,
     /// One per endpoint, its settings, the certificates as they were read, and who we are there: tokens of one are never
     /// another's.
     connections: Arc<Mutex<HashMap<Key, Arc<Connection>>>>,
@@ -70,6 +71,8 @@ pub enum Kind {
 /// Where one image comes from.
 pub struct Source {
     image: ImageRef,
+    /// Bytes a second.
+    rate_min: u64,
     endpoints: Vec<(Endpoint, Arc<Connection>)>,
 }
 
@@ -85,15 +88,16 @@ pub struct Blob {
 
 impl Registries {
     /// `config_path` is containerd's directory of `hosts.toml` files, `docker_config` a `config.json` as docker has it; both
-    /// are read anew for each pull.
+    /// are read anew for each pull. A download of fewer bytes a second than `rate_min`, over a minute, is broken off.
     pub fn new(
         config_path: PathBuf,
         docker_config: PathBuf,
         connect_timeout: Duration,
         read_timeout: Duration,
+        rate_min: u64,
     ) -> Self {
         let patience = Patience { connect: connect_timeout, read: read_timeout };
-        Self { config_path, docker_config, patience, connections: Arc::default() }
+        Self { config_path, docker_config, patience, rate_min, connections: Arc::default() }
     }
 
     /// Where `image` comes from. `own` is what its registry, and no mirror of it, is told instead of what the host says.
@@ -121,7 +125,7 @@ impl Registries {
             );
             return Err(Error::new(Reason::RegistryConfiguration, message).with("image", image));
         }
-        Ok(Source { image: image.clone(), endpoints })
+        Ok(Source { image: image.clone(), rate_min: self.rate_min, endpoints })
     }
 
     fn connection(&self, endpoint: Endpoint, credential: Option<Credential>) -> Result<Arc<Connection>> {
@@ -320,7 +324,7 @@ impl Source {
     /// Hands the bytes of a blob to `take` as they arrive, until it wants no more.
     async fn receive(&self, digest: &Digest, failed: u32, mut take: impl FnMut(&[u8]) -> bool) -> Result<()> {
         let mut blob = self.blob(digest, 0, failed).await?;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             let asked = Instant::now();
             let Some(part) = blob.bytes.next().await else { return Ok(()) };
@@ -337,6 +341,11 @@ impl Source {
                 return Ok(());
             }
         }
+    }
+
+    /// Of a download.
+    pub(crate) fn pace(&self) -> Pace {
+        Pace::of(self.rate_min)
     }
 
     /// How many endpoints there are.
@@ -521,7 +530,7 @@ mod tests {
         fs::write(hosts.join("hosts.toml"), format!("server = \"http://{authority}\"\n")).unwrap();
         let patience = Duration::from_secs(20);
         let none = directory.path().join("config.json");
-        let registries = Registries::new(directory.path().to_owned(), none, patience, patience);
+        let registries = Registries::new(directory.path().to_owned(), none, patience, patience, 0);
         let image = ImageRef::parse(&format!("{authority}/x:1")).unwrap();
         (registries.source(&image, None).await.unwrap(), asked)
     }

@@ -302,6 +302,7 @@ fn images(config: &Config, containerd: &Arc<Containerd>, ledger: &Ledger, metric
         r.docker_config.clone(),
         Duration::from_secs(r.connect_timeout_seconds),
         Duration::from_secs(r.read_timeout_seconds),
+        r.rate_min.0,
     );
     let limits = PullLimits {
         concurrent_downloads: r.concurrent_downloads,

@@ -1,0 +1,283 @@
+//! The memory of layers that are inflated, of all pulls together.
+//!
+//! ```text
+//!  while the bytes arrive, or ahead ─► what is left of one part, or not yet
+//!                                         └─► its turn has come, and its blob is stored ─► in line for the other part
+//! ```
+//!
+//! Who has of the first part may be waiting for anybody (a registry, a pull that comes first, the layer below), and nobody
+//! waits for it. Who has of the other part waits for nobody, so that whoever is in line for it gets it.
+
+use std::{io, sync::Arc};
+
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+};
+
+use super::{
+    gate::{Class, Gate},
+    tap::Arrival,
+};
+use crate::layer::{LayerError, Warden};
+
+type Result<T> = std::result::Result<T, LayerError>;
+
+/// In MiB. Of those that are inflated while they arrive: of pulls that never wait for others, and of those that may.
+const ARRIVING: usize = 192;
+const ARRIVING_ASIDE: usize = 64;
+/// Of those that are inflated from the store: one with the largest window, and some that are usual.
+const STORED: usize = 160;
+
+/// What there is of it.
+#[derive(Debug)]
+pub(super) struct Memory {
+    arriving: Arc<Semaphore>,
+    aside: Arc<Semaphore>,
+    stored: Arc<Semaphore>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        let of = |mib| Arc::new(Semaphore::new(mib));
+        Self { arriving: of(ARRIVING), aside: of(ARRIVING_ASIDE), stored: of(STORED) }
+    }
+}
+
+/// What a layer has of it, asked on the thread that inflates it.
+#[derive(Debug)]
+pub(super) struct Account {
+    memory: Arc<Memory>,
+    gate: Arc<Gate>,
+    arrival: Arrival,
+    /// Whether it is the layer's turn; nobody wants it any more if the sender is gone.
+    turn: watch::Receiver<bool>,
+    handle: Handle,
+    has: Option<(OwnedSemaphorePermit, Part)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Arriving,
+    Stored,
+}
+
+impl Account {
+    /// Of a layer of the pull of `gate`. To be called in the runtime.
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        gate: &Arc<Gate>,
+        arrival: Arrival,
+        turn: watch::Receiver<bool>,
+    ) -> Self {
+        let (memory, gate) = (memory.clone(), gate.clone());
+        Self { memory, gate, arrival, turn, handle: Handle::current(), has: None }
+    }
+
+    /// `work`, unless and until nobody wants the layer any more.
+    fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut turn = self.turn.clone();
+        let unwanted = async move { while turn.changed().await.is_ok() {} };
+        self.handle.block_on(async {
+            tokio::select! {
+                done = work => done,
+                () = unwanted => Err(LayerError::Stopped),
+            }
+        })
+    }
+
+    /// From the store.
+    async fn in_line(&self, mib: u32) -> Result<OwnedSemaphorePermit> {
+        let stopped = |_| LayerError::Stopped;
+        self.turn.clone().wait_for(|is_here| *is_here).await.map_err(stopped)?;
+        if !self.arrival.stored().await {
+            return Err(LayerError::Source(io::Error::other("it was not fetched")));
+        }
+        self.memory.stored.clone().acquire_many_owned(mib).await.map_err(|_| LayerError::Stopped)
+    }
+}
+
+impl Warden for Account {
+    fn memory(&mut self, bytes: u64) -> Result<()> {
+        let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        // Who has some while it waits for more may be waited for.
+        self.has = None;
+        let arriving =
+            if self.gate.class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
+        let has = match arriving.clone().try_acquire_many_owned(mib) {
+            Ok(permit) => (permit, Part::Arriving),
+            Err(_) => (self.wait(self.in_line(mib))?, Part::Stored),
+        };
+        self.has = Some(has);
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        let is_waited_for = matches!(self.has, Some((_, Part::Stored)));
+        if is_waited_for || self.gate.is_open() {
+            return Ok(());
+        }
+        // A pull that is given up ends by itself.
+        self.wait(async { self.gate.pass().await.map_err(|_| LayerError::Stopped) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::{thread::JoinHandle, time::Duration};
+
+    use super::*;
+    use crate::image::{
+        gate::{Terms, Traffic},
+        tap::{Outlet, Room, Tap, tap},
+    };
+
+    /// As the largest window.
+    const LARGEST: u64 = 133 << 20;
+
+    struct Bench {
+        memory: Arc<Memory>,
+        traffic: Traffic,
+    }
+
+    /// A layer of a pull of its own.
+    struct Layer {
+        gate: Arc<Gate>,
+        tap: Option<Tap>,
+        outlet: Outlet,
+        turn: watch::Sender<bool>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self { memory: Arc::default(), traffic: Traffic::default() }
+        }
+
+        fn layer(&self, class: Class) -> Layer {
+            let (gate, _) = Gate::new(&self.traffic, &Terms { class, ..Terms::LAUNCHER });
+            let (tap, outlet) = tap(&Arc::new(Room::of(1)));
+            Layer { gate, tap: Some(tap), outlet, turn: watch::Sender::new(false) }
+        }
+
+        fn account(&self, layer: &Layer) -> Account {
+            Account::new(&self.memory, &layer.gate, layer.outlet.arrival(), layer.turn.subscribe())
+        }
+
+        /// One that asks for so much.
+        fn asks(&self, layer: &Layer, bytes: u64) -> JoinHandle<Result<Account>> {
+            let mut account = self.account(layer);
+            std::thread::spawn(move || account.memory(bytes).map(|()| account))
+        }
+    }
+
+    /// Whether it has waited, and still does.
+    async fn waits<T>(thread: &JoinHandle<T>) -> bool {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        !thread.is_finished()
+    }
+
+    async fn end<T: Send + 'static>(thread: JoinHandle<T>) -> T {
+        tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap()
+    }
+
+    fn part(account: &Account) -> Part {
+        account.has.as_ref().unwrap().1
+    }
+
+    #[tokio::test]
+    async fn who_has_his_turn_and_his_bytes_gets_memory_whoever_holds_it() {
+        let bench = Bench::new();
+        // The first part is taken for good.
+        let dripping = bench.layer(Class::Urgent);
+        let held = end(bench.asks(&dripping, LARGEST)).await.unwrap();
+        assert_eq!(part(&held), Part::Arriving);
+        // Ahead, and with all of its bytes: not yet.
+        let mut ahead = bench.layer(Class::Urgent);
+        let asks_ahead = bench.asks(&ahead, LARGEST);
+        ahead.tap.take().unwrap().stored(0);
+        // In turn, and without its bytes.
+        let mut first = bench.layer(Class::Urgent);
+        let asks_first = bench.asks(&first, LARGEST);
+        first.turn.send_replace(true);
+        assert!(waits(&asks_ahead).await && waits(&asks_first).await);
+        first.tap.take().unwrap().stored(0);
+        let has_first = end(asks_first).await.unwrap();
+        assert_eq!(part(&has_first), Part::Stored);
+        // The next in turn gets it after it.
+        ahead.turn.send_replace(true);
+        assert!(waits(&asks_ahead).await);
+        drop(has_first);
+        assert_eq!(part(&end(asks_ahead).await.unwrap()), Part::Stored);
+        // What takes little still arrives and is inflated at once.
+        assert_eq!(part(&end(bench.asks(&first, 5 << 20)).await.unwrap()), Part::Arriving);
+        // Pulls that may have to wait have a part of their own.
+        let aside = bench.layer(Class::Normal);
+        assert_eq!(part(&end(bench.asks(&aside, 13 << 20)).await.unwrap()), Part::Arriving);
+        assert_eq!(bench.memory.aside.available_permits(), ARRIVING_ASIDE);
+    }
+
+    #[tokio::test]
+    async fn nobody_holds_some_while_he_waits_for_more() {
+        let bench = Bench::new();
+        bench.memory.arriving.forget_permits(ARRIVING);
+        let mut threads = Vec::new();
+        for _ in 0..20 {
+            let mut layer = bench.layer(Class::Urgent);
+            layer.tap.take().unwrap().stored(0);
+            layer.turn.send_replace(true);
+            let mut account = bench.account(&layer);
+            let work = move || {
+                [5, 13, 133, 133, 5].iter().try_for_each(|mib| account.memory(mib << 20))?;
+                drop(layer);
+                Ok::<_, LayerError>(())
+            };
+            threads.push(std::thread::spawn(work));
+        }
+        for thread in threads {
+            end(thread).await.unwrap();
+        }
+        assert_eq!(bench.memory.stored.available_permits(), STORED);
+    }
+
+    #[tokio::test]
+    async fn whose_bytes_do_not_come_or_whom_nobody_wants_is_told() {
+        let bench = Bench::new();
+        bench.memory.arriving.forget_permits(ARRIVING);
+        let mut failed = bench.layer(Class::Urgent);
+        failed.turn.send_replace(true);
+        let asks = bench.asks(&failed, 1);
+        drop(failed.tap.take());
+        assert!(matches!(end(asks).await, Err(LayerError::Source(_))));
+        for is_its_turn in [false, true] {
+            let layer = bench.layer(Class::Urgent);
+            layer.turn.send_replace(is_its_turn);
+            let asks = bench.asks(&layer, 1);
+            assert!(waits(&asks).await);
+            drop(layer.turn);
+            assert!(matches!(end(asks).await, Err(LayerError::Stopped)));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_layer_stands_still_while_its_pull_gives_way_unless_it_is_waited_for() {
+        let bench = Bench::new();
+        let (arriving, mut stored) = (bench.layer(Class::Normal), bench.layer(Class::Normal));
+        let mut has_arriving = end(bench.asks(&arriving, 5 << 20)).await.unwrap();
+        stored.tap.take().unwrap().stored(0);
+        stored.turn.send_replace(true);
+        // More than there is for those who may have to wait.
+        let mut has_stored = end(bench.asks(&stored, LARGEST)).await.unwrap();
+        let launcher = bench.layer(Class::Urgent);
+        let goes_on = std::thread::spawn(move || has_arriving.go_on().map(|()| has_arriving));
+        assert!(waits(&goes_on).await);
+        assert!(end(std::thread::spawn(move || has_stored.go_on())).await.is_ok());
+        launcher.gate.end();
+        let mut has_arriving = end(goes_on).await.unwrap();
+        let _launcher = bench.layer(Class::Urgent);
+        let goes_on = std::thread::spawn(move || has_arriving.go_on());
+        assert!(waits(&goes_on).await);
+        drop(arriving.turn);
+        assert!(matches!(end(goes_on).await, Err(LayerError::Stopped)));
+    }
+}
