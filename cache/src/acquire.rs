@@ -355,7 +355,7 @@ impl Acquirer {
         self.admit(wish).await?;
         // Before anything that takes its time: who does not fit is told at once.
         let id = fresh();
-        let ticket = self.promise(wish, id.clone(), &claim).await?;
+        let ticket = self.promise(wish, id.clone(), &claim, &mut stages).await?;
         let (image, cache) = match found {
             Some(image) => (image, Cache::Hit),
             None => self.pulled(wish, &mut stages).await?,
@@ -420,8 +420,8 @@ impl Acquirer {
         promises::refused(refusal, &self.admission.limits, self.ledger.promises(), vm_of)
     }
 
-    /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first.
-    async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim) -> Result<Ticket> {
+    /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first, which is waiting.
+    async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim, stages: &mut Stages) -> Result<Ticket> {
         let Self { ledger, kernel, admission, room, .. } = self;
         let (promises, limits) = (ledger.promises(), &*admission.limits);
         promises.get_ready(limits, wish.until).await?;
@@ -446,6 +446,7 @@ impl Acquirer {
         // Who waits with others may find that they have taken what was made, and asks for more; until there is none.
         while let Err(refusal @ reserve::Refusal::Pool { needed, .. }) = &asked {
             room.make(self.over_limit(refusal), *needed, wish.until).await?;
+            stages.done(Stage::Queue);
             asked = ask(kernel.pool().await)?;
         }
         asked.map_err(|refusal| self.over_limit(&refusal))
@@ -477,7 +478,7 @@ impl Acquirer {
                 spare.gone();
                 continue;
             };
-            let ticket = self.promise(wish, id.clone(), claim).await?;
+            let ticket = self.promise(wish, id.clone(), claim, stages).await?;
             let look = self.look_and_hand_out(id.clone(), granted, image, ask, given_up);
             let handed = match look.await {
                 Ok(Looked { at, handed }) => {
@@ -486,6 +487,8 @@ impl Acquirer {
                 }
                 // It may be there in a moment: it is looked at again, by whoever has the time.
                 Err(Unfit::Unseen(KernelError::Missing(_))) => {
+                    // What is promised goes by the lease: nobody may get that before.
+                    drop(ticket);
                     spare.gone();
                     self.spares.look_again();
                     continue;
@@ -498,6 +501,7 @@ impl Acquirer {
                 }
                 Err(unfit) => {
                     tracing::warn!(lease = %id, ?unfit, "a spare is not what it was; it is given up");
+                    drop(ticket);
                     spare.gone();
                     self.ledger.drop_spares(vec![id], self.clock.now()).await?;
                     self.wake.now();
@@ -519,6 +523,7 @@ impl Acquirer {
                         return Ok(None);
                     }
                     // Somebody has dropped it.
+                    drop(ticket);
                     spare.gone();
                 }
                 HandedOut::Held => return Ok(None),

@@ -163,7 +163,7 @@ fn put_back(backup: &Path, restored: &Restored, output: Output) -> String {
     text
 }
 
-/// "format 3, 3 leases (2 granted, 1 releasing), 1 pin, last generation 7"
+/// "format 3, 3 leases (2 granted, 1 releasing), 1 pin, generations up to 7"
 fn contents(findings: &Findings) -> String {
     let total: u64 = findings.leases.values().sum();
     let states = findings.leases.iter().map(|(state, count)| format!("{count} {state}")).collect::<Vec<_>>();
@@ -175,7 +175,7 @@ fn contents(findings: &Findings) -> String {
         pins => format!(", {pins} pins"),
     };
     format!(
-        "format {}, {total} {leases}{states}{pins}, last generation {}",
+        "format {}, {total} {leases}{states}{pins}, generations up to {}",
         findings.format, findings.last_generation
     )
 }

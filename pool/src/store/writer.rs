@@ -337,10 +337,11 @@ impl Desk {
         seconds: Option<&Histogram>,
     ) -> rusqlite::Result<()> {
         let mut changes = batch.iter().flat_map(|decided| &decided.changes).peekable();
-        // Nothing is queued any more when it is closed.
-        let Some(connection) = self.connection.as_mut().filter(|_| changes.peek().is_some()) else {
+        if changes.peek().is_none() {
             return Ok(());
-        };
+        }
+        // Nothing is queued any more when it is closed.
+        let connection = self.connection.as_ref().ok_or(rusqlite::Error::InvalidQuery)?;
         let begun = Instant::now();
         let transaction = Transaction::begin(connection)?;
         for change in changes {
