@@ -300,7 +300,8 @@ mod tests {
         assert!(looked.load(Ordering::SeqCst));
         drop(all);
         let slow_disk = |seen: Result<u8, KernelError>| {
-            std::thread::sleep(Duration::from_millis(200));
+            let (_nobody_sends, waits) = std::sync::mpsc::channel::<()>();
+            let _limit_is_over = waits.recv_timeout(Duration::from_millis(200));
             seen.unwrap() + 1
         };
         let done = devices.ask_then(&devices.turns, limit, "in time".into(), |_| Ok(1), slow_disk).await;
