@@ -420,7 +420,8 @@ impl Acquirer {
         promises::refused(refusal, &self.admission.limits, self.ledger.promises(), vm_of)
     }
 
-    /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first, which is waiting.
+    /// Promises the wish's lease, of this id, its room; where the pool has promised what it has, more is made first, and waited
+    /// for.
     async fn promise(&self, wish: &Wish, id: LeaseId, claim: &Claim, stages: &mut Stages) -> Result<Ticket> {
         let Self { ledger, kernel, admission, room, .. } = self;
         let (promises, limits) = (ledger.promises(), &*admission.limits);

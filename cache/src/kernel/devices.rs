@@ -67,8 +67,7 @@ impl Devices {
     /// # Errors
     /// See [`KernelError`].
     pub async fn inspect(&self, path: &str) -> Result<DeviceIdentity, KernelError> {
-        let (what, path) = (format!("looking at {path}"), path.to_owned());
-        self.ask(&self.turns, DEVICE_LIMIT, what, move |kernel| kernel.inspect(&path)).await
+        self.inspect_then(path, |seen| seen).await?
     }
 
     /// The same; what is seen is given to `then`, in the thread that has looked, which may wait for a disk: whoever writes down

@@ -1,9 +1,9 @@
 //! What is durable: one SQLite file, and one at a time who writes it.
 //!
 //! Every write decides at once on the state as the ones before have left it, durable or not, and queues up. A thread, or a
-//! caller that may wait for the disk, makes all that has queued up durable with one commit, and only then answers and publishes. A commit that fails takes
-//! everything back that was decided and is not durable, and every caller of that is told; a failed fsync ends the
-//! process, for what is on the disk is then unknown.
+//! caller that may wait for the disk, makes all that has queued up durable with one commit, and only then answers and
+//! publishes. A commit that fails takes everything back that was decided and is not durable, and every caller of that is
+//! told; a failed fsync ends the process, for what is on the disk is then unknown.
 //!
 //! A write that nobody has to wait for ([`Store::write_behind`]) is answered and published before it is durable.
 

@@ -340,8 +340,12 @@ impl Desk {
         if changes.peek().is_none() {
             return Ok(());
         }
-        // Nothing is queued any more when it is closed.
-        let connection = self.connection.as_ref().ok_or(rusqlite::Error::InvalidQuery)?;
+        // Nothing is queued any more then.
+        let closed = || {
+            let misuse = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_MISUSE);
+            rusqlite::Error::SqliteFailure(misuse, Some("the file is closed".to_owned()))
+        };
+        let connection = self.connection.as_ref().ok_or_else(closed)?;
         let begun = Instant::now();
         let transaction = Transaction::begin(connection)?;
         for change in changes {
