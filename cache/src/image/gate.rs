@@ -24,7 +24,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
 
-use super::pace::{BEAT, Pulse};
+use super::{
+    pace::{BEAT, Pulse},
+    waits::Waits,
+};
 use crate::error::{Error, Reason, Result};
 
 /// How urgent a pull is.
@@ -171,6 +174,8 @@ pub(super) struct Gate {
     fetched: AtomicU64,
     /// At how many things it is for which it needs no registry.
     at_work: AtomicUsize,
+    /// For how long its downloads have waited for its budget.
+    on_budget: Waits,
 }
 
 /// A pull is at something for which it needs no registry, until this is dropped.
@@ -190,8 +195,14 @@ impl Gate {
         let claim = Claim { id, terms: terms.clone(), is_lent: false };
         traffic.count(terms.class, 1);
         let state = State { claims: vec![claim], given_up: false, ended: false, is_slow: false };
-        let (fetched, at_work) = (AtomicU64::new(0), AtomicUsize::new(0));
-        (Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state), fetched, at_work }), id)
+        let gate = Self {
+            traffic: traffic.clone(),
+            state: watch::Sender::new(state),
+            fetched: AtomicU64::new(0),
+            at_work: AtomicUsize::new(0),
+            on_budget: Waits::default(),
+        };
+        (Arc::new(gate), id)
     }
 
     /// It is at something for which it needs no registry.
@@ -202,10 +213,14 @@ impl Gate {
 
     /// Sees to it that the pull holds up nobody while it gets hardly anything.
     pub(super) async fn take_pulse(&self) -> Infallible {
-        let mut pulse = Pulse::default();
+        let (mut pulse, mut on_budget) = (Pulse::default(), Duration::ZERO);
         loop {
             tokio::time::sleep(BEAT).await;
-            let is_excused = self.at_work.load(Ordering::Relaxed) > 0 || !self.is_open();
+            // Its budget is more of a hindrance than its registry.
+            let before = std::mem::replace(&mut on_budget, self.on_budget.total());
+            let keeps_to_budget = on_budget - before >= BEAT / 2;
+            let is_at_work = self.at_work.load(Ordering::Relaxed) > 0;
+            let is_excused = is_at_work || keeps_to_budget || !self.is_open();
             let is_slow = pulse.beat(self.fetched.load(Ordering::Relaxed), is_excused);
             // Each change wakes who waits at the gate.
             if self.state.borrow().is_slow != is_slow {
@@ -329,6 +344,7 @@ impl Gate {
         let budget = state.borrow_and_update().budget();
         let Some(budget) = budget else { return Ok(()) };
         let until = budget.take(bytes, Instant::now());
+        let _waits = self.on_budget.begin();
         loop {
             {
                 let now = state.borrow_and_update();
@@ -466,6 +482,36 @@ mod tests {
         launcher.end();
         job.end();
         assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pull_is_slow_by_its_registry_and_not_by_its_budget() {
+        // Bytes a second that its budget and its registry let through, and whether it is slow.
+        let table = [
+            (1, 1 << 30, false),
+            (100 << 10, 1 << 30, false),
+            (100 << 10, 110 << 10, false),
+            (1 << 20, 10 << 10, true),
+            (1 << 30, 10 << 10, true),
+        ];
+        for (own, registrys, is_slow) in table {
+            let traffic = Traffic::default();
+            let job = Terms { class: Class::Normal, budget: budget(own), stays: false };
+            let ((gate, _), (below, _)) =
+                (Gate::new(&traffic, &job), Gate::new(&traffic, &terms(Class::Background)));
+            let fetches = async {
+                loop {
+                    tokio::time::sleep(Duration::from_secs_f64((16 << 10) as f64 / registrys as f64)).await;
+                    assert!(gate.spend(16 << 10).await.is_ok());
+                }
+            };
+            let was_open = tokio::select! {
+                opens = tokio::time::timeout(Duration::from_secs(300), below.pass()) => opens.is_ok(),
+                never = gate.take_pulse() => match never {},
+                () = fetches => false,
+            };
+            assert_eq!(was_open, is_slow, "{own} {registrys}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,6 +25,7 @@ mod tap;
 mod unpack;
 mod verdicts;
 mod verify;
+mod waits;
 mod window;
 
 use std::{
