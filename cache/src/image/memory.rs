@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Who has of the first part may be waiting for anybody (a registry, a pull that comes first, the layer below), and nobody
-//! waits for it. Who has of the other part waits for nobody, so that whoever is in line for it gets it.
+//! waits for it. Who has of the other part waits for nobody, so that whoever is in line for it gets it. A layer has its memory
+//! until the last of what was inflated has been read.
 
 use std::{io, sync::Arc};
 
@@ -19,7 +20,7 @@ use super::{
     gate::{Class, Gate},
     tap::Arrival,
 };
-use crate::layer::{LayerError, Warden};
+use crate::layer::{LEAST_MEMORY, LayerError, Warden};
 
 type Result<T> = std::result::Result<T, LayerError>;
 
@@ -42,6 +43,11 @@ impl Default for Memory {
         let of = |mib| Arc::new(Semaphore::new(mib));
         Self { arriving: of(ARRIVING), aside: of(ARRIVING_ASIDE), stored: of(STORED) }
     }
+}
+
+/// Bytes as MiB, which permits are.
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
 }
 
 /// What a layer has of it, asked on the thread that inflates it.
@@ -99,9 +105,10 @@ impl Account {
 
 impl Warden for Account {
     fn memory(&mut self, bytes: u64) -> Result<()> {
-        let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-        // Who has some while it waits for more may be waited for.
-        self.has = None;
+        let mib = mib(bytes);
+        // What was inflated may still have to be read. Of the other part it has none while it waits for more.
+        self.keep(LEAST_MEMORY);
+        self.has.take_if(|(_, part)| *part == Part::Stored);
         let arriving =
             if self.gate.class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
         let has = match arriving.clone().try_acquire_many_owned(mib) {
@@ -119,6 +126,13 @@ impl Warden for Account {
         }
         // A pull that is given up ends by itself.
         self.wait(async { self.gate.pass().await.map_err(|_| LayerError::Stopped) })
+    }
+
+    fn keep(&mut self, bytes: u64) {
+        if let Some((permit, _)) = &mut self.has {
+            let more = permit.num_permits().saturating_sub(mib(bytes) as usize);
+            drop(permit.split(more));
+        }
     }
 }
 
@@ -279,5 +293,28 @@ mod tests {
         assert!(waits(&goes_on).await);
         drop(arriving.turn);
         assert!(matches!(end(goes_on).await, Err(LayerError::Stopped)));
+    }
+
+    #[tokio::test]
+    async fn what_is_still_to_be_read_has_its_memory() {
+        let bench = Bench::new();
+        let left = || bench.memory.arriving.available_permits();
+        let layer = bench.layer(Class::Urgent);
+        let mut account = bench.account(&layer);
+        account.memory(LARGEST).unwrap();
+        assert_eq!(left(), ARRIVING - mib(LARGEST) as usize);
+        account.keep(LEAST_MEMORY);
+        assert_eq!(left(), ARRIVING - 5);
+        account.keep(LARGEST);
+        assert_eq!(left(), ARRIVING - 5, "it keeps what it has");
+        // While it waits for more, and when that has come to nothing.
+        bench.memory.arriving.forget_permits(ARRIVING - 5);
+        drop(layer.turn);
+        let asks = std::thread::spawn(move || (account.memory(LARGEST), account));
+        let (got, account) = end(asks).await;
+        assert!(matches!(got, Err(LayerError::Stopped)));
+        assert_eq!((part(&account), left()), (Part::Arriving, 0));
+        drop(account);
+        assert_eq!(left(), 5);
     }
 }
