@@ -155,6 +155,11 @@ impl State {
         self.claims.iter().map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
     }
 
+    fn own_class(&self) -> Class {
+        let own = self.claims.iter().filter(|claim| !claim.is_lent);
+        own.map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
+    }
+
     /// The largest of the most urgent.
     fn budget(&self) -> Option<Arc<Budget>> {
         let class = self.class();
@@ -286,8 +291,14 @@ impl Gate {
         });
     }
 
-    pub(super) fn class(&self) -> Class {
+    /// Before whom it goes.
+    fn class(&self) -> Class {
         self.state.borrow().class()
+    }
+
+    /// Without what is lent to it: what it takes for its class it may have for longer than the loan.
+    pub(super) fn own_class(&self) -> Class {
+        self.state.borrow().own_class()
     }
 
     /// The pull is not under way any more.
@@ -419,6 +430,7 @@ mod tests {
         assert!(joined.join(&Terms::LAUNCHER).is_some());
         let loan = ClaimId(u64::MAX);
         lent.lend(loan, &launcher);
+        assert_eq!((joined.own_class(), lent.own_class()), (Class::Urgent, Class::Background));
         for gate in [&joined, &lent] {
             assert!(passes(gate).await);
             assert_eq!(seconds(gate, 1 << 40).await, 0, "the job's budget holds still");

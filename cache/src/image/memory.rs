@@ -110,7 +110,7 @@ impl Warden for Account {
         self.keep(LEAST_MEMORY);
         self.has.take_if(|(_, part)| *part == Part::Stored);
         let arriving =
-            if self.gate.class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
+            if self.gate.own_class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
         let has = match arriving.clone().try_acquire_many_owned(mib) {
             Ok(permit) => (permit, Part::Arriving),
             Err(_) => (self.wait(self.in_line(mib))?, Part::Stored),
@@ -143,7 +143,7 @@ mod tests {
 
     use super::*;
     use crate::image::{
-        gate::{Terms, Traffic},
+        gate::{ClaimId, Terms, Traffic},
         tap::{Outlet, Room, Tap, tap},
     };
 
@@ -316,5 +316,21 @@ mod tests {
         assert_eq!((part(&account), left()), (Part::Arriving, 0));
         drop(account);
         assert_eq!(left(), 5);
+    }
+
+    #[tokio::test]
+    async fn whom_a_class_is_only_lent_takes_no_part_of_launchers() {
+        let bench = Bench::new();
+        let (job, launcher) = (bench.layer(Class::Background), bench.layer(Class::Urgent));
+        let left = || (bench.memory.arriving.available_permits(), bench.memory.aside.available_permits());
+        job.gate.lend(ClaimId::new(), &launcher.gate);
+        let mut lent = bench.account(&job);
+        lent.memory(5 << 20).unwrap();
+        assert_eq!(left(), (ARRIVING, ARRIVING_ASIDE - 5));
+        // A launcher that joins it stays.
+        assert!(job.gate.join(&Terms::LAUNCHER).is_some());
+        let mut joined = bench.account(&job);
+        joined.memory(5 << 20).unwrap();
+        assert_eq!(left(), (ARRIVING - 5, ARRIVING_ASIDE - 5));
     }
 }

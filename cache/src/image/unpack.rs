@@ -63,7 +63,7 @@ impl Inflating {
     /// Begins ahead of its turn, if there is a thread to spare.
     pub(super) fn begin_ahead(store: &Store<'_>, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
         let threads = &store.shared.spare_threads;
-        if threads.available_permits() <= kept_from(store.gate.class()) {
+        if threads.available_permits() <= kept_from(store.gate.own_class()) {
             return None;
         }
         let spare = threads.clone().try_acquire_owned().ok()?;
