@@ -326,6 +326,19 @@ impl Gate {
     /// # Errors
     /// If nobody wants it any more.
     pub(super) async fn pass(&self) -> Result<()> {
+        self.wait(true).await
+    }
+
+    /// Waits until it has to give way.
+    ///
+    /// # Errors
+    /// As [`Self::pass`].
+    pub(super) async fn closes(&self) -> Result<()> {
+        self.wait(false).await
+    }
+
+    /// Until it is open, or is not.
+    async fn wait(&self, until_open: bool) -> Result<()> {
         let (mut state, mut traffic) = (self.state.subscribe(), self.traffic.0.subscribe());
         loop {
             let class = {
@@ -335,7 +348,7 @@ impl Gate {
                 }
                 state.class()
             };
-            if is_open(class, &traffic.borrow_and_update()) {
+            if is_open(class, &traffic.borrow_and_update()) == until_open {
                 return Ok(());
             }
             tokio::select! {
@@ -433,11 +446,14 @@ mod tests {
         assert_eq!((joined.own_class(), lent.own_class()), (Class::Urgent, Class::Background));
         for gate in [&joined, &lent] {
             assert!(passes(gate).await);
+            let closes = tokio::time::timeout(Duration::from_secs(1), gate.closes()).await;
+            assert!(closes.is_err(), "it gives way to nobody");
             assert_eq!(seconds(gate, 1 << 40).await, 0, "the job's budget holds still");
         }
         // Each loan is one, however often it is told.
         lent.lend(loan, &launcher);
         lent.leave(loan);
+        assert!(lent.closes().await.is_ok());
         launcher.end();
         assert!(!passes(&lent).await, "the other one is a launcher's now");
         joined.leave(job_of_joined);
