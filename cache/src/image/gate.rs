@@ -24,7 +24,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
 
-use super::pace::{BEAT, Pulse};
+use super::{
+    pace::{BEAT, Pulse},
+    waits::Waits,
+};
 use crate::error::{Error, Reason, Result};
 
 /// How urgent a pull is.
@@ -152,6 +155,11 @@ impl State {
         self.claims.iter().map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
     }
 
+    fn own_class(&self) -> Class {
+        let own = self.claims.iter().filter(|claim| !claim.is_lent);
+        own.map(|claim| claim.terms.class).max().unwrap_or(Class::Background)
+    }
+
     /// The largest of the most urgent.
     fn budget(&self) -> Option<Arc<Budget>> {
         let class = self.class();
@@ -171,6 +179,8 @@ pub(super) struct Gate {
     fetched: AtomicU64,
     /// At how many things it is for which it needs no registry.
     at_work: AtomicUsize,
+    /// For how long its downloads have waited for its budget.
+    on_budget: Waits,
 }
 
 /// A pull is at something for which it needs no registry, until this is dropped.
@@ -190,8 +200,14 @@ impl Gate {
         let claim = Claim { id, terms: terms.clone(), is_lent: false };
         traffic.count(terms.class, 1);
         let state = State { claims: vec![claim], given_up: false, ended: false, is_slow: false };
-        let (fetched, at_work) = (AtomicU64::new(0), AtomicUsize::new(0));
-        (Arc::new(Self { traffic: traffic.clone(), state: watch::Sender::new(state), fetched, at_work }), id)
+        let gate = Self {
+            traffic: traffic.clone(),
+            state: watch::Sender::new(state),
+            fetched: AtomicU64::new(0),
+            at_work: AtomicUsize::new(0),
+            on_budget: Waits::default(),
+        };
+        (Arc::new(gate), id)
     }
 
     /// It is at something for which it needs no registry.
@@ -202,10 +218,14 @@ impl Gate {
 
     /// Sees to it that the pull holds up nobody while it gets hardly anything.
     pub(super) async fn take_pulse(&self) -> Infallible {
-        let mut pulse = Pulse::default();
+        let (mut pulse, mut on_budget) = (Pulse::default(), Duration::ZERO);
         loop {
             tokio::time::sleep(BEAT).await;
-            let is_excused = self.at_work.load(Ordering::Relaxed) > 0 || !self.is_open();
+            // Its budget is more of a hindrance than its registry.
+            let before = std::mem::replace(&mut on_budget, self.on_budget.total());
+            let keeps_to_budget = on_budget - before >= BEAT / 2;
+            let is_at_work = self.at_work.load(Ordering::Relaxed) > 0;
+            let is_excused = is_at_work || keeps_to_budget || !self.is_open();
             let is_slow = pulse.beat(self.fetched.load(Ordering::Relaxed), is_excused);
             // Each change wakes who waits at the gate.
             if self.state.borrow().is_slow != is_slow {
@@ -271,8 +291,14 @@ impl Gate {
         });
     }
 
-    pub(super) fn class(&self) -> Class {
+    /// Before whom it goes.
+    fn class(&self) -> Class {
         self.state.borrow().class()
+    }
+
+    /// Without what is lent to it: what it takes for its class it may have for longer than the loan.
+    pub(super) fn own_class(&self) -> Class {
+        self.state.borrow().own_class()
     }
 
     /// The pull is not under way any more.
@@ -300,6 +326,19 @@ impl Gate {
     /// # Errors
     /// If nobody wants it any more.
     pub(super) async fn pass(&self) -> Result<()> {
+        self.wait(true).await
+    }
+
+    /// Waits until it has to give way.
+    ///
+    /// # Errors
+    /// As [`Self::pass`].
+    pub(super) async fn closes(&self) -> Result<()> {
+        self.wait(false).await
+    }
+
+    /// Until it is open, or is not.
+    async fn wait(&self, until_open: bool) -> Result<()> {
         let (mut state, mut traffic) = (self.state.subscribe(), self.traffic.0.subscribe());
         loop {
             let class = {
@@ -309,7 +348,7 @@ impl Gate {
                 }
                 state.class()
             };
-            if is_open(class, &traffic.borrow_and_update()) {
+            if is_open(class, &traffic.borrow_and_update()) == until_open {
                 return Ok(());
             }
             tokio::select! {
@@ -329,6 +368,7 @@ impl Gate {
         let budget = state.borrow_and_update().budget();
         let Some(budget) = budget else { return Ok(()) };
         let until = budget.take(bytes, Instant::now());
+        let _waits = self.on_budget.begin();
         loop {
             {
                 let now = state.borrow_and_update();
@@ -403,13 +443,17 @@ mod tests {
         assert!(joined.join(&Terms::LAUNCHER).is_some());
         let loan = ClaimId(u64::MAX);
         lent.lend(loan, &launcher);
+        assert_eq!((joined.own_class(), lent.own_class()), (Class::Urgent, Class::Background));
         for gate in [&joined, &lent] {
             assert!(passes(gate).await);
+            let closes = tokio::time::timeout(Duration::from_secs(1), gate.closes()).await;
+            assert!(closes.is_err(), "it gives way to nobody");
             assert_eq!(seconds(gate, 1 << 40).await, 0, "the job's budget holds still");
         }
         // Each loan is one, however often it is told.
         lent.lend(loan, &launcher);
         lent.leave(loan);
+        assert!(lent.closes().await.is_ok());
         launcher.end();
         assert!(!passes(&lent).await, "the other one is a launcher's now");
         joined.leave(job_of_joined);
@@ -466,6 +510,36 @@ mod tests {
         launcher.end();
         job.end();
         assert_eq!(*traffic.0.borrow(), [0; CLASSES], "nobody is under way");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pull_is_slow_by_its_registry_and_not_by_its_budget() {
+        // Bytes a second that its budget and its registry let through, and whether it is slow.
+        let table = [
+            (1, 1 << 30, false),
+            (100 << 10, 1 << 30, false),
+            (100 << 10, 110 << 10, false),
+            (1 << 20, 10 << 10, true),
+            (1 << 30, 10 << 10, true),
+        ];
+        for (own, registrys, is_slow) in table {
+            let traffic = Traffic::default();
+            let job = Terms { class: Class::Normal, budget: budget(own), stays: false };
+            let ((gate, _), (below, _)) =
+                (Gate::new(&traffic, &job), Gate::new(&traffic, &terms(Class::Background)));
+            let fetches = async {
+                loop {
+                    tokio::time::sleep(Duration::from_secs_f64((16 << 10) as f64 / registrys as f64)).await;
+                    assert!(gate.spend(16 << 10).await.is_ok());
+                }
+            };
+            let was_open = tokio::select! {
+                opens = tokio::time::timeout(Duration::from_secs(300), below.pass()) => opens.is_ok(),
+                never = gate.take_pulse() => match never {},
+                () = fetches => false,
+            };
+            assert_eq!(was_open, is_slow, "{own} {registrys}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,11 +2,14 @@
 //!
 //! ```text
 //!  while the bytes arrive, or ahead ─► what is left of one part, or not yet
-//!                                         └─► its turn has come, and its blob is stored ─► in line for the other part
+//!                                         └─► its turn has come, and its blob is stored ─► in line for the other part,
+//!                                                ▲                                        │ as usual, or as large
+//!                                                └─── a pull of a higher class is under way ◄─┘
 //! ```
 //!
 //! Who has of the first part may be waiting for anybody (a registry, a pull that comes first, the layer below), and nobody
-//! waits for it. Who has of the other part waits for nobody, so that whoever is in line for it gets it.
+//! waits for it. Who has of the other part waits for nobody, so that whoever is in line for it gets it. A layer has its memory
+//! until the last of what was inflated has been read.
 
 use std::{io, sync::Arc};
 
@@ -18,30 +21,52 @@ use tokio::{
 use super::{
     gate::{Class, Gate},
     tap::Arrival,
+    waits::Waits,
 };
-use crate::layer::{LayerError, Warden};
+use crate::layer::{LEAST_MEMORY, LayerError, Warden};
 
 type Result<T> = std::result::Result<T, LayerError>;
 
 /// In MiB. Of those that are inflated while they arrive: of pulls that never wait for others, and of those that may.
 const ARRIVING: usize = 192;
 const ARRIVING_ASIDE: usize = 64;
-/// Of those that are inflated from the store: one with the largest window, and some that are usual.
-const STORED: usize = 160;
+/// Of those that are inflated from the store: some that are usual, and one with the largest window. Each kind has a line of its
+/// own, so that neither stands behind the other.
+const STORED_USUAL: usize = 27;
+const STORED_LARGE: usize = 133;
+/// What one that is usual takes at the most: zstd's window is of 8 MiB up to its level 19.
+const USUAL: u32 = 13;
 
 /// What there is of it.
 #[derive(Debug)]
 pub(super) struct Memory {
     arriving: Arc<Semaphore>,
     aside: Arc<Semaphore>,
-    stored: Arc<Semaphore>,
+    usual: Arc<Semaphore>,
+    large: Arc<Semaphore>,
 }
 
 impl Default for Memory {
     fn default() -> Self {
         let of = |mib| Arc::new(Semaphore::new(mib));
-        Self { arriving: of(ARRIVING), aside: of(ARRIVING_ASIDE), stored: of(STORED) }
+        Self {
+            arriving: of(ARRIVING),
+            aside: of(ARRIVING_ASIDE),
+            usual: of(STORED_USUAL),
+            large: of(STORED_LARGE),
+        }
     }
+}
+
+impl Memory {
+    fn stored(&self, mib: u32) -> &Arc<Semaphore> {
+        if mib <= USUAL { &self.usual } else { &self.large }
+    }
+}
+
+/// Bytes as MiB, which permits are.
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
 }
 
 /// What a layer has of it, asked on the thread that inflates it.
@@ -53,6 +78,7 @@ pub(super) struct Account {
     /// Whether it is the layer's turn; nobody wants it any more if the sender is gone.
     turn: watch::Receiver<bool>,
     handle: Handle,
+    in_line: Arc<Waits>,
     has: Option<(OwnedSemaphorePermit, Part)>,
 }
 
@@ -71,7 +97,13 @@ impl Account {
         turn: watch::Receiver<bool>,
     ) -> Self {
         let (memory, gate) = (memory.clone(), gate.clone());
-        Self { memory, gate, arrival, turn, handle: Handle::current(), has: None }
+        let (handle, in_line) = (Handle::current(), Arc::default());
+        Self { memory, gate, arrival, turn, handle, in_line, has: None }
+    }
+
+    /// How long it has been in line, or has let others go first there.
+    pub(super) fn in_line(&self) -> Arc<Waits> {
+        self.in_line.clone()
     }
 
     /// `work`, unless and until nobody wants the layer any more.
@@ -86,27 +118,39 @@ impl Account {
         })
     }
 
-    /// From the store.
-    async fn in_line(&self, mib: u32) -> Result<OwnedSemaphorePermit> {
+    /// From the store. Who has to give way leaves the line, and who does not any more, by whoever's class, joins it.
+    async fn stored(&self, mib: u32) -> Result<OwnedSemaphorePermit> {
         let stopped = |_| LayerError::Stopped;
         self.turn.clone().wait_for(|is_here| *is_here).await.map_err(stopped)?;
         if !self.arrival.stored().await {
             return Err(LayerError::Source(io::Error::other("it was not fetched")));
         }
-        self.memory.stored.clone().acquire_many_owned(mib).await.map_err(|_| LayerError::Stopped)
+        let _waits = self.in_line.begin();
+        loop {
+            // A pull that is given up ends by itself.
+            self.gate.pass().await.map_err(|_| LayerError::Stopped)?;
+            tokio::select! {
+                biased;
+                permit = self.memory.stored(mib).clone().acquire_many_owned(mib) => {
+                    return permit.map_err(|_| LayerError::Stopped);
+                }
+                _closed = self.gate.closes() => {}
+            }
+        }
     }
 }
 
 impl Warden for Account {
     fn memory(&mut self, bytes: u64) -> Result<()> {
-        let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-        // Who has some while it waits for more may be waited for.
-        self.has = None;
+        let mib = mib(bytes);
+        // What was inflated may still have to be read. Of the other part it has none while it waits for more.
+        self.keep(LEAST_MEMORY);
+        self.has.take_if(|(_, part)| *part == Part::Stored);
         let arriving =
-            if self.gate.class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
+            if self.gate.own_class() == Class::Urgent { &self.memory.arriving } else { &self.memory.aside };
         let has = match arriving.clone().try_acquire_many_owned(mib) {
             Ok(permit) => (permit, Part::Arriving),
-            Err(_) => (self.wait(self.in_line(mib))?, Part::Stored),
+            Err(_) => (self.wait(self.stored(mib))?, Part::Stored),
         };
         self.has = Some(has);
         Ok(())
@@ -120,16 +164,25 @@ impl Warden for Account {
         // A pull that is given up ends by itself.
         self.wait(async { self.gate.pass().await.map_err(|_| LayerError::Stopped) })
     }
+
+    fn keep(&mut self, bytes: u64) {
+        if let Some((permit, _)) = &mut self.has {
+            let more = permit.num_permits().saturating_sub(mib(bytes) as usize);
+            drop(permit.split(more));
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::{thread::JoinHandle, time::Duration};
+    use std::{pin::Pin, thread::JoinHandle, time::Duration};
+
+    use futures_util::FutureExt as _;
 
     use super::*;
     use crate::image::{
-        gate::{Terms, Traffic},
+        gate::{ClaimId, Terms, Traffic},
         tap::{Outlet, Room, Tap, tap},
     };
 
@@ -160,6 +213,14 @@ mod tests {
             Layer { gate, tap: Some(tap), outlet, turn: watch::Sender::new(false) }
         }
 
+        /// One whose turn it is, and whose blob is stored.
+        fn ready(&self, class: Class) -> Layer {
+            let mut layer = self.layer(class);
+            layer.tap.take().unwrap().stored(0);
+            layer.turn.send_replace(true);
+            layer
+        }
+
         fn account(&self, layer: &Layer) -> Account {
             Account::new(&self.memory, &layer.gate, layer.outlet.arrival(), layer.turn.subscribe())
         }
@@ -169,6 +230,18 @@ mod tests {
             let mut account = self.account(layer);
             std::thread::spawn(move || account.memory(bytes).map(|()| account))
         }
+    }
+
+    type Standing<'a> = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit>> + 'a>>;
+
+    /// In line for so many MiB.
+    fn stands(account: &Account, mib: u32) -> Standing<'_> {
+        Box::pin(account.stored(mib))
+    }
+
+    /// What it has got by now.
+    fn got(standing: &mut Standing<'_>) -> Option<OwnedSemaphorePermit> {
+        standing.as_mut().now_or_never().map(Result::unwrap)
     }
 
     /// Whether it has waited, and still does.
@@ -237,7 +310,8 @@ mod tests {
         for thread in threads {
             end(thread).await.unwrap();
         }
-        assert_eq!(bench.memory.stored.available_permits(), STORED);
+        let Memory { usual, large, .. } = &*bench.memory;
+        assert_eq!((usual.available_permits(), large.available_permits()), (STORED_USUAL, STORED_LARGE));
     }
 
     #[tokio::test]
@@ -279,5 +353,126 @@ mod tests {
         assert!(waits(&goes_on).await);
         drop(arriving.turn);
         assert!(matches!(end(goes_on).await, Err(LayerError::Stopped)));
+    }
+
+    #[tokio::test]
+    async fn usual_ones_and_large_ones_do_not_stand_behind_each_other() {
+        let bench = Bench::new();
+        let layers: Vec<_> = (0..5).map(|_| bench.ready(Class::Urgent)).collect();
+        let accounts: Vec<_> = layers.iter().map(|layer| bench.account(layer)).collect();
+        let has_large = got(&mut stands(&accounts[0], mib(LARGEST))).unwrap();
+        let mut next_large = stands(&accounts[1], mib(LARGEST));
+        assert!(got(&mut next_large).is_none());
+        let usual: Vec<_> = (2..4).map(|at| got(&mut stands(&accounts[at], USUAL)).unwrap()).collect();
+        let mut next_usual = stands(&accounts[4], USUAL);
+        assert!(got(&mut next_usual).is_none());
+        drop(has_large);
+        assert!(got(&mut next_large).is_some() && got(&mut next_usual).is_none());
+        drop(usual);
+        assert!(got(&mut next_usual).is_some());
+    }
+
+    #[tokio::test]
+    async fn who_has_to_give_way_leaves_the_line_unless_and_until_somebody_waits_for_him() {
+        let bench = Bench::new();
+        let take_all = || {
+            let left = bench.memory.usual.available_permits();
+            bench.memory.usual.clone().try_acquire_many_owned(left as u32).unwrap()
+        };
+        let held = take_all();
+        let (job, job_beside) = (bench.ready(Class::Normal), bench.ready(Class::Normal));
+        let (first, beside) = (bench.account(&job), bench.account(&job_beside));
+        let (mut first, mut beside) = (stands(&first, 5), stands(&beside, 5));
+        assert!(got(&mut first).is_none() && got(&mut beside).is_none());
+        // It comes last, and gets it first.
+        let launcher = bench.ready(Class::Urgent);
+        let account = bench.account(&launcher);
+        let mut last = stands(&account, USUAL);
+        assert!(got(&mut first).is_none() && got(&mut beside).is_none() && got(&mut last).is_none());
+        drop(held);
+        assert!(got(&mut first).is_none() && got(&mut beside).is_none());
+        let has_last = got(&mut last).unwrap();
+        let rest = take_all();
+        // It waits for what one of them is at.
+        let loan = ClaimId::new();
+        job.gate.lend(loan, &launcher.gate);
+        assert!(got(&mut first).is_none() && got(&mut beside).is_none());
+        drop((has_last, rest));
+        assert!(got(&mut beside).is_none());
+        assert!(got(&mut first).is_some());
+        job.gate.leave(loan);
+        // It does not any more, before it has come to anything.
+        let held = take_all();
+        job_beside.gate.lend(loan, &launcher.gate);
+        assert!(got(&mut beside).is_none());
+        job_beside.gate.leave(loan);
+        assert!(got(&mut beside).is_none());
+        drop(held);
+        assert!(got(&mut beside).is_none());
+        launcher.gate.end();
+        assert!(got(&mut beside).is_some());
+    }
+
+    #[tokio::test]
+    async fn whom_a_class_is_only_lent_takes_no_part_of_launchers() {
+        let bench = Bench::new();
+        let (job, launcher) = (bench.layer(Class::Background), bench.layer(Class::Urgent));
+        let left = || (bench.memory.arriving.available_permits(), bench.memory.aside.available_permits());
+        job.gate.lend(ClaimId::new(), &launcher.gate);
+        let mut lent = bench.account(&job);
+        lent.memory(5 << 20).unwrap();
+        assert_eq!(left(), (ARRIVING, ARRIVING_ASIDE - 5));
+        // A launcher that joins it stays.
+        assert!(job.gate.join(&Terms::LAUNCHER).is_some());
+        let mut joined = bench.account(&job);
+        joined.memory(5 << 20).unwrap();
+        assert_eq!(left(), (ARRIVING - 5, ARRIVING_ASIDE - 5));
+    }
+
+    #[tokio::test]
+    async fn what_is_still_to_be_read_has_its_memory() {
+        let bench = Bench::new();
+        let left = || bench.memory.arriving.available_permits();
+        let layer = bench.layer(Class::Urgent);
+        let mut account = bench.account(&layer);
+        account.memory(LARGEST).unwrap();
+        assert_eq!(left(), ARRIVING - mib(LARGEST) as usize);
+        account.keep(LEAST_MEMORY);
+        assert_eq!(left(), ARRIVING - 5);
+        account.keep(LARGEST);
+        assert_eq!(left(), ARRIVING - 5, "it keeps what it has");
+        // While it waits for more, and when that has come to nothing.
+        bench.memory.arriving.forget_permits(ARRIVING - 5);
+        drop(layer.turn);
+        let asks = std::thread::spawn(move || (account.memory(LARGEST), account));
+        let (got, account) = end(asks).await;
+        assert!(matches!(got, Err(LayerError::Stopped)));
+        assert_eq!((part(&account), left()), (Part::Arriving, 0));
+        drop(account);
+        assert_eq!(left(), 5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_line_is_told_from_other_time() {
+        let bench = Bench::new();
+        let pass = async |seconds| tokio::time::advance(Duration::from_secs(seconds)).await;
+        let held = bench.memory.usual.clone().try_acquire_many_owned(STORED_USUAL as u32).unwrap();
+        let mut layer = bench.layer(Class::Urgent);
+        let account = bench.account(&layer);
+        let mut standing = stands(&account, 5);
+        // Before its turn, and before its blob is stored, it is not in line.
+        assert!(got(&mut standing).is_none());
+        pass(1).await;
+        layer.turn.send_replace(true);
+        assert!(got(&mut standing).is_none());
+        pass(2).await;
+        layer.tap.take().unwrap().stored(0);
+        assert!(got(&mut standing).is_none());
+        pass(4).await;
+        drop(held);
+        let has = got(&mut standing).unwrap();
+        pass(8).await;
+        assert_eq!(account.in_line().total(), Duration::from_secs(4));
+        drop(has);
     }
 }

@@ -25,6 +25,7 @@ mod tap;
 mod unpack;
 mod verdicts;
 mod verify;
+mod waits;
 mod window;
 
 use std::{
@@ -204,7 +205,7 @@ pub trait PullObserver: Send + Sync {
     fn started(&self);
     /// Bytes have arrived from a registry.
     fn fetched(&self, bytes: u64);
-    /// A layer was unpacked in this time.
+    /// A layer was unpacked in this time, without what it was in line for memory.
     fn layer_unpacked(&self, took: Duration);
     /// A pull is over, however it ended.
     fn ended(&self);

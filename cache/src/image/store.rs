@@ -299,7 +299,7 @@ impl Store<'_> {
 
     /// Where bytes wait between fetching and unpacking: who may have to wait takes no room from who does not.
     pub(super) fn room(&self) -> &Arc<Room> {
-        let is_first = self.gate.class() == Class::Urgent;
+        let is_first = self.gate.own_class() == Class::Urgent;
         if is_first { &self.shared.room } else { &self.shared.side_room }
     }
 

@@ -8,6 +8,7 @@
 
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,8 +16,8 @@ use containerd_client::types::Descriptor as ContainerdDescriptor;
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 
 use super::{
-    Cache, Class, Digest, SPARE_THREADS, Shared, Unpacker, access, manifest::Descriptor, memory::Account,
-    store::Store, tap::Outlet,
+    Cache, Class, Digest, SPARE_THREADS, Shared, Unpacker, access, gate::Gate, manifest::Descriptor,
+    memory::Account, store::Store, tap::Outlet, waits::Waits,
 };
 use crate::{
     containerd::{CallError, Mount},
@@ -48,6 +49,8 @@ pub(super) struct Inflating {
     stop: StopWhenDropped,
     /// Whether it is its turn to be applied.
     turn: watch::Sender<bool>,
+    /// How long it has been in line for memory since then.
+    in_line: Arc<Waits>,
 }
 
 /// Nobody may be left to wait for the threads.
@@ -63,7 +66,7 @@ impl Inflating {
     /// Begins ahead of its turn, if there is a thread to spare.
     pub(super) fn begin_ahead(store: &Store<'_>, blob: &Descriptor, bytes: &Outlet) -> Option<Self> {
         let threads = &store.shared.spare_threads;
-        if threads.available_permits() <= kept_from(store.gate.class()) {
+        if threads.available_permits() <= kept_from(store.gate.own_class()) {
             return None;
         }
         let spare = threads.clone().try_acquire_owned().ok()?;
@@ -83,6 +86,7 @@ impl Inflating {
         }
         let (stop, turn) = (Stop::default(), watch::Sender::new(false));
         let account = Account::new(&shared.memory, store.gate, bytes.arrival(), turn.subscribe());
+        let in_line = account.in_line();
         let (work, inflated) = layer::inflate(shared.limits.layer.inflated(), &stop, Box::new(account));
         let flow = bytes.flow(&shared.containerd, blob.digest.as_str());
         // Its receiver is told if it cannot be made, as if it had ended.
@@ -90,7 +94,7 @@ impl Inflating {
             work(Box::new(flow));
             drop(spare);
         });
-        Some(Self { inflated, stop: StopWhenDropped(stop), turn })
+        Some(Self { inflated, stop: StopWhenDropped(stop), turn, in_line })
     }
 }
 
@@ -130,13 +134,13 @@ pub(super) async fn unpack(store: &Store<'_>, layer: &Layer<'_>, ahead: Option<I
     let _turn = store.brake.or(shared.locks.turn(&thing, &kin, Some(store.gate))).await?;
     // Nobody had it when the pull began. If somebody has by now, Prepare says so: to ask for each layer is a call too many.
     let mut has_other = false;
-    let begun = Instant::now();
     let mut ahead = ahead;
     loop {
+        let begun = Instant::now();
         let key = format!("extract-{} {}", uuid::Uuid::new_v4().simple(), layer.chain_id);
         let applied = apply(store, &key, layer, ahead, has_other).await;
-        if matches!(applied, Ok(Applied::Committed)) {
-            shared.observer.layer_unpacked(begun.elapsed());
+        if let Ok(Applied::Committed { in_line }) = applied {
+            shared.observer.layer_unpacked(begun.elapsed().saturating_sub(in_line));
             return Ok(Cache::Miss);
         }
         let removed = crate::containerd::Snapshots::remove(&*shared.containerd, &key).await;
@@ -193,7 +197,8 @@ pub(super) async fn is_theirs(store: &Store<'_>, chain_id: &Digest, blob: &Descr
 
 /// What has come of unpacking a layer.
 enum Applied {
-    Committed,
+    /// After so long in line for memory.
+    Committed { in_line: Duration },
     /// There was one by then, and this one is the same.
     Same,
     /// There was one before, and nothing was done.
@@ -233,6 +238,7 @@ async fn apply(
     let prepared = clock.lap();
     let ahead = ahead.or_else(|| Inflating::begin(store, layer.blob, layer.bytes, None));
     let point = mount_point(&mounts);
+    let in_line = ahead.as_ref().map(|ahead| ahead.in_line.clone()).unwrap_or_default();
     let applied = match (ahead, point) {
         (Some(ahead), Some(point)) => apply_here(store, layer, point, ahead).await?,
         (ahead, _) => {
@@ -264,9 +270,11 @@ async fn apply(
         Err(error) if error.is_already_exists() => return Ok(Applied::Same),
         Err(error) => return Err(containerd.explain(error)),
     }
-    let committed = clock.lap();
-    tracing::debug!(digest = %layer.blob.digest, ?prepared, ?applying, ?waited, ?committed, "a layer was unpacked");
-    Ok(Applied::Committed)
+    let (committed, in_line) = (clock.lap(), in_line.total());
+    tracing::debug!(
+        digest = %layer.blob.digest, ?prepared, ?applying, ?in_line, ?waited, ?committed, "a layer was unpacked"
+    );
+    Ok(Applied::Committed { in_line })
 }
 
 /// A block device with a filesystem, which is all that can be mounted here.
@@ -284,7 +292,7 @@ async fn apply_here(
     store: &Store<'_>,
     layer: &Layer<'_>,
     point: MountPoint,
-    Inflating { inflated, stop, turn }: Inflating,
+    Inflating { inflated, stop, turn, in_line }: Inflating,
 ) -> Result<String> {
     let limits = &store.shared.limits;
     let expected = layer.diff_id.clone();
@@ -302,7 +310,7 @@ async fn apply_here(
     let outcome = tokio::select! {
         outcome = &mut work => outcome,
         // Its thread has come to an end before the snapshot is removed.
-        why = ended(store, layer, limits.unpack_timeout) => {
+        why = ended(store, layer, &in_line, limits.unpack_timeout) => {
             stop.0.stop();
             drop(turn);
             match (work.await, why) {
@@ -321,19 +329,11 @@ async fn apply_here(
     }
 }
 
-/// Ends when the layer should: the pull has failed elsewhere, or was given up, or it takes too long though its bytes are there
-/// and its pull gives way to nobody.
-async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Error {
+/// Ends when the layer should: the pull has failed elsewhere, or was given up, or it takes too long though its bytes are there.
+async fn ended(store: &Store<'_>, layer: &Layer<'_>, in_line: &Waits, limit: Duration) -> Error {
     let late = async {
         layer.bytes.stored().await;
-        let _at_work = store.gate.work();
-        let mut left = limit;
-        while !left.is_zero() {
-            store.gate.pass().await?;
-            tokio::time::sleep(left.min(TICK)).await;
-            left = left.saturating_sub(TICK);
-        }
-        Ok(())
+        had_time(store.gate, in_line, limit).await
     };
     match store.brake.or(late).await.flatten() {
         Err(stopped) => stopped,
@@ -346,6 +346,20 @@ async fn ended(store: &Store<'_>, layer: &Layer<'_>, limit: Duration) -> Error {
             Error::new(Reason::ContainerdTimeout, message).with("digest", &layer.blob.digest)
         }
     }
+}
+
+/// Waits until a layer has had so much time, in which its pull gave way to nobody, and it was not in line for memory.
+async fn had_time(gate: &Gate, in_line: &Waits, limit: Duration) -> Result<()> {
+    // In line, it needs no registry either.
+    let _at_work = gate.work();
+    let mut left = limit;
+    while !left.is_zero() {
+        gate.pass().await?;
+        let (tick, before) = (left.min(TICK), in_line.total());
+        tokio::time::sleep(tick).await;
+        left = left.saturating_sub(tick.saturating_sub(in_line.total() - before));
+    }
+    Ok(())
 }
 
 /// Mounts, applies, compares, writes back, unmounts. Returns also how many bytes the disk has.
@@ -466,4 +480,35 @@ fn refused_there(shared: &Shared, layer: &Layer<'_>, error: CallError) -> Error 
         return Error::new(Reason::ImageCorrupt, message).with("digest", digest);
     }
     shared.containerd.explain(error).context(format!("layer {digest}"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::image::gate::{Terms, Traffic};
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_line_and_time_of_others_is_not_a_layers_own() {
+        const LIMIT: Duration = Duration::from_secs(10);
+        const OTHERS: Duration = Duration::from_secs(1000);
+        let (traffic, in_line) = (Traffic::default(), Waits::default());
+        let job = Terms { class: Class::Normal, ..Terms::LAUNCHER };
+        let (gate, _) = Gate::new(&traffic, &job);
+        let begun = tokio::time::Instant::now();
+        let others = async {
+            tokio::time::sleep(LIMIT / 2).await;
+            let waits = in_line.begin();
+            tokio::time::sleep(OTHERS).await;
+            drop(waits);
+            let (launcher, _) = Gate::new(&traffic, &Terms::LAUNCHER);
+            tokio::time::sleep(OTHERS).await;
+            launcher.end();
+        };
+        let (had, ()) = tokio::join!(had_time(&gate, &in_line, LIMIT), others);
+        had.unwrap();
+        let own = begun.elapsed() - 2 * OTHERS;
+        // Whether others come first is looked at once a tick.
+        assert!((LIMIT - TICK..=LIMIT + TICK).contains(&own), "{own:?}");
+    }
 }

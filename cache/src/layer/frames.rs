@@ -16,8 +16,8 @@ pub(super) fn is_zstd(first: &[u8]) -> bool {
 }
 
 /// What the frames of a source are when they are inflated.
-pub(super) struct Frames {
-    source: BufReader<Source>,
+pub(super) struct Frames<'a> {
+    source: BufReader<Source<'a>>,
     context: Decoder<'static>,
     /// What was read of the frame's header, and not inflated yet.
     header: Vec<u8>,
@@ -26,8 +26,8 @@ pub(super) struct Frames {
     is_within: bool,
 }
 
-impl Frames {
-    pub(super) fn of(source: BufReader<Source>) -> io::Result<Self> {
+impl<'a> Frames<'a> {
+    pub(super) fn of(source: BufReader<Source<'a>>) -> io::Result<Self> {
         Ok(Self { source, context: Decoder::new()?, header: Vec::new(), window: 0, is_within: false })
     }
 
@@ -57,7 +57,7 @@ impl Frames {
     }
 }
 
-impl Read for Frames {
+impl Read for Frames<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             if !self.is_within && !self.begin()? {

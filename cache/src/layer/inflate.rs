@@ -24,7 +24,7 @@ const CHUNKS: usize = 16;
 /// Bytes asked of the source at once.
 const INPUT: usize = 64 << 10;
 /// Bytes of memory that every inflater takes: its chunks, and what it has beside them.
-pub(super) const LEAST_MEMORY: u64 = 5 << 20;
+pub const LEAST_MEMORY: u64 = 5 << 20;
 /// The largest window of a zstd frame, in bytes; zstd by itself takes no larger ones either.
 pub(super) const WINDOW_MAX: u64 = 128 << 20;
 
@@ -40,6 +40,8 @@ pub trait Warden: Send {
     /// # Errors
     /// As [`Self::memory`].
     fn go_on(&mut self) -> Result<()>;
+    /// Of what it has, it needs so many bytes and no more, until it is dropped: what was inflated is still to be read.
+    fn keep(&mut self, bytes: u64);
 }
 
 /// Tells the threads of a layer to end.
@@ -59,9 +61,9 @@ impl Stop {
 
 enum Part {
     Bytes(Vec<u8>),
-    /// There are no more; the digest of all of them.
-    End(Digest),
-    Failed(LayerError),
+    /// There are no more; the digest of all of them. Who is asked for memory lets go of it when this has been read, or dropped:
+    /// what comes before it takes memory until then.
+    Last(Result<Digest>, #[allow(dead_code, reason = "it is dropped")] Box<dyn Warden>),
 }
 
 /// The layer as it comes out of the inflater.
@@ -80,22 +82,20 @@ pub struct Inflated {
 pub fn inflate(
     most: u64,
     stop: &Stop,
-    warden: Box<dyn Warden>,
+    mut warden: Box<dyn Warden>,
 ) -> (impl FnOnce(Box<dyn Read + Send>) + Send + use<>, Inflated) {
     let (sender, parts) = sync_channel(CHUNKS);
     let source_stop = stop.clone();
     let work = move |from: Box<dyn Read + Send>| {
-        let last = match copy(Source { from, stop: source_stop, warden }, most, &sender) {
-            Ok(digest) => Part::End(digest),
-            Err(error) => Part::Failed(error),
-        };
+        let copied = copy(Source { from, stop: source_stop, warden: &mut *warden }, most, &sender);
+        warden.keep(LEAST_MEMORY);
         // Nobody may be there to read it.
-        let _read = sender.send(last);
+        let _read = sender.send(Part::Last(copied, warden));
     };
     (work, Inflated { parts, chunk: Vec::new(), at: 0, end: None, failed: None, stop: stop.clone() })
 }
 
-fn copy(source: Source, most: u64, sender: &SyncSender<Part>) -> Result<Digest> {
+fn copy(source: Source<'_>, most: u64, sender: &SyncSender<Part>) -> Result<Digest> {
     let mut inflater = inflater(source)?;
     let mut digest = Sha256::new();
     let mut total = 0_u64;
@@ -132,7 +132,7 @@ fn fill(from: &mut dyn Read, chunk: &mut [u8]) -> Result<usize> {
     Ok(length)
 }
 
-fn inflater(source: Source) -> Result<Box<dyn Read>> {
+fn inflater(source: Source<'_>) -> Result<Box<dyn Read + '_>> {
     let mut source = BufReader::with_capacity(INPUT, source);
     let first = source.fill_buf().map_err(unreadable)?;
     let (is_zstd, is_gzip) = (frames::is_zstd(first), first.starts_with(&[0x1f, 0x8b]));
@@ -145,13 +145,13 @@ fn inflater(source: Source) -> Result<Box<dyn Read>> {
 }
 
 /// Marks errors of the source, which are no errors of the compression; ends when it is told to.
-pub(super) struct Source {
+pub(super) struct Source<'a> {
     from: Box<dyn Read + Send>,
     stop: Stop,
-    warden: Box<dyn Warden>,
+    warden: &'a mut dyn Warden,
 }
 
-impl Source {
+impl Source<'_> {
     /// For a zstd frame with a window of so many bytes.
     pub(super) fn memory(&mut self, window: u64) -> io::Result<()> {
         if window > WINDOW_MAX {
@@ -175,7 +175,7 @@ fn passed_on(error: LayerError) -> io::Error {
 #[error("{0}")]
 struct SourceError(io::Error);
 
-impl Read for Source {
+impl Read for Source<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.stop.check().and_then(|()| self.warden.go_on()).map_err(passed_on)?;
         self.from.read(into).map_err(|error| match error.kind() {
@@ -219,8 +219,10 @@ impl Inflated {
         while self.at == self.chunk.len() && self.end.is_none() {
             match self.parts.recv() {
                 Ok(Part::Bytes(chunk)) => (self.chunk, self.at) = (chunk, 0),
-                Ok(Part::End(digest)) => self.end = Some(digest),
-                Ok(Part::Failed(error)) => return Err(error),
+                Ok(Part::Last(outcome, _warden)) => {
+                    (self.chunk, self.at) = (Vec::new(), 0);
+                    self.end = Some(outcome?);
+                }
                 Err(_) => return Err(vanished()),
             }
         }

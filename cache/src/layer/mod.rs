@@ -22,7 +22,7 @@ mod tests;
 use std::{io, path::Path};
 
 pub use apply::{Bounds, apply};
-pub use inflate::{Inflated, Stop, Warden, inflate};
+pub use inflate::{Inflated, LEAST_MEMORY, Stop, Warden, inflate};
 pub use mount::{Detached, MountPoint};
 pub use root::Root;
 

@@ -21,7 +21,7 @@ use crate::image::Digest;
 
 const BOUNDS: Bounds = Bounds { bytes: 1 << 30, members: 1000, memory: 1 << 20 };
 
-/// Lets inflaters have what they want; and what that was, in MiB.
+/// Lets inflaters have what they want; and what that was, and what they kept, in MiB.
 #[derive(Clone, Default)]
 struct Asked(Arc<Mutex<Vec<u64>>>);
 
@@ -33,6 +33,10 @@ impl Warden for Asked {
 
     fn go_on(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    fn keep(&mut self, bytes: u64) {
+        self.0.lock().unwrap().push(bytes >> 20);
     }
 }
 
@@ -455,6 +459,32 @@ fn inflated(bytes: &[u8], piece: usize) -> (Result<Digest>, Vec<u64>) {
 }
 
 #[test]
+fn memory_is_kept_until_all_was_read_or_is_dropped() {
+    let data = vec![0x41; 1_000_000];
+    for is_read in [true, false] {
+        let asked = Asked::default();
+        let (work, inflated) = inflate(u64::MAX, &Stop::default(), Box::new(asked.clone()));
+        // It ends, and what it has made is still there.
+        work(Box::new(io::Cursor::new(data.clone())));
+        assert_eq!(*asked.0.lock().unwrap(), [5, 5]);
+        assert_eq!(Arc::strong_count(&asked.0), 2);
+        if is_read {
+            assert_eq!(inflated.finish().unwrap(), Digest::of(&data));
+        } else {
+            drop(inflated);
+        }
+        assert_eq!(Arc::strong_count(&asked.0), 1);
+    }
+    // Nobody reads on from a failure, however much came before it.
+    let asked = Asked::default();
+    let (work, mut inflated) = inflate(data.len() as u64 - 1, &Stop::default(), Box::new(asked.clone()));
+    work(Box::new(io::Cursor::new(data.clone())));
+    assert_eq!(Arc::strong_count(&asked.0), 2);
+    assert!(io::copy(&mut inflated, &mut io::sink()).is_err());
+    assert_eq!(Arc::strong_count(&asked.0), 1);
+}
+
+#[test]
 fn memory_is_asked_for_before_each_frame_that_needs_more() {
     let frame = |window_log: u32, data: &[u8]| {
         let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
@@ -479,18 +509,18 @@ fn memory_is_asked_for_before_each_frame_that_needs_more() {
     let all = Digest::of(&data.repeat(4));
     for piece in [4, 7, 1 << 20] {
         let (digest, asked) = inflated(&frames, piece);
-        assert_eq!((digest.unwrap(), asked), (all.clone(), vec![5, 6, 13, 133]), "in pieces of {piece}");
+        assert_eq!((digest.unwrap(), asked), (all.clone(), vec![5, 6, 13, 133, 5]), "in pieces of {piece}");
     }
     // Others take what all take.
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(&data).unwrap();
     for bytes in [data.clone(), gzip.finish().unwrap()] {
         let (digest, asked) = inflated(&bytes, 1 << 20);
-        assert_eq!((digest.unwrap(), asked), (Digest::of(&data), vec![5]));
+        assert_eq!((digest.unwrap(), asked), (Digest::of(&data), vec![5, 5]));
     }
     // A window of 144 MiB is refused before anything is asked for, in whichever frame it is.
     let larger = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x89, 1, 0, 0];
-    for (before, had) in [(vec![], vec![5]), (frame(20, &data), vec![5, 6])] {
+    for (before, had) in [(vec![], vec![5, 5]), (frame(20, &data), vec![5, 6, 5])] {
         let (error, asked) = inflated(&[&before[..], &larger].concat(), 1 << 20);
         let error = error.unwrap_err();
         assert!(matches!(&error, LayerError::Refused(what) if what.contains("144 MiB")), "{error:?}");
