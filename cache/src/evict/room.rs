@@ -9,7 +9,7 @@ use cowshed_gc::evict::{Bytes, Kind, Outcome, Room, Trigger};
 use futures_util::{FutureExt as _, future::Shared};
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Evictor, inventory::total};
+use super::{Evictor, Report, inventory::total};
 use crate::{
     admission::Admission,
     error::{Error, Reason, Result},
@@ -142,6 +142,18 @@ pub(crate) fn deadline(patience: Duration) -> Instant {
 }
 
 impl Evictor {
+    /// What a run in an emergency has come to is known to the first who would be refused after it: a pool that fills up while
+    /// nothing can be removed refuses without delay.
+    pub(super) fn remember(&self, report: &Report) {
+        let mut latest = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.barren = match &report.outcome {
+            short @ Outcome::Short { .. } if !report.did_something() => {
+                Some((Instant::now(), Bytes(0), Vain::Ran(short.clone())))
+            }
+            _ => None,
+        };
+    }
+
     /// Joins the run for those who would be refused, or begins it. If there was nothing to be had lately that is the answer,
     /// whatever comes of it; then also after what time to ask again, if it is being looked at anew.
     fn join(self: &Arc<Self>, needed: Bytes) -> Result<Flight, (Vain, Option<Duration>)> {

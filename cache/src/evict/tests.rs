@@ -631,6 +631,23 @@ async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_be
     host.make().await.unwrap();
 }
 
+/// The watch has found out before them.
+#[tokio::test(start_paused = true)]
+async fn who_comes_when_nothing_can_be_removed_in_an_emergency_is_told_at_once() {
+    let host = host();
+    host.fill(TOTAL * 99 / 100);
+    host.evictor.remember(&host.run().await);
+    let looks = host.store.looks.load(Ordering::SeqCst);
+    let refused = host.make().await.unwrap_err().to_string();
+    assert!(refused.contains("lacking: "), "{refused}");
+    assert_eq!(host.store.looks.load(Ordering::SeqCst), looks, "it was looked at again first");
+    // A run that has made some room says nothing of who comes then.
+    host.store.put("old", 10, 9 * DAY);
+    host.evictor.remember(&host.run().await);
+    host.store.put("recent", 100, 8 * DAY);
+    host.make().await.unwrap();
+}
+
 /// Those who wait for the same, and those who come after one in vain.
 #[tokio::test]
 async fn each_is_refused_by_words_of_his_own() {

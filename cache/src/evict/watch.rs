@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use cowshed_gc::evict::{Kind, Pool, Trigger};
+use cowshed_gc::evict::{Kind, Marks, Pool, Room, Share, Trigger};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
@@ -22,9 +22,16 @@ impl Evictor {
         let mut scheduled = Instant::now() + self.settings.interval;
         // After runs that came to nothing the next one waits longer and longer.
         let (mut rest, mut not_before) = (Duration::ZERO, Instant::now());
+        let mut was_emergency = false;
         loop {
             let pause = match self.pool().await {
                 Ok((pool, usage)) => {
+                    let is_emergency = self.is_emergency(&pool);
+                    if is_emergency && !was_emergency {
+                        // Now more may go.
+                        (rest, not_before) = (Duration::ZERO, Instant::now());
+                    }
+                    was_emergency = is_emergency;
                     pace.look(used(&usage), self.elapsed());
                     // LVM2 is asked meanwhile, so that it is known when the first one would be refused.
                     self.tell_pace(&pace, &pool);
@@ -33,6 +40,9 @@ impl Evictor {
                             scheduled = Instant::now() + self.settings.interval;
                         }
                         let ran = self.run(trigger).await;
+                        if trigger == Trigger::Pressure {
+                            ran.iter().filter(|_| is_emergency).for_each(|report| self.remember(report));
+                        }
                         let is_idle = ran.as_ref().map_or(true, |report| !report.did_something());
                         rest = if is_idle { (rest * 2).clamp(SHORTEST, LONGEST) } else { Duration::ZERO };
                         not_before = Instant::now() + rest;
@@ -47,7 +57,6 @@ impl Evictor {
                     SHORTEST * 5
                 }
             };
-            let pause = if rest.is_zero() { pause } else { pause.max(rest) };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 // Most are of devices, and come in crowds.
@@ -69,11 +78,17 @@ impl Evictor {
     }
 
     fn is_high(&self, pool: &Pool) -> bool {
-        let settled = pool.settled();
-        Kind::ALL.into_iter().any(|kind| {
-            let high = self.policy.limits(kind).marks.high().of(settled.total.of(kind));
-            settled.used.of(kind) >= high
-        })
+        self.has_reached(pool, pool.settled().used, Marks::high)
+    }
+
+    fn is_emergency(&self, pool: &Pool) -> bool {
+        self.has_reached(pool, pool.used, Marks::emergency)
+    }
+
+    fn has_reached(&self, pool: &Pool, used: Room, mark: impl Fn(Marks) -> Share) -> bool {
+        let is_reached =
+            |kind| used.of(kind) >= mark(self.policy.limits(kind).marks).of(pool.total.of(kind));
+        Kind::ALL.into_iter().any(is_reached)
     }
 
     fn tell_pace(&self, pace: &Pace, pool: &Pool) {
