@@ -212,6 +212,7 @@ async fn pins_pulls_and_jobs_are_of_names() {
             manifest: manifest.to_owned(),
             bytes: 1,
             was_there: false,
+            not_refreshed: None,
             at: UnixMicros(7),
         };
         ledger.settle_job(job.clone(), at, stage, now()).await.unwrap();

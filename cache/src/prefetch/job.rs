@@ -153,6 +153,9 @@ pub enum Stage {
         bytes: u64,
         /// Whether nothing had to be fetched or unpacked.
         was_there: bool,
+        /// Why its registry was not heard of what the name means, so that what was here was taken.
+        #[serde(default)]
+        not_refreshed: Option<String>,
         /// When.
         at: UnixMicros,
     },
@@ -379,7 +382,13 @@ pub(super) mod tests {
     }
 
     fn here(at: i64) -> Stage {
-        Stage::Here { manifest: "sha256:0".to_owned(), bytes: 1, was_there: false, at: UnixMicros(at) }
+        Stage::Here {
+            manifest: "sha256:0".to_owned(),
+            bytes: 1,
+            was_there: false,
+            not_refreshed: None,
+            at: UnixMicros(at),
+        }
     }
 
     fn failed(at: i64) -> Stage {
