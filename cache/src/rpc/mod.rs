@@ -307,8 +307,9 @@ impl Cowshed for Api {
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         self.metered("ListImages", async |_| {
-            let platform = parse::platform(request.into_inner().platform.as_deref())?;
-            let images = self.images.list_on_disk(&platform).await?;
+            let platform = request.into_inner().platform;
+            let platform = platform.map(|platform| parse::platform(Some(&platform))).transpose()?;
+            let images = self.images.list_on_disk(platform.as_ref()).await?;
             Ok(v1::ListImagesResponse { images: self.kept(images).collect() })
         })
         .await
