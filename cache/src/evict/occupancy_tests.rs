@@ -213,6 +213,7 @@ async fn pins_pulls_and_jobs_are_of_names() {
             bytes: 1,
             was_there: false,
             not_refreshed: None,
+            removed: false,
             at: UnixMicros(7),
         };
         ledger.settle_job(job.clone(), at, stage, now()).await.unwrap();

@@ -453,6 +453,7 @@ impl Prefetcher {
                 bytes: image.compressed_bytes,
                 was_there: cache == Cache::Hit,
                 not_refreshed: live.not_refreshed(at),
+                removed: false,
                 at: now.wall,
             },
             Err(error) => {

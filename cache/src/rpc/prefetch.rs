@@ -205,7 +205,7 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::Pr
             let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
             v1::PrefetchedImage { stage: now.into(), failure, ..image }
         }
-        Stage::Here { manifest, bytes, was_there, not_refreshed, at } => v1::PrefetchedImage {
+        Stage::Here { manifest, bytes, was_there, not_refreshed, removed: _, at } => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Done.into(),
             bytes_fetched: *bytes,
             bytes_total: *bytes,
