@@ -7,6 +7,11 @@ use serde_json::{Value, json};
 
 use super::{Output, images::image_json};
 
+/// "1 layer", "2 layers"
+pub(super) fn count(n: u64, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
 pub(super) fn version(output: Output) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match output {

@@ -87,9 +87,11 @@ pub(super) fn status(
             leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
         ),
     };
-    let _ = match status.spares_in_the_making {
-        0 => writeln!(text, "spares      {} ready", status.spares),
-        making => writeln!(text, "spares      {} ready, {making} being made", status.spares),
+    let _ = match (status.spares_off, status.spares, status.spares_in_the_making) {
+        (true, 0, _) => writeln!(text, "spares      off ([spares] enabled = false)"),
+        (true, ready, _) => writeln!(text, "spares      off ([spares] enabled = false), {ready} are to go"),
+        (false, ready, 0) => writeln!(text, "spares      {ready} ready"),
+        (false, ready, making) => writeln!(text, "spares      {ready} ready, {making} being made"),
     };
     if let Some(total) = usage.and_then(|usage| usage.images_total) {
         let v1::ImageUsageTotal { images, layers, layer_bytes, disks } = total;
@@ -291,6 +293,7 @@ pub(super) fn status_json(status: &v1::GetStatusResponse, usage: Option<&v1::Get
         })),
         "spares": status.spares,
         "spares_in_the_making": status.spares_in_the_making,
+        "spares_off": status.spares_off,
         "pulls_in_flight": status.pulls_in_flight,
         "prefetch_jobs": status.prefetch_jobs,
         "warm_set_problems": status.warm_set_problems,

@@ -323,8 +323,10 @@ impl Cowshed for Api {
             let v1::PinImageRequest { image, platform, hold_for, spares } = request.into_inner();
             let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
             let hold_for = hold_for.as_ref().map(parse::hold_for).transpose()?;
-            let pinned = self.keeper.pin(&image, &platform, hold_for, spares.unwrap_or_default()).await?;
-            Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next() })
+            let asked = spares.unwrap_or_default();
+            let pinned = self.keeper.pin(&image, &platform, hold_for, asked).await?;
+            let (spares, spares_limited) = self.spares.pinned(asked);
+            Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next(), spares, spares_limited })
         })
         .await
     }
