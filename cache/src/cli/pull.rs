@@ -12,7 +12,7 @@ use super::{
     images::image_json,
     print,
     progress::{Item, View},
-    show::{bytes, cache_name},
+    show::{bytes, cache_name, count},
     warn,
 };
 
@@ -59,9 +59,9 @@ fn summary(image: &v1::Image, cache: v1::CacheResult) -> String {
     let done = if cache == v1::CacheResult::Hit { "was there already" } else { "pulled and unpacked" };
     let digest = image.manifest_digest.as_deref().unwrap_or("-");
     format!(
-        "{} {done}: {} layers, {} compressed, {}, {digest}\n",
+        "{} {done}: {}, {} compressed, {}, {digest}\n",
         image.name,
-        image.layers,
+        count(image.layers.into(), "layer", "layers"),
         bytes(image.compressed_bytes),
         image.platform
     )
