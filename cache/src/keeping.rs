@@ -149,7 +149,10 @@ impl Keeper {
         self.hindrances.admit()?;
         let records = self.catalogue.records().await?;
         let name = image.to_string();
+        let since = self.clock.now().wall;
         let Some(record) = records.iter().find(|record| record.name == name) else {
+            // A crash may have come between its removal and this.
+            self.forget(&[&name], BTreeSet::new(), since).await;
             return Ok(Removed::Nothing);
         };
         let mut manifests = self.catalogue.manifests(&record.target.digest).await?;
@@ -168,7 +171,12 @@ impl Keeper {
             // Somebody may have come meanwhile.
             judged()?;
         }
+        let others =
+            records.iter().map(|other| &other.target.digest).filter(|of| **of != record.target.digest);
+        let own =
+            if removed == Removed::Image { self.used(&manifests, others).await } else { BTreeSet::new() };
         if self.catalogue.remove(record, removed == Removed::Image).await? {
+            self.forget(&[&name], own, since).await;
             return Ok(removed);
         }
         let message = format!("image {image} was changed while it was being removed: remove it again");
@@ -212,6 +220,39 @@ impl Keeper {
 }
 
 impl Keeper {
+    /// What has gone is a stranger when it comes back: the ledger forgets when it was used, and that it was fetched for later.
+    /// Only after it has gone: what is known of an image that stays decides whether it does. What a crash in between leaves is
+    /// told and kept as if it had never gone, and nothing else comes of it.
+    async fn forget(&self, names: &[&str], manifests: BTreeSet<String>, since: UnixMicros) {
+        let names: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        if let Err(error) = self.ledger.forget_images(names, manifests, since).await {
+            tracing::warn!(%error, "what was known of an image that is gone is not forgotten");
+        }
+    }
+
+    /// The manifests of which disks were made, but for those to which one of the others leads.
+    async fn used(
+        &self,
+        manifests: &BTreeSet<String>,
+        others: impl Iterator<Item = &String> + Send,
+    ) -> BTreeSet<String> {
+        let is_used = |marks: &Marks, manifest: &&String| marks.last_use(manifest).is_some();
+        let mut used: BTreeSet<String> = self.ledger.read_all(|_, marks| {
+            manifests.iter().filter(|manifest| is_used(marks, manifest)).cloned().collect()
+        });
+        for other in others {
+            if used.is_empty() {
+                break;
+            }
+            match self.catalogue.manifests(other).await {
+                Ok(theirs) => used.retain(|manifest| !theirs.contains(manifest)),
+                // It may be everything.
+                Err(_) => used.clear(),
+            }
+        }
+        used
+    }
+
     /// Removes an image to make room, if nobody has come for it since it was chosen; says whether it was there. Its caller sees
     /// to it that this is done to its end.
     pub(crate) async fn evict(&self, going: &Going) -> Result<bool> {
@@ -236,6 +277,7 @@ impl Keeper {
             // Somebody may have come meanwhile.
             self.admit_going(going, &of_it, &manifests)?;
         }
+        let since = self.clock.now().wall;
         for (at, record) in of_it.iter().enumerate() {
             // The last of them holds what is to be collected.
             if !self.catalogue.remove(record, at + 1 == of_it.len()).await? {
@@ -243,6 +285,8 @@ impl Keeper {
                 return Err(Error::new(Reason::NotReady, message).with("image", &record.name));
             }
         }
+        let names: Vec<&str> = of_it.iter().map(|record| record.name.as_str()).collect();
+        self.forget(&names, going.own.clone(), since).await;
         Ok(true)
     }
 

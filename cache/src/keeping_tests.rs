@@ -20,6 +20,7 @@ use crate::{
         start, wish, world,
     },
     ledger::GivenUp,
+    prefetch::job::{JobId, Plan, Stage, Wanted},
 };
 
 /// containerd's records, and what their targets lead to.
@@ -48,6 +49,8 @@ impl Records {
 /// An index leads to the manifest of the fakes' image, and to one of another platform.
 const INDEX: &str = "sha256:index";
 const FOREIGN: &str = "sha256:foreign";
+/// Another index, which leads to the manifest as well.
+const ALIAS: &str = "sha256:alias";
 
 fn manifest() -> String {
     fakes::image().manifest.to_string()
@@ -71,7 +74,11 @@ impl Catalogue for Records {
     }
 
     async fn manifests(&self, target: &str) -> Result<BTreeSet<String>> {
-        let leads_to = if target == INDEX { vec![manifest(), FOREIGN.to_owned()] } else { Vec::new() };
+        let leads_to = match target {
+            INDEX => vec![manifest(), FOREIGN.to_owned()],
+            ALIAS => vec![manifest()],
+            _ => Vec::new(),
+        };
         Ok(leads_to.into_iter().collect())
     }
 
@@ -394,4 +401,78 @@ async fn the_last_use_is_that_of_the_last_grant_and_outlives_lease_and_restart()
     let after = Host::start(directory.path(), host.records.clone());
     assert_eq!(after.kept(&name()), before);
     assert_eq!(after.refused(&name()).await.0, Reason::ImagePinned);
+}
+
+/// A job that has fetched this for later, and a disk that was made of its manifest and is gone.
+async fn fetch_and_use(ledger: &Ledger, image: &str) {
+    let plan = Plan {
+        images: vec![Wanted { image: image.to_owned(), platform: "linux/amd64".to_owned() }],
+        class: crate::image::Class::Normal,
+        bytes_per_second: None,
+        concurrency: std::num::NonZeroU32::MIN,
+        deadline: None,
+        pin_for: None,
+        spares: 0,
+        tenant: cowshed_leases::Tenant::default(),
+        has_credentials: false,
+    };
+    let job: JobId = "j".parse().unwrap();
+    ledger.create_job(job.clone(), plan, UnixMicros(0)).await.unwrap();
+    let here = Stage::Here {
+        manifest: manifest(),
+        bytes: 1,
+        was_there: false,
+        not_refreshed: None,
+        removed: false,
+        at: UnixMicros(1_000_000),
+    };
+    ledger.settle_job(job, 0, here, book::now()).await.unwrap();
+    book::acquire(ledger, 1).await;
+    ledger.grant(id(1), grant_of(1, &manifest(), 100), book::now()).await.unwrap();
+    ledger.release(book::back(1), book::now()).await.unwrap();
+    ledger.remove_all(vec![id(1)], book::now()).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_removed_is_a_stranger_when_it_comes_back() {
+    // Another image's name, what that leads to, whether it is evicted, and whether the last use is known then.
+    let table = [
+        (None, false, false),
+        (None, true, false),
+        (Some(("r.example/other:1", INDEX)), false, true),
+        (Some(("r.example/other:1", ALIAS)), false, true),
+        (Some(("r.example/other:1", "sha256:else")), false, false),
+    ];
+    for (other, is_evicted, is_known) in table {
+        let (host, _directory) = host();
+        other.into_iter().for_each(|(name, target)| host.records.put(name, target));
+        fetch_and_use(host.ledger(), &name()).await;
+        let fetched = || host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count());
+        assert_eq!((fetched(), host.kept(&name()).last_use), (1, Some(UnixMicros(100_000_000))));
+        if is_evicted {
+            let going = Going {
+                target: INDEX.to_owned(),
+                names: [name()].into(),
+                own: [manifest(), FOREIGN.to_owned()].into(),
+                last_use: UnixMicros(i64::MAX),
+                prefetched_for: Duration::ZERO,
+            };
+            assert!(host.keeper.evict(&going).await.unwrap());
+        } else {
+            host.remove(&name()).await.unwrap();
+        }
+        assert_eq!(fetched(), 0, "{other:?}");
+        assert_eq!(host.kept(&name()).last_use.is_some(), is_known, "{other:?}");
+        assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
+    }
+}
+
+/// As if the process had been killed when the record had gone.
+#[tokio::test]
+async fn what_is_not_there_is_not_kept_for_later_either() {
+    let (host, _directory) = host();
+    fetch_and_use(host.ledger(), &name()).await;
+    host.records.all.lock().unwrap().clear();
+    assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
+    assert_eq!(host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count()), 0);
 }

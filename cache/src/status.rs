@@ -87,6 +87,7 @@ impl StatusSource {
             warm_set_problems: self.prefetcher.get().map(Prefetcher::warm_set_problems).unwrap_or_default(),
             spares: spares.ready,
             spares_in_the_making: spares.making,
+            spares_off: self.spares.get().is_some_and(|spares| !spares.are_kept()),
             started_at: Some(self.started_at.into()),
             rescue: rescue.into_iter().map(|cause| cause.as_str().to_owned()).collect(),
         }

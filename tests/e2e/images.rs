@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("an_index_gives_the_platform", an_index_gives_the_platform),
     ("by_digest", by_digest),
     ("a_pull_of_what_is_there_is_a_hit", a_pull_of_what_is_there_is_a_hit),
+    ("each_platform_that_is_there_is_listed", each_platform_that_is_there_is_listed),
     ("images_are_listed", images_are_listed),
     ("layers_are_unpacked_as_they_were_built", layers_are_unpacked_as_they_were_built),
     ("a_removed_image_is_pulled_again", a_removed_image_is_pulled_again),
@@ -176,6 +177,36 @@ fn images_are_listed() -> Outcome {
     })?;
     same!(reply.images.len(), images.len(), "the images over gRPC");
     Ok(())
+}
+
+fn each_platform_that_is_there_is_listed() -> Outcome {
+    evict_all()?;
+    let rows = |name: &str| {
+        let listed = cowshed(&["images", "-o", "json"])?.json()?;
+        let images = listed["images"].as_array().ok_or("no images")?;
+        let rows = images.iter().filter(|listed| listed["name"] == name);
+        let row = |row: &Value| {
+            Outcome::Ok((text(row, "/platform")?, number(row, "/layers")?, row["unpacked"] == true))
+        };
+        rows.map(row).collect::<Outcome<Vec<_>>>()
+    };
+    let (only, multi) = (image("tiny:arm64only"), image("app:multi"));
+    for name in [&only, &multi] {
+        cowshed(&["pull", name, "--platform", "linux/arm64"])?.ok()?;
+        same!(rows(name)?, [("linux/arm64".to_owned(), 1, true)], "what is there of {name}");
+    }
+    cowshed(&["acquire", "image-arm", &only, "--platform", "linux/arm64"])?.ok()?;
+    let listed = cowshed(&["images", "-o", "json"])?.json()?;
+    let of_it =
+        listed["images"].as_array().into_iter().flatten().find(|listed| listed["name"] == only.as_str());
+    same!(of_it.map(|image| image["leases"].clone()), Some(1.into()), "leases in {listed}");
+    let table = cowshed(&["images"])?.ok()?;
+    check!(table.lines().any(|line| line.starts_with(&only) && line.contains("linux/arm64")), "{table}");
+    release_fully("image-arm")?;
+    pull(&multi)?;
+    let platforms: Vec<String> = rows(&multi)?.into_iter().map(|(platform, _, _)| platform).collect();
+    same!(platforms, ["linux/amd64", "linux/arm64"], "once for each");
+    evict_all()
 }
 
 fn layers_are_unpacked_as_they_were_built() -> Outcome {

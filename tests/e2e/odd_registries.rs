@@ -1,14 +1,16 @@
 //! Registries that serve wrong bytes, stop in the middle, say nothing, or refuse.
 
+use serde_json::Value;
+
 use crate::{
     Test,
     support::{
         Outcome,
         audit::nothing_left,
         check,
-        command::{lines, run},
+        command::{lines, run, text},
         containerd,
-        cow::{acquire_as, cowshed, evict, refused, release, release_fully, wait_gone},
+        cow::{acquire_as, cowshed, evict, evict_all, refused, release, release_fully, wait_gone},
         fake_image::{FakeImage, digest, gzip, noise, tar},
         fake_registry::{Answer, FakeRegistry, Hosts, Request},
         same,
@@ -37,6 +39,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("server_error", server_error),
     ("manifest_of_another_digest", manifest_of_another_digest),
     ("manifest_that_is_none", manifest_that_is_none),
+    ("what_is_here_is_taken_and_told", what_is_here_is_taken_and_told),
     ("layer_of_another_diff_id", layer_of_another_diff_id),
     ("layer_of_garbage", layer_of_garbage),
     ("layer_that_ends_too_early", layer_that_ends_too_early),
@@ -66,6 +69,29 @@ fn refused_without_a_trace(
         }
         Ok(())
     })
+}
+
+fn what_is_here_is_taken_and_told() -> Outcome {
+    let image = FakeImage::new(31, 100_000)?;
+    let registry = registry_with("1", &image)?;
+    let name = registry.image("1");
+    let first = cowshed(&["pull", &name])?;
+    check!(!first.stderr.contains("warning"), "{}", first.stderr);
+    let again = cowshed(&["pull", &name])?.ok()?;
+    same!(again.lines().count(), 1, "what was there is no progress: {again}");
+    check!(again.contains("was there already: 1 layer,"), "{again}");
+    registry.manifest("1", Answer::Status(503));
+    let ran = cowshed(&["pull", &name, "-o", "json"])?;
+    check!(ran.stderr.contains("warning: ") && ran.stderr.contains("503"), "{}", ran.stderr);
+    let printed = ran.ok()?;
+    let last: Value = serde_json::from_str(printed.lines().last().unwrap_or_default())?;
+    check!(text(&last, "/not_refreshed")?.contains("503"), "{last}");
+    same!(text(&last, "/cache")?, "hit", "{last}");
+    let job = cowshed(&["prefetch", &name, "--wait"])?.ok()?;
+    check!(job.contains("what was here is used") && job.contains("503"), "{job}");
+    // Who wants to know what the registry says is told.
+    cowshed(&["acquire", "odd-always", &name, "--pull", "always"])?.fails(8, &["REGISTRY_UNAVAILABLE"])?;
+    evict_all()
 }
 
 fn good_one_works() -> Outcome {

@@ -16,7 +16,7 @@ use tonic::{
 
 use super::{
     Claim, Command, DiskMode, Failure, Output, PullPolicy, Reach, Who, gc, images, prefetch, print, pull,
-    show, status, top,
+    show, status, top, warn,
 };
 use crate::exit;
 
@@ -167,9 +167,17 @@ async fn ask(command: Command) -> Result<(), Failure> {
         }
         Command::Pin { image, hold_for, spares, reach } => {
             let hold_for = hold_for.map(seconds);
-            let request = v1::PinImageRequest { image, platform: None, hold_for, spares };
+            let request = v1::PinImageRequest { image: image.clone(), platform: None, hold_for, spares };
             let reply = connect(&reach.socket).await?.pin_image(request).await.map_err(|s| refused(&s))?;
-            print(&images::pinned(&reply.into_inner().image.unwrap_or_default(), reach.output))
+            let reply = reply.into_inner();
+            if let Some(why) = &reply.spares_limited {
+                warn(&format!(
+                    "{image}: {} spares are kept for {}: {why}",
+                    reply.spares,
+                    spares.unwrap_or_default()
+                ));
+            }
+            print(&images::pinned(&reply, reach.output))
         }
         Command::Unpin { image, reach } => {
             let request = v1::UnpinImageRequest { image: image.clone() };

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{
     Output,
-    show::{bytes, line, table},
+    show::{bytes, count, line, table},
 };
 
 pub(super) fn images(images: &[v1::Image], output: Output) -> String {
@@ -69,12 +69,24 @@ pub(super) fn image_json(image: &v1::Image) -> Value {
     })
 }
 
-pub(super) fn pinned(image: &v1::Image, output: Output) -> String {
-    match (output, &image.pinned_until) {
-        (Output::Json, _) => line(&json!({ "image": image_json(image) })),
-        (Output::Text, Some(until)) => format!("image {} is pinned until {}\n", image.name, minute(until)),
-        (Output::Text, None) => format!("image {} is pinned until it is unpinned\n", image.name),
+pub(super) fn pinned(reply: &v1::PinImageResponse, output: Output) -> String {
+    let image = reply.image.clone().unwrap_or_default();
+    if output == Output::Json {
+        return line(&json!({
+            "image": image_json(&image),
+            "spares": reply.spares,
+            "spares_limited": reply.spares_limited,
+        }));
     }
+    let end = match &image.pinned_until {
+        Some(until) => minute(until),
+        None => "it is unpinned".to_owned(),
+    };
+    let spares = match reply.spares {
+        0 => String::new(),
+        n => format!("; at least {} kept ready", count(n.into(), "spare is", "spares are")),
+    };
+    format!("image {} is pinned until {end}{spares}\n", image.name)
 }
 
 pub(super) fn unpinned(image: &str, reply: v1::UnpinImageResponse, output: Output) -> String {
@@ -116,6 +128,23 @@ fn minute(at: &prost_types::Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pin_says_what_it_keeps() {
+        let reply = |spares| v1::PinImageResponse {
+            image: Some(v1::Image { name: "r/a:1".to_owned(), ..v1::Image::default() }),
+            spares,
+            spares_limited: None,
+        };
+        let table = [
+            (0, "image r/a:1 is pinned until it is unpinned\n"),
+            (1, "image r/a:1 is pinned until it is unpinned; at least 1 spare is kept ready\n"),
+            (2, "image r/a:1 is pinned until it is unpinned; at least 2 spares are kept ready\n"),
+        ];
+        for (spares, text) in table {
+            assert_eq!(pinned(&reply(spares), Output::Text), text);
+        }
+    }
 
     #[test]
     fn times_are_shown_to_the_minute() {

@@ -15,6 +15,7 @@ use super::{
     client::{refused, seconds},
     print,
     progress::{Item, View},
+    pull::not_refreshed,
     show::{bytes, cache_name, line, table},
 };
 use crate::{
@@ -171,7 +172,7 @@ fn judge(job: &v1::Prefetch) -> Result<(), Failure> {
 
 fn item(image: &v1::PrefetchedImage) -> Item {
     let (name, stage) = (image.image.clone(), stage_name(image.stage()));
-    let why = image.failure.as_ref().map(|failure| format!(": {}", failure.message)).unwrap_or_default();
+    let why = why(image).map(|why| format!(": {why}")).unwrap_or_default();
     let is_begun = image.stage() != v1::PrefetchStage::Waiting;
     Item {
         line: is_begun.then(|| format!("{name} {stage}{why}")),
@@ -180,6 +181,12 @@ fn item(image: &v1::PrefetchedImage) -> Item {
         bytes_total: image.bytes_total,
         stage,
     }
+}
+
+/// Why it is not here, or not what its registry says.
+fn why(image: &v1::PrefetchedImage) -> Option<String> {
+    let failure = image.failure.as_ref().map(|failure| failure.message.clone());
+    failure.or_else(|| image.not_refreshed.as_ref().map(|why| not_refreshed(why)))
 }
 
 /// A job, with all of its images.
@@ -197,7 +204,7 @@ pub(super) fn one(job: &v1::Prefetch, output: Output) -> String {
                 0 => "-".to_owned(),
                 total => format!("{} of {}", bytes(image.bytes_fetched), bytes(total)),
             },
-            image.failure.as_ref().map_or_else(|| "-".to_owned(), |failure| failure.message.clone()),
+            why(image).unwrap_or_else(|| "-".to_owned()),
         ]
     }));
     let wants =
@@ -254,6 +261,7 @@ fn json_of(job: &v1::Prefetch) -> Value {
             "manifest_digest": Some(&image.manifest_digest).filter(|digest| !digest.is_empty()),
             "cache": Some(image.cache()).filter(|c| *c != v1::CacheResult::Unspecified).map(cache_name),
             "ended_at": image.ended_at.map(|at| at.to_string()),
+            "not_refreshed": image.not_refreshed,
         })
     });
     json!({

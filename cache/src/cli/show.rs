@@ -7,6 +7,11 @@ use serde_json::{Value, json};
 
 use super::{Output, images::image_json};
 
+/// "1 layer", "2 layers"
+pub(super) fn count(n: u64, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
 pub(super) fn version(output: Output) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match output {
@@ -120,10 +125,10 @@ pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> S
     let _ = match (p50, p99) {
         (Some(p50), Some(p99)) => writeln!(
             text,
-            "  expected  {:.1} ms, rarely more than {:.1} ms (of {} acquires)",
+            "  expected  {:.1} ms, rarely more than {:.1} ms (of {})",
             p50 as f64 / 1e3,
             p99 as f64 / 1e3,
-            offer.samples
+            count(offer.samples.into(), "acquire", "acquires")
         ),
         _ => writeln!(text, "  expected  unknown: none like it was acquired yet"),
     };
@@ -257,7 +262,8 @@ fn lease_text(lease: &v1::Lease) -> String {
         let command: Vec<&String> = p.entrypoint.iter().chain(&p.cmd).collect();
         let user = if p.user.is_empty() { "root" } else { &p.user };
         let directory = if p.working_dir.is_empty() { "/" } else { &p.working_dir };
-        let _ = writeln!(text, "process   {command:?} as {user} in {directory}, {} variables", p.env.len());
+        let variables = count(p.env.len() as u64, "variable", "variables");
+        let _ = writeln!(text, "process   {command:?} as {user} in {directory}, {variables}");
     }
     let note = note(lease);
     if !note.is_empty() {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     Output,
-    show::{bytes, line, share, state_name, table},
+    show::{bytes, count, line, share, state_name, table},
 };
 
 /// How it may look.
@@ -87,20 +87,25 @@ pub(super) fn status(
             leases.granted, leases.preparing, leases.suspect, leases.releasing, leases.failed
         ),
     };
-    let _ = match status.spares_in_the_making {
-        0 => writeln!(text, "spares      {} ready", status.spares),
-        making => writeln!(text, "spares      {} ready, {making} being made", status.spares),
+    let _ = match (status.spares_off, status.spares, status.spares_in_the_making) {
+        (true, 0, _) => writeln!(text, "spares      off ([spares] enabled = false)"),
+        (true, ready, _) => writeln!(text, "spares      off ([spares] enabled = false), {ready} are to go"),
+        (false, ready, 0) => writeln!(text, "spares      {ready} ready"),
+        (false, ready, making) => writeln!(text, "spares      {ready} ready, {making} being made"),
     };
     if let Some(total) = usage.and_then(|usage| usage.images_total) {
         let v1::ImageUsageTotal { images, layers, layer_bytes, disks } = total;
         let _ = writeln!(
             text,
-            "snapshots   {disks} disks, {layers} layers of {images} images with {}",
+            "snapshots   {}, {} of {} with {}",
+            count(disks.into(), "disk", "disks"),
+            count(layers.into(), "layer", "layers"),
+            count(images.into(), "image", "images"),
             bytes(layer_bytes)
         );
     }
     let _ = writeln!(text, "pulls       {} in flight", status.pulls_in_flight);
-    let _ = writeln!(text, "prefetch    {} jobs run", status.prefetch_jobs);
+    let _ = writeln!(text, "prefetch    {}", count(status.prefetch_jobs.into(), "job runs", "jobs run"));
     for problem in &status.warm_set_problems {
         let _ = writeln!(text, "warm set    {}", look.paint(Colour::Warning, problem));
     }
@@ -198,7 +203,10 @@ pub(super) fn of_vms(usage: &v1::GetUsageResponse, look: Look) -> String {
         "\n{}\n",
         look.paint(
             Colour::Heading,
-            &format!("{} VMs' disks have at least {} of their own", total.vms, bytes(total.own_bytes))
+            &match total.vms {
+                1 => format!("1 VM's disk has at least {} of its own", bytes(total.own_bytes)),
+                vms => format!("{vms} VMs' disks have at least {} of their own", bytes(total.own_bytes)),
+            }
         )
     );
     if usage.vms.is_empty() {
@@ -225,7 +233,8 @@ pub(super) fn of_images(usage: &v1::GetUsageResponse, look: Look) -> String {
         return format!("\nimages      unknown: {}\n", look.paint(Colour::Warning, &usage.images_problem));
     }
     let Some(total) = usage.images_total else { return String::new() };
-    let heading = format!("{} images' layers have at least {}", total.images, bytes(total.layer_bytes));
+    let images = count(total.images.into(), "image's", "images'");
+    let heading = format!("{images} layers have at least {}", bytes(total.layer_bytes));
     let mut text = format!("\n{}\n", look.paint(Colour::Heading, &heading));
     if usage.images.is_empty() {
         return text;
@@ -291,6 +300,7 @@ pub(super) fn status_json(status: &v1::GetStatusResponse, usage: Option<&v1::Get
         })),
         "spares": status.spares,
         "spares_in_the_making": status.spares_in_the_making,
+        "spares_off": status.spares_off,
         "pulls_in_flight": status.pulls_in_flight,
         "prefetch_jobs": status.prefetch_jobs,
         "warm_set_problems": status.warm_set_problems,
@@ -412,7 +422,7 @@ mod tests {
             "  data      8.00 GiB of 10.00 GiB (80.0 %), + 1.00 MiB/s: full in 34 min 8 s\n",
             "  metadata  1.00 MiB of 128.00 MiB (0.8 %), - 2.00 KiB/s\n",
             "  group     3.00 GiB free\n",
-            "snapshots   2 disks, 3 layers of 1 images with 9.00 MiB\n",
+            "snapshots   2 disks, 3 layers of 1 image with 9.00 MiB\n",
             "\n2 VMs' disks have at least 50.00 MiB of their own\n",
             "vm-1  granted  50.00 MiB  60.00 MiB  1.00 KiB  -512 B   r.example/app:1\n",
             "r.example/app:1  7.00 MiB  9.00 MiB  2      pinned\n",

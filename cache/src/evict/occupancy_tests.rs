@@ -212,6 +212,8 @@ async fn pins_pulls_and_jobs_are_of_names() {
             manifest: manifest.to_owned(),
             bytes: 1,
             was_there: false,
+            not_refreshed: None,
+            removed: false,
             at: UnixMicros(7),
         };
         ledger.settle_job(job.clone(), at, stage, now()).await.unwrap();

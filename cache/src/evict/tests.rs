@@ -404,7 +404,7 @@ async fn what_somebody_needs_stays_and_is_named() {
         let Outcome::Short { helps, .. } = &report.outcome else { unreachable!("{what}: {report:?}") };
         let helps: Vec<String> = helps.iter().map(ToString::to_string).collect();
         assert!(helps.join("; ").contains(says), "{what}: {helps:?}");
-        assert!(helps.join("; ").contains("extend it by hand"), "{what}: {helps:?}");
+        assert!(helps.join("; ").contains("`cowshed pool extend --"), "{what}: {helps:?}");
     }
     let host = host();
     host.store.put("some", 100, 9 * DAY);
@@ -579,7 +579,9 @@ async fn who_would_be_refused_gets_room_if_there_is_any() {
     let refused = host.make().await.unwrap_err();
     assert_eq!(refused.reason(), Reason::PoolFull);
     let text = refused.to_string();
-    for words in ["data_headroom_percent", "lacking: ", "release VM vm-1", "extend it by hand"] {
+    for words in
+        ["data_headroom_percent", "lacking: ", "release VM vm-1", "`cowshed pool extend --data +SIZE`"]
+    {
         assert!(text.contains(words), "{words:?}: {text}");
     }
     let looks = host.store.looks.load(Ordering::SeqCst);

@@ -86,8 +86,7 @@ impl Evictor {
     }
 
     fn has_reached(&self, pool: &Pool, used: Room, mark: impl Fn(Marks) -> Share) -> bool {
-        let is_reached =
-            |kind| used.of(kind) >= mark(self.policy.limits(kind).marks).of(pool.total.of(kind));
+        let is_reached = |kind| used.of(kind) >= mark(self.policy.limits(kind).marks).of(pool.total.of(kind));
         Kind::ALL.into_iter().any(is_reached)
     }
 

@@ -39,7 +39,7 @@ impl Catalogue for Images {
 
 impl Shared {
     /// The digests of `target` and of all that it leads to, as far as its documents are in the content store.
-    async fn led_to(&self, target: Digest) -> Result<BTreeSet<String>> {
+    pub(super) async fn led_to(&self, target: Digest) -> Result<BTreeSet<String>> {
         let mut all = BTreeSet::from([target.to_string()]);
         let mut indexes = vec![target];
         for _ in 0..DOCUMENTS_MAX {

@@ -10,6 +10,7 @@ mod gate;
 mod glance;
 mod known;
 mod labels;
+mod listing;
 mod locks;
 mod manifest;
 mod memory;
@@ -393,70 +394,12 @@ impl Images {
     pub fn pulls_in_flight(&self) -> usize {
         self.0.flights.count()
     }
-
-    /// All images of the namespace, by name.
-    pub async fn list(&self, platform: &Platform) -> Result<Vec<ImageInfo>> {
-        let shared = &self.0;
-        let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
-        let mut images = Vec::with_capacity(records.len());
-        for record in records {
-            images.push(shared.info(record, platform).await?.0);
-        }
-        images.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(images)
-    }
-
-    /// The same, with the room that each takes.
-    pub async fn list_on_disk(&self, platform: &Platform) -> Result<Vec<ImageInfo>> {
-        let shared = &self.0;
-        let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
-        let (mut images, mut chains) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
-        for record in records {
-            let (image, facts) = shared.info(record, platform).await?;
-            chains.push(facts.filter(|_| image.unpacked));
-            images.push(image);
-        }
-        let sizes = shared.on_disk(&chains).await?;
-        for (image, size) in images.iter_mut().zip(sizes) {
-            image.on_disk = size;
-        }
-        images.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(images)
-    }
 }
 
 impl Shared {
     /// Whether what a name means may be its registry's to say.
     fn asks_registry(&self, image: &ImageRef) -> bool {
         !self.limits.revalidate.is_zero() && image.digest().is_none()
-    }
-
-    async fn info(
-        &self,
-        record: ImageRecord,
-        platform: &Platform,
-    ) -> Result<(ImageInfo, Option<Arc<Facts>>)> {
-        // A record that we cannot read is listed as it is.
-        let facts = match record.target.digest.parse::<Digest>() {
-            Ok(target) => self.facts(&target, platform).await.unwrap_or_default(),
-            Err(_) => None,
-        };
-        let unpacked = match &facts {
-            Some(facts) => self.has_snapshot(&facts.chain_id).await?,
-            None => false,
-        };
-        let info = ImageInfo {
-            name: record.name,
-            target_digest: record.target.digest,
-            manifest_digest: facts.as_ref().map(|f| f.manifest.to_string()),
-            platform: facts.as_ref().map_or_else(|| platform.to_string(), |f| f.platform.to_string()),
-            compressed_bytes: facts.as_ref().map_or(0, |f| f.compressed_bytes),
-            layers: facts.as_ref().map_or(0, |f| f.layers),
-            unpacked,
-            created_at: record.created_at,
-            on_disk: None,
-        };
-        Ok((info, facts))
     }
 
     /// The image's record, what it points to, and what that says, if it is there.

@@ -8,6 +8,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::Digest;
+use crate::error::Error;
 
 /// Byte counts are shown so often at the most; a change of stage is shown at once.
 const PACE: Duration = Duration::from_millis(100);
@@ -19,6 +20,8 @@ pub struct Progress {
     pub stage: PullStage,
     /// The lowest first; empty until the manifest is known.
     pub layers: Vec<LayerProgress>,
+    /// What the registry was asked in vain, so that what the name meant here was taken: its error.
+    pub not_refreshed: Option<String>,
 }
 
 impl Progress {
@@ -97,7 +100,30 @@ impl Board {
             bytes_total,
         };
         let layers = layers.map(waiting).collect();
-        self.sender.send_replace(Progress { stage: PullStage::Layers, layers });
+        self.sender.send_modify(|progress| {
+            progress.stage = PullStage::Layers;
+            progress.layers = layers;
+        });
+    }
+
+    /// The registry does not answer; what is here is taken.
+    pub(super) fn not_refreshed(&self, error: &Error) {
+        self.sender.send_modify(|progress| progress.not_refreshed = Some(error.to_string()));
+    }
+
+    /// All of these were here: it is done.
+    pub(super) fn was_here(&self, layers: impl Iterator<Item = (Digest, u64)>) {
+        let here = |(digest, bytes)| LayerProgress {
+            digest,
+            stage: LayerStage::Done,
+            bytes_fetched: bytes,
+            bytes_total: bytes,
+        };
+        let layers = layers.map(here).collect();
+        self.sender.send_modify(|progress| {
+            progress.stage = PullStage::Done;
+            progress.layers = layers;
+        });
     }
 
     pub(super) fn stage(&self, layer: usize, stage: LayerStage) {
@@ -111,13 +137,15 @@ impl Board {
         });
     }
 
+    /// So many bytes are there; more arrive.
     pub(super) fn bytes(&self, layer: usize, fetched: u64) {
         let due = self.is_due(Instant::now());
         self.sender.send_if_modified(|progress| {
-            if let Some(layer) = progress.layers.get_mut(layer) {
-                layer.bytes_fetched = fetched;
-            }
-            due
+            let Some(layer) = progress.layers.get_mut(layer) else { return due };
+            layer.bytes_fetched = fetched;
+            let before = layer.stage;
+            layer.stage = before.max(LayerStage::Fetching);
+            due || layer.stage != before
         });
     }
 
@@ -138,6 +166,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Reason;
 
     #[test]
     fn sums_of_what_registries_claim() {
@@ -147,7 +176,7 @@ mod tests {
             bytes_fetched,
             bytes_total,
         };
-        let of = |layers| Progress { stage: PullStage::Layers, layers };
+        let of = |layers| Progress { stage: PullStage::Layers, layers, not_refreshed: None };
         let table = [
             (of(Vec::new()), (0, 0), None),
             (of(vec![layer(1, 3), layer(5, 4)]), (6, 7), Some(2)),
@@ -163,7 +192,9 @@ mod tests {
     fn stages_are_shown_at_once_and_bytes_at_a_pace() {
         let (board, mut receiver) = Board::new();
         board.layers([(Digest::of(b"a"), 10)].into_iter());
+        board.stage(0, LayerStage::Waiting);
         board.bytes(0, 1);
+        assert_eq!(receiver.borrow().layers[0].stage, LayerStage::Fetching, "only what arrives is fetched");
         receiver.mark_unchanged();
         board.bytes(0, 2);
         assert!(!receiver.has_changed().unwrap_or(true), "too early");
@@ -174,5 +205,16 @@ mod tests {
         // A layer that does not exist is no reason to panic.
         board.bytes(7, 1);
         board.stage(7, LayerStage::Done);
+    }
+
+    #[test]
+    fn that_a_registry_did_not_answer_is_known_to_the_end() {
+        let (board, receiver) = Board::new();
+        board.not_refreshed(&Error::new(Reason::RegistryUnavailable, "registry r does not answer"));
+        board.was_here([(Digest::of(b"a"), 10)].into_iter());
+        let progress = receiver.borrow();
+        assert_eq!(progress.not_refreshed.as_deref(), Some("registry r does not answer"));
+        assert_eq!((progress.stage, progress.layers[0].stage), (PullStage::Done, LayerStage::Done));
+        assert_eq!(progress.bytes(), (10, 10));
     }
 }

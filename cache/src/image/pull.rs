@@ -53,16 +53,18 @@ pub(super) async fn run(
     gate.pass().await?;
     let source = shared.registries.source(image, access.credential.as_ref()).await?;
     let asker = Asker { shared, image, source: &source, access };
-    let (bytes, digest) = asker.top().await?;
+    let Top { bytes, digest, not_refreshed } = asker.top().await?;
+    if let Some(error) = &not_refreshed {
+        tracing::warn!(%error, "the registry does not answer; going on with what containerd has");
+        board.not_refreshed(error);
+    }
     let (media_type, document) = manifest::parse(&bytes)?;
     let target =
         Target { digest: &digest, media_type: &media_type, size: bytes.len() as u64, is_here: false };
     shared.expect_signed(image, target, manifest::in_index(&document, platform).as_ref(), access).await?;
     shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
-        board.layers(sizes(&manifest));
-        (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
-        board.done();
+        board.was_here(sizes(&manifest));
         return Ok((found, Cache::Hit));
     }
     let lease = format!("cowshed-pull-{}", uuid::Uuid::new_v4().simple());
@@ -230,6 +232,14 @@ async fn resolve(
     Err(manifest::unsupported(format!("its indexes are nested more than {} deep", DOCUMENTS_MAX - 1)))
 }
 
+/// What the image's name points to.
+struct Top {
+    bytes: Vec<u8>,
+    digest: Digest,
+    /// Why it is not the registry that says so.
+    not_refreshed: Option<Error>,
+}
+
 /// Who asks whom for which image.
 pub(super) struct Asker<'a> {
     pub(super) shared: &'a Shared,
@@ -240,15 +250,15 @@ pub(super) struct Asker<'a> {
 
 impl Asker<'_> {
     /// What the image's name points to now. If the registry does not answer and containerd knows the image, what it knows.
-    async fn top(&self) -> Result<(Vec<u8>, Digest)> {
+    async fn top(&self) -> Result<Top> {
         let Self { shared, image, source, access } = self;
         if let Some(pinned) = image.digest() {
-            return Ok((self.document(&pinned).await?, pinned));
+            return Ok(Top { bytes: self.document(&pinned).await?, digest: pinned, not_refreshed: None });
         }
         let refused = match source.document(None, &manifest::ACCEPTED, DOCUMENT_MAX_BYTES).await {
             Ok((bytes, digest)) => {
                 self.found_accessible(&digest).await?;
-                return Ok((bytes, digest));
+                return Ok(Top { bytes, digest, not_refreshed: None });
             }
             Err(error) => error,
         };
@@ -262,10 +272,7 @@ impl Asker<'_> {
             return Err(refused);
         }
         match shared.document_in_store(&digest).await? {
-            Some(bytes) => {
-                tracing::warn!(error = %refused, "the registry does not answer; going on with what containerd has");
-                Ok((bytes, digest))
-            }
+            Some(bytes) => Ok(Top { bytes, digest, not_refreshed: Some(refused) }),
             None => Err(refused),
         }
     }
@@ -437,7 +444,6 @@ async fn fetch_layer(
     tap: &Tap,
 ) -> Result<Cache> {
     let blob = &manifest.layers[at];
-    board.stage(at, LayerStage::Fetching);
     let progress = |bytes| board.bytes(at, bytes);
     let fetched = store.fetch(blob, labels::of_layer(store.image), Some(tap), progress).await;
     let registry = store.image.registry();

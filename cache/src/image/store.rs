@@ -115,7 +115,8 @@ impl Store<'_> {
         }
     }
 
-    /// Fetches a blob, or finds it; calls `progress` with the bytes that are there, and gives those that arrive to `tap`.
+    /// Fetches a blob, or finds it; calls `progress`, if it is to be fetched, with the bytes that are there, and gives those that
+    /// arrive to `tap`.
     pub(super) async fn fetch(
         &self,
         blob: &Descriptor,
@@ -130,6 +131,7 @@ impl Store<'_> {
             self.label(&blob.digest, labels).await?;
             return Ok(Cache::Hit);
         }
+        progress(0);
         let reference = self.reference(&blob.digest, &turn);
         let errand = Errand { blob, labels, reference, tap, is_shown: AtomicBool::new(false) };
         let mut pause = FIRST_PAUSE;

@@ -1,7 +1,10 @@
 //! What the ledger keeps of images, for whoever decides which of them go: which names are pinned, and when disks were last
 //! made of which manifests.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use cowshed_leases::{Moment, UnixMicros};
 use cowshed_pool::store::file::OpenError;
@@ -111,6 +114,12 @@ impl Marks {
         marks
     }
 
+    /// What of last uses goes with manifests that are gone since.
+    pub(super) fn forget(&self, manifests: &BTreeSet<String>, since: UnixMicros) -> Vec<Mark> {
+        let is_past = |manifest: &&String| self.last_use(manifest).is_some_and(|at| at <= since);
+        manifests.iter().filter(is_past).map(|manifest| Mark::Use(manifest.clone(), None)).collect()
+    }
+
     /// Makes the change; gives back the one that takes it back.
     pub(super) fn apply(&mut self, mark: Mark) -> Mark {
         match mark {
@@ -217,6 +226,20 @@ mod tests {
         changes.into_iter().for_each(|change| drop(marks.apply(change)));
         undo.into_iter().rev().for_each(|change| drop(undone.apply(change)));
         assert_eq!(undone, before);
+    }
+
+    #[test]
+    fn uses_go_with_what_was_used_but_not_those_of_what_has_come_back() {
+        let mut marks = Marks::default();
+        for (manifest, seconds) in [("gone", 100), ("stays", 100), ("back", 300)] {
+            let changes = marks.used(manifest, UnixMicros(seconds * SECOND));
+            apply(&mut marks, changes);
+        }
+        let gone = ["gone", "back", "never"].map(str::to_owned).into();
+        let changes = marks.forget(&gone, UnixMicros(200 * SECOND));
+        apply(&mut marks, changes);
+        let left: Vec<&str> = marks.uses.keys().map(String::as_str).collect();
+        assert_eq!(left, ["back", "stays"]);
     }
 
     #[test]

@@ -8,7 +8,11 @@ mod schema;
 mod slot;
 pub mod tools;
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+};
 
 use cowshed_leases::{
     Acquisition, Ask, Book, BookError, Failure, Grace, Grant, Lease, LeaseId, Moment, Release, Releasing,
@@ -434,6 +438,31 @@ impl Ledger {
             }
             batch.change(Change::Job((id, Some(job.clone()))));
             Ok(Some(job))
+        })
+        .await
+    }
+
+    /// Forgets what was so of images that are gone since: that jobs have fetched these names for later, and when disks were made
+    /// of these manifests. What has happened after that stays.
+    pub async fn forget_images(
+        &self,
+        names: BTreeSet<String>,
+        manifests: BTreeSet<String>,
+        since: UnixMicros,
+    ) -> Result<()> {
+        let is_known = self.store.read(|records| {
+            !records.jobs.forget(&names, since).is_empty()
+                || !records.marks.forget(&manifests, since).is_empty()
+        });
+        if !is_known {
+            return Ok(());
+        }
+        self.write(move |batch| {
+            let (jobs, marks) =
+                (batch.state().jobs.forget(&names, since), batch.state().marks.forget(&manifests, since));
+            jobs.into_iter().for_each(|change| batch.change(Change::Job(change)));
+            mark(batch, marks);
+            Ok(())
         })
         .await
     }

@@ -5,7 +5,8 @@
 //!  job:    Running ─► Ended: Done (all are here) | Incomplete (some have failed) | Cancelled | Withdrawn | Late
 //! ```
 //!
-//! What has ended never changes, and is remembered for a while: what a job has fetched is not the next to go.
+//! What has ended never changes, and is remembered for a while: what a job has fetched is not the next to go, until it was
+//! removed all the same.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -153,6 +154,12 @@ pub enum Stage {
         bytes: u64,
         /// Whether nothing had to be fetched or unpacked.
         was_there: bool,
+        /// Why its registry was not heard of what the name means, so that what was here was taken.
+        #[serde(default)]
+        not_refreshed: Option<String>,
+        /// Whether it was removed since: what comes back by that name is not what was fetched for later.
+        #[serde(default)]
+        removed: bool,
         /// When.
         at: UnixMicros,
     },
@@ -287,12 +294,33 @@ impl Jobs {
         let counts = |job: &&Arc<Job>| !matches!(job.ended, Some((End::Cancelled | End::Withdrawn, _)));
         let all = self.0.values().filter(counts).flat_map(|job| job.plan.images.iter().zip(&job.stages));
         all.filter_map(move |(wanted, stage)| match stage {
+            Stage::Here { removed: true, .. } => None,
             Stage::Here { manifest, at, .. } => {
                 let until = UnixMicros(at.0.saturating_add(kept_for));
                 Some((wanted.image.as_str(), manifest.as_str(), until))
             }
             Stage::Waiting | Stage::Failed { .. } => None,
         })
+    }
+
+    /// The images of these names are gone since: what was fetched is not for later any more.
+    pub(crate) fn forget(&self, names: &BTreeSet<String>, since: UnixMicros) -> Vec<Change> {
+        let forget = |job: &Arc<Job>| {
+            let mut job = Job::clone(job);
+            let mut is_other = false;
+            for (wanted, stage) in job.plan.images.iter().zip(&mut job.stages) {
+                if let Stage::Here { removed, at, .. } = stage
+                    && *at <= since
+                    && names.contains(&wanted.image)
+                {
+                    is_other |= !std::mem::replace(removed, true);
+                }
+            }
+            is_other.then(|| Arc::new(job))
+        };
+        let is_about = |job: &&Arc<Job>| job.plan.images.iter().any(|wanted| names.contains(&wanted.image));
+        let changed = self.0.values().filter(is_about).filter_map(forget);
+        changed.map(|job| (job.id.clone(), Some(job))).collect()
     }
 
     /// A new job, or the one of this name, if it is to do the same.
@@ -379,7 +407,14 @@ pub(super) mod tests {
     }
 
     fn here(at: i64) -> Stage {
-        Stage::Here { manifest: "sha256:0".to_owned(), bytes: 1, was_there: false, at: UnixMicros(at) }
+        Stage::Here {
+            manifest: "sha256:0".to_owned(),
+            bytes: 1,
+            was_there: false,
+            not_refreshed: None,
+            removed: false,
+            at: UnixMicros(at),
+        }
     }
 
     fn failed(at: i64) -> Stage {
@@ -452,6 +487,26 @@ pub(super) mod tests {
             assert_eq!(fetched.len(), expected, "{end:?}");
             assert!(fetched.iter().all(|fetched| *fetched == ("r/a:1".to_owned(), 15)), "{fetched:?}");
         }
+    }
+
+    #[test]
+    fn what_was_removed_is_not_kept_for_later_when_it_comes_back() {
+        let mut jobs = Jobs::default();
+        for (name, at) in [("first", 5), ("again", 9)] {
+            create(&mut jobs, name, plan(&["r/a:1", "r/b:1"]), 0);
+            for (image, stage) in [(0, here(at)), (1, here(at))] {
+                let job = jobs.settle(&id(name), image, stage, UnixMicros(at)).unwrap();
+                jobs.apply((id(name), Some(job)));
+            }
+        }
+        let gone: BTreeSet<String> = ["r/a:1", "r/c:1"].map(str::to_owned).into();
+        let changes = jobs.forget(&gone, UnixMicros(7));
+        assert_eq!(changes.len(), 1, "of one job: {changes:?}");
+        changes.into_iter().for_each(|change| drop(jobs.apply(change)));
+        assert_eq!(jobs.forget(&gone, UnixMicros(7)), [], "once");
+        let kept: Vec<_> = jobs.fetched(Duration::ZERO).map(|(name, _, at)| (name, at.0)).collect();
+        assert_eq!(kept, [("r/a:1", 9), ("r/b:1", 9), ("r/b:1", 5)]);
+        assert_eq!(jobs.get(&id("first")).unwrap().ended, Some((End::Done, UnixMicros(5))), "as it was");
     }
 
     #[test]

@@ -120,6 +120,12 @@ impl Live {
             change(seen);
         }
     }
+
+    /// Why the registry was not heard of what the image's name means, if it was not.
+    fn not_refreshed(&self, at: usize) -> Option<String> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.get(at)?.progress.as_ref()?.not_refreshed.clone()
+    }
 }
 
 /// A job, and what its images are at.
@@ -446,6 +452,8 @@ impl Prefetcher {
                 manifest: image.manifest.to_string(),
                 bytes: image.compressed_bytes,
                 was_there: cache == Cache::Hit,
+                not_refreshed: live.not_refreshed(at),
+                removed: false,
                 at: now.wall,
             },
             Err(error) => {

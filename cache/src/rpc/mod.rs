@@ -307,8 +307,9 @@ impl Cowshed for Api {
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         self.metered("ListImages", async |_| {
-            let platform = parse::platform(request.into_inner().platform.as_deref())?;
-            let images = self.images.list_on_disk(&platform).await?;
+            let platform = request.into_inner().platform;
+            let platform = platform.map(|platform| parse::platform(Some(&platform))).transpose()?;
+            let images = self.images.list_on_disk(platform.as_ref()).await?;
             Ok(v1::ListImagesResponse { images: self.kept(images).collect() })
         })
         .await
@@ -322,8 +323,10 @@ impl Cowshed for Api {
             let v1::PinImageRequest { image, platform, hold_for, spares } = request.into_inner();
             let (image, platform) = (parse::image_reference(&image)?, parse::platform(platform.as_deref())?);
             let hold_for = hold_for.as_ref().map(parse::hold_for).transpose()?;
-            let pinned = self.keeper.pin(&image, &platform, hold_for, spares.unwrap_or_default()).await?;
-            Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next() })
+            let asked = spares.unwrap_or_default();
+            let pinned = self.keeper.pin(&image, &platform, hold_for, asked).await?;
+            let (spares, spares_limited) = self.spares.pinned(asked);
+            Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next(), spares, spares_limited })
         })
         .await
     }

@@ -205,13 +205,14 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::Pr
             let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
             v1::PrefetchedImage { stage: now.into(), failure, ..image }
         }
-        Stage::Here { manifest, bytes, was_there, at } => v1::PrefetchedImage {
+        Stage::Here { manifest, bytes, was_there, not_refreshed, removed: _, at } => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Done.into(),
             bytes_fetched: *bytes,
             bytes_total: *bytes,
             manifest_digest: manifest.clone(),
             cache: if *was_there { v1::CacheResult::Hit } else { v1::CacheResult::Miss }.into(),
             ended_at: Some(timestamp(*at)),
+            not_refreshed: not_refreshed.clone(),
             ..image
         },
         Stage::Failed { reason, message, at } => v1::PrefetchedImage {

@@ -92,6 +92,7 @@ fn message(progress: &Progress) -> v1::PullImageResponse {
         layers: progress.layers.iter().map(layer).collect(),
         image: None,
         cache: v1::CacheResult::Unspecified.into(),
+        not_refreshed: progress.not_refreshed.clone(),
     }
 }
 

@@ -49,6 +49,21 @@ pub struct Settings {
     pub metadata_max_percent: u8,
 }
 
+impl Settings {
+    fn pinned(&self, asked: u32) -> (u32, Option<String>) {
+        let Limits { image_max, total_max, .. } = self.limits;
+        let (name, most) =
+            if total_max < image_max { ("total_max", total_max) } else { ("image_max", image_max) };
+        if asked > 0 && !self.enabled {
+            return (0, Some("no spares are made here ([spares] enabled = false)".to_owned()));
+        }
+        if asked > most {
+            return (most, Some(format!("{most} are kept at the most ([spares] {name})")));
+        }
+        (asked, None)
+    }
+}
+
 /// Of what a spare is made: a manifest, and so a platform.
 pub type Key = Digest;
 
@@ -148,6 +163,11 @@ impl Spares {
     /// Whether there are any at all.
     pub fn are_kept(&self) -> bool {
         self.0.settings.enabled
+    }
+
+    /// How many a pin of so many keeps ready, and why they are fewer.
+    pub fn pinned(&self, asked: u32) -> (u32, Option<String>) {
+        self.0.settings.pinned(asked)
     }
 
     /// One is not on the shelf any more, and may come back.

@@ -29,6 +29,29 @@ fn host(world: &Arc<World>, directory: &Path) -> Host {
     Host { process, refiller, round: Round::default() }
 }
 
+fn settings() -> Settings {
+    crate::config::Config::default().spares()
+}
+
+#[test]
+fn what_a_pin_cannot_keep_is_told() {
+    let limits = |image_max, total_max| Limits { image_max, total_max, ..settings().limits };
+    // Whether there are any, of an image and of all at the most, asked for, kept, and what says so.
+    let table = [
+        (true, 8, 9, 8, 8, None),
+        (true, 8, 9, 9, 8, Some("image_max")),
+        (true, 8, 7, 8, 7, Some("total_max")),
+        (false, 8, 9, 3, 0, Some("enabled")),
+        (false, 8, 9, 0, 0, None),
+    ];
+    for (enabled, image_max, total_max, asked, kept, says) in table {
+        let settings = Settings { enabled, limits: limits(image_max, total_max), ..settings() };
+        let (there, why) = settings.pinned(asked);
+        assert_eq!((there, why.is_some()), (kept, says.is_some()), "{asked}: {why:?}");
+        assert!(why.is_none_or(|why| why.contains(says.unwrap())), "{asked}");
+    }
+}
+
 impl Host {
     fn spares(&self) -> &Spares {
         &self.refiller.spares

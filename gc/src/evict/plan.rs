@@ -277,12 +277,19 @@ impl fmt::Display for Help {
                 write!(f, "{gives}: image {name} with its disks: {}", because.join("; "))
             }
             Source::Pool { kind, bound } => {
-                let bound = match bound {
-                    Bound::Policy => "extend it by hand: it does not grow by itself",
-                    Bound::Ceiling => "raise its ceiling: it has reached it",
-                    Bound::VolumeGroup => "add a physical volume: the volume group has no more for it",
-                };
-                write!(f, "{gives}: the pool's {kind}: {bound}")
+                write!(f, "{gives}: the pool's {kind}: ")?;
+                match bound {
+                    Bound::Policy => {
+                        write!(
+                            f,
+                            "extend it (`cowshed pool extend --{kind} +SIZE`): it does not grow by itself"
+                        )
+                    }
+                    Bound::Ceiling => f.write_str("raise its ceiling: it has reached it"),
+                    Bound::VolumeGroup => {
+                        f.write_str("add a physical volume: the volume group has no more for it")
+                    }
+                }
             }
         }
     }
