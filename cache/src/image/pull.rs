@@ -63,6 +63,7 @@ pub(super) async fn run(
         board.layers(sizes(&manifest));
         (0..manifest.layers.len()).for_each(|at| board.stage(at, LayerStage::Done));
         board.done();
+        shared.stands(&found, platform).await;
         return Ok((found, Cache::Hit));
     }
     let lease = format!("cowshed-pull-{}", uuid::Uuid::new_v4().simple());
@@ -88,6 +89,9 @@ pub(super) async fn run(
         }
         Err(error) => Err(shared.containerd.explain(error)),
     };
+    if let Ok((image, _)) = &outcome {
+        shared.stands(image, platform).await;
+    }
     end(shared, &lease, outcome.is_err()).await;
     drop(running);
     outcome
