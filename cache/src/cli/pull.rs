@@ -69,6 +69,8 @@ fn item(layer: &v1::LayerProgress) -> Item {
         bytes: layer.bytes_fetched,
         bytes_total: layer.bytes_total,
         stage,
+        note: None,
+        turn: 0,
     }
 }
 

@@ -274,7 +274,7 @@ pub(crate) fn steps(files: &Files, jobs: &Jobs, now: UnixMicros) -> Vec<Step> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use super::{super::job::Causes, *};
 
     const SECOND: i64 = 1_000_000;
 
@@ -290,7 +290,7 @@ mod tests {
             match step {
                 Step::Withdraw(id) => {
                     done.push(format!("withdraw {id}"));
-                    let ended = jobs.end(&id, End::Withdrawn, now);
+                    let ended = jobs.end(&id, End::Withdrawn, Causes::new(), now);
                     jobs.apply((id, ended));
                 }
                 Step::Create(id, plan) => {
@@ -306,7 +306,7 @@ mod tests {
 
     fn end(jobs: &mut Jobs, id: &str, now: i64) {
         let id: JobId = id.parse().unwrap();
-        let ended = jobs.end(&id, End::Done, UnixMicros(now * SECOND)).unwrap();
+        let ended = jobs.end(&id, End::Done, Causes::new(), UnixMicros(now * SECOND)).unwrap();
         jobs.apply((id, Some(ended)));
     }
 

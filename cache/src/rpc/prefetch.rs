@@ -15,7 +15,7 @@ use crate::{
     image::{Class, ImageRef, Platform, Progress},
     prefetch::{
         Picture, Prefetcher, Seen,
-        job::{CONCURRENCY_MAX, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
+        job::{CONCURRENCY_MAX, Cause, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
         warm,
     },
     registry::Credential,
@@ -174,13 +174,18 @@ pub(super) fn message(picture: Picture) -> v1::Prefetch {
         created_at: Some(timestamp(job.created_at)),
         ended_at: job.ended.map(|(_, at)| timestamp(at)),
         images: images
-            .map(|((wanted, stage), seen)| image(wanted, stage, seen, job.ended.is_some()))
+            .enumerate()
+            .map(|(at, ((wanted, stage), seen))| {
+                let ended = job.ended.map(|_| job.causes.get(&at));
+                image(wanted, stage, seen, ended)
+            })
             .collect(),
         wants_credentials,
     }
 }
 
-fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::PrefetchedImage {
+/// `ended`: the job has, and why the image was not had until then, if that is known.
+fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, ended: Option<Option<&Cause>>) -> v1::PrefetchedImage {
     let (fetched, total) = seen.progress.as_ref().map(Progress::bytes).unwrap_or_default();
     let image = v1::PrefetchedImage {
         image: wanted.image.clone(),
@@ -190,22 +195,30 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::Pr
         tries: seen.tries,
         ..v1::PrefetchedImage::default()
     };
-    match stage {
-        Stage::Waiting if has_ended => {
-            v1::PrefetchedImage { stage: v1::PrefetchStage::GivenUp.into(), ..image }
-        }
-        Stage::Waiting => {
+    let failure = |cause: &Cause| convert::failure(&cause.reason, &cause.message, None);
+    match (stage, ended) {
+        (Stage::Waiting, Some(cause)) => v1::PrefetchedImage {
+            stage: v1::PrefetchStage::GivenUp.into(),
+            failure: cause.map(failure),
+            ..image
+        },
+        (Stage::Waiting, None) => {
             let now = match (&seen.progress, &seen.error) {
                 (Some(_), _) if seen.gives_way => v1::PrefetchStage::GivingWay,
                 (Some(_), _) => v1::PrefetchStage::Pulling,
                 (None, Some(_)) => v1::PrefetchStage::Retrying,
                 (None, None) => v1::PrefetchStage::Waiting,
             };
-            let failure = |error: &Error| convert::failure(error.reason().as_str(), &error.to_string(), None);
-            let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
-            v1::PrefetchedImage { stage: now.into(), failure, ..image }
+            let is_retried = now == v1::PrefetchStage::Retrying;
+            let error = seen.error.as_ref().filter(|_| is_retried).map(Cause::from);
+            v1::PrefetchedImage {
+                stage: now.into(),
+                failure: error.as_ref().map(failure),
+                next_try_at: seen.next_try.filter(|_| is_retried).map(timestamp),
+                ..image
+            }
         }
-        Stage::Here { manifest, bytes, was_there, at } => v1::PrefetchedImage {
+        (Stage::Here { manifest, bytes, was_there, at }, _) => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Done.into(),
             bytes_fetched: *bytes,
             bytes_total: *bytes,
@@ -214,7 +227,7 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::Pr
             ended_at: Some(timestamp(*at)),
             ..image
         },
-        Stage::Failed { reason, message, at } => v1::PrefetchedImage {
+        (Stage::Failed { reason, message, at }, _) => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Failed.into(),
             failure: Some(convert::failure(reason, message, Some(*at))),
             ended_at: Some(timestamp(*at)),
