@@ -326,7 +326,7 @@ impl Jobs {
             }
             let differences = differences.join(", ");
             let message = format!(
-                "there is a prefetch job {id} already, which differs in {differences}: give this one another name (job_id)"
+                "there is a prefetch job {id} already, which differs in {differences}: give this one another name (job_id, --name)"
             );
             return Err(Error::new(Reason::SpecConflict, message)
                 .with("job_id", &id)

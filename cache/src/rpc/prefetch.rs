@@ -2,6 +2,7 @@
 
 use std::num::{NonZeroU32, NonZeroU64};
 
+use cowshed_leases::VmIdError;
 use cowshed_proto::v1;
 use prost::Message as _;
 use tokio::sync::watch;
@@ -28,10 +29,12 @@ const PAGE_MAX: u32 = 100;
 const PAGE_MAX_BYTES: usize = 1 << 20;
 
 pub(super) fn job_id(text: &str) -> Result<JobId> {
-    text.parse().map_err(|error| {
-        let shown: String = text.chars().take(140).collect();
-        wrong("job_id", format!("job_id {shown:?} is no name of a job: {error}"))
-    })
+    text.parse().map_err(|error| no_job_id("job_id", text, error))
+}
+
+fn no_job_id(field: &str, text: &str, error: VmIdError) -> Error {
+    let shown: String = text.chars().take(140).collect();
+    wrong("job_id", format!("{field} {shown:?} is no name of a job: {error}"))
 }
 
 /// The name (a new one if there is none), the plan, and the credentials.
@@ -40,11 +43,12 @@ pub(super) fn wanted(request: v1::CreatePrefetchRequest) -> Result<(JobId, Plan,
     let id = match name.as_str() {
         "" => JobId::from_random(uuid::Uuid::new_v4().as_u128()),
         name if name.starts_with(warm::PREFIX) => {
-            let what =
-                format!("job_id {name:?} is as those of the warm set's files: begin with another word");
+            let what = format!(
+                "job_id (--name) {name:?} is as those of the warm set's files: begin with another word"
+            );
             return Err(wrong("job_id", what));
         }
-        name => job_id(name)?,
+        name => name.parse().map_err(|error| no_job_id("job_id (--name)", name, error))?,
     };
     let spec = spec.unwrap_or_default();
     let access = parse::access(&spec.tenant, credentials)?;
