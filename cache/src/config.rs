@@ -31,6 +31,9 @@ pub const DEFAULT_PATH: &str = "/etc/cowshed/cowshed.toml";
 /// Where the service listens and clients call if they are not told.
 pub const DEFAULT_SOCKET: &str = "/run/cowshed/cowshed.sock";
 
+/// More layers of an image are not fetched at the same time: hardly any has as many.
+const DOWNLOADS_MAX: usize = 256;
+
 /// A configuration that cannot be used.
 #[derive(Debug, ThisError)]
 pub enum ConfigError {
@@ -52,8 +55,10 @@ pub enum ConfigError {
         what: String,
     },
     /// A value makes no sense.
-    #[error("the configuration's [{section}] {field} is wrong: {what}")]
+    #[error("the configuration{}: [{section}] {field} is wrong: {what}", .path.as_ref().map(|path| format!(" {path}")).unwrap_or_default())]
     Value {
+        /// The file, if it is known.
+        path: Option<String>,
         /// Section of the file.
         section: &'static str,
         /// Field of the section.
@@ -553,6 +558,36 @@ impl Default for Log {
     }
 }
 
+impl ConfigError {
+    /// It is of this file.
+    fn of(self, file: &str) -> Self {
+        match self {
+            Self::Value { section, field, what, .. } => {
+                Self::Value { path: Some(file.to_owned()), section, field, what }
+            }
+            other @ (Self::Read { .. } | Self::Parse { .. }) => other,
+        }
+    }
+}
+
+/// What is wrong with a file, with the line, in words for who has written it: the parser's name types of ours.
+pub(crate) fn toml_words(error: &toml::de::Error) -> String {
+    let words = [
+        ("expected a nonzero u32", "expected a number of at least 1"),
+        ("expected u8", "expected a number from 0 to 255"),
+        ("expected u16", "expected a number from 0 to 65535"),
+        ("expected u32", "expected a number from 0 to 4294967295"),
+        ("expected u64", "expected a number of at least 0"),
+        ("expected usize", "expected a number of at least 0"),
+        ("invalid socket address syntax", "expected an address and a port, such as 127.0.0.1:9851"),
+    ];
+    let text = error.to_string();
+    match words.iter().find(|(theirs, _)| error.message().contains(theirs)) {
+        Some((theirs, ours)) => text.trim().replacen(theirs, ours, 1),
+        None => text.trim().to_owned(),
+    }
+}
+
 impl Config {
     /// Reads `path`. Without one, reads [`DEFAULT_PATH`] if it is there.
     ///
@@ -569,11 +604,9 @@ impl Config {
     }
 
     fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
-            path: path.to_owned(),
-            what: e.to_string().trim().to_owned(),
-        })?;
-        config.check()?;
+        let config: Self = toml::from_str(text)
+            .map_err(|e| ConfigError::Parse { path: path.to_owned(), what: toml_words(&e) })?;
+        config.check().map_err(|error| error.of(path))?;
         Ok(config)
     }
 
@@ -621,7 +654,6 @@ impl Config {
         for (section, field, number) in [
             ("containerd", "call_timeout_seconds", self.containerd.call_timeout_seconds),
             ("containerd", "unpack_timeout_seconds", self.containerd.unpack_timeout_seconds),
-            ("registry", "concurrent_downloads", self.registry.concurrent_downloads as u64),
             ("registry", "connect_timeout_seconds", self.registry.connect_timeout_seconds),
             ("registry", "read_timeout_seconds", self.registry.read_timeout_seconds),
             ("verification", "timeout_seconds", self.verification.timeout_seconds),
@@ -637,6 +669,11 @@ impl Config {
             if !(1..=86_400).contains(&number) {
                 return Err(value(section, field, format!("{number} is not between 1 and 86400")));
             }
+        }
+        let downloads = self.registry.concurrent_downloads;
+        if !(1..=DOWNLOADS_MAX).contains(&downloads) {
+            let what = format!("{downloads} is not between 1 and {DOWNLOADS_MAX}");
+            return Err(value("registry", "concurrent_downloads", what));
         }
         for (field, number) in [
             ("image_size_max", self.images.image_size_max.0),
@@ -837,15 +874,16 @@ impl Config {
         Checks { signatures, verifiers }
     }
 
-    /// The same, if the keys and certificates that it names can be used.
+    /// The same, which was read from `path`, if the keys and certificates that it names can be used.
     ///
     /// # Errors
     /// Names the field and the file.
-    pub fn with_files(self) -> Result<Self, ConfigError> {
+    pub fn with_files(self, path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH)).display().to_string();
         for policy in &self.verification.cosign {
-            policy
-                .trust()
-                .map_err(|unusable| value("[verification.cosign]", unusable.field, unusable.what))?;
+            policy.trust().map_err(|unusable| {
+                value("[verification.cosign]", unusable.field, unusable.what).of(&file)
+            })?;
         }
         Ok(self)
     }
@@ -896,7 +934,7 @@ impl Gc {
 }
 
 fn value(section: &'static str, field: &'static str, what: String) -> ConfigError {
-    ConfigError::Value { section, field, what }
+    ConfigError::Value { path: None, section, field, what }
 }
 
 #[cfg(test)]
@@ -1010,6 +1048,12 @@ mod tests {
             ("[containerd]\nnamespace = \"a b\"", "[containerd] namespace"),
             ("[containerd]\nsnapshotter = \"\"", "[containerd] snapshotter"),
             ("[containerd]\ncall_timeout_seconds = 0", "[containerd] call_timeout_seconds"),
+            ("[registry]\nconcurrent_downloads = 0", "c.toml: [registry] concurrent_downloads"),
+            ("[registry]\nconcurrent_downloads = 257", "257 is not between 1 and 256"),
+            ("[registry]\nread_timeout_seconds = -1", "expected a number of at least 0"),
+            ("[registry]\nread_timeout_seconds = -1", "read_timeout_seconds"),
+            ("[pool]\ndata_headroom_percent = 300", "expected a number from 0 to 255"),
+            ("[server]\ntcp = \"nonsense\"", "such as 127.0.0.1:9851"),
             ("[metrics]\nlisten = \"9850\"", "[metrics] listen"),
             ("[pool]\ndata_headroom_percent = 91", "[pool] data_headroom_percent"),
             ("[pool]\ntrim = \"daily\"", "daily"),
@@ -1052,8 +1096,15 @@ mod tests {
     #[test]
     fn keys_that_cannot_be_used_are_named() {
         let text = "[[verification.cosign]]\nimages = [\"*\"]\nkeys = [\"/nonexistent/team.pub\"]";
-        let error = Config::parse(text, "c.toml").unwrap().with_files().unwrap_err().to_string();
-        assert!(error.contains("[[verification.cosign]] keys is wrong: /nonexistent/team.pub"), "{error}");
+        let error = Config::parse(text, "c.toml")
+            .unwrap()
+            .with_files(Some(Path::new("c.toml")))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("c.toml: [[verification.cosign]] keys is wrong: /nonexistent/team.pub"),
+            "{error}"
+        );
     }
 
     #[test]

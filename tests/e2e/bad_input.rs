@@ -106,7 +106,7 @@ fn unreachable_registry() -> Outcome {
 fn no_plain_http_without_hosts_toml() -> Outcome {
     let registry = FakeRegistry::start(Hosts::Absent)?;
     let name = registry.image("1");
-    refused("bad-6", &name, 8, "REGISTRY_UNAVAILABLE", &[&name, "hosts.toml"])?;
+    refused("bad-6", &name, 8, "REGISTRY_UNAVAILABLE", &[&name, "plain HTTP", "/hosts.toml"])?;
     let plain: Vec<_> =
         registry.requests("").into_iter().filter(|r| !r.line.starts_with("not HTTP")).collect();
     check!(plain.is_empty(), "it was spoken to in plain HTTP: {plain:?}");

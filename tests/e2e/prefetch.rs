@@ -111,6 +111,16 @@ fn by_hand() -> Outcome {
     let shown = job("partly")?;
     same!(text(&shown, "/images/0/failure/reason")?, "IMAGE_NOT_FOUND", "why: {shown}");
     same!(text(&shown, "/images/1/stage")?, "done", "the other one: {shown}");
+    // Nobody listens there: who waits is told so each time, and why it was in vain afterwards as well.
+    let nowhere = ["prefetch", "127.0.0.1:1/cowshed/tiny:1", "--name", "late", "--deadline", "4s", "--wait"];
+    let late = cowshed(&nowhere)?;
+    late.fails(9, &["late", "its deadline has passed"])?;
+    check!(late.stdout.contains("tries: 2; the next is in "), "{}", late.stdout);
+    check!(late.stdout.contains("; the last: registry"), "{}", late.stdout);
+    check!(late.stdout.contains("its deadline has passed; the last try: registry"), "{}", late.stdout);
+    let shown = job("late")?;
+    same!(text(&shown, "/images/0/failure/reason")?, "REGISTRY_UNAVAILABLE", "why: {shown}");
+    cowshed(&["prefetch"])?.fails(2, &["--file"])?;
     cowshed(&["prefetch", "r/A:1"])?.fails(2, &["[IMAGE_REFERENCE_INVALID]", "r/A:1"])?;
     cowshed(&["prefetch", &tiny, &tiny])?.fails(2, &["[PREFETCH_INVALID]", "twice"])?;
     cowshed(&["cancel-prefetch", "nobodys"])?.fails(3, &["[PREFETCH_NOT_FOUND]", "nobodys"])?;

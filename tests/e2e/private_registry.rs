@@ -135,7 +135,13 @@ fn with_a_password() -> Outcome {
         let text = format!("{{\"auths\": {{\"{AUTHORITY}\": {{\"auth\": \"{auth}\"}}}}}}");
         fs::write(private.docker_config(), text)
     };
-    service.refuses("private", &image, 5, "REGISTRY_DENIED", &[AUTHORITY, "docker_config"])?;
+    service.refuses(
+        "private",
+        &image,
+        5,
+        "REGISTRY_DENIED",
+        &[AUTHORITY, "docker_config", "--credentials"],
+    )?;
     write(WRONG)?;
     service.refuses("private", &image, 5, "REGISTRY_DENIED", &[AUTHORITY])?;
     fs::write(private.docker_config(), "{\"auths\": \"moo\"}")?;
@@ -208,7 +214,8 @@ fn of_several_tenants() -> Outcome {
     let never = ["--pull", "never"];
     acquire("a-1", &image, &[&["--tenant", "a"][..], &never].concat())?.fails(6, &["IMAGE_NOT_PRESENT"])?;
     denied("a-1", &image, &["--tenant", "a"])?;
-    denied("a-1", &image, &["--tenant", "a", "--credentials", &wrong])?;
+    acquire("a-1", &image, &["--tenant", "a", "--credentials", &wrong])?
+        .fails(5, &["REGISTRY_DENIED", "credentials that came with the request"])?;
     let got = acquire("a-1", &image, &["--tenant", "a", "--credentials", &right])?.json()?;
     same!(got["cache"].as_str(), Some("miss"), "{got}");
     same!(got["lease"]["tenant"].as_str(), Some("a"), "{got}");

@@ -481,7 +481,8 @@ fn run_service<F: Future<Output = Result<(), ServeError>>>(
     check: bool,
     serve: impl FnOnce(Config) -> F,
 ) -> ExitCode {
-    let config = match Config::read(path.as_deref()).and_then(Config::with_files) {
+    let config = Config::read(path.as_deref()).and_then(|config| config.with_files(path.as_deref()));
+    let config = match config {
         Ok(config) => config,
         Err(error) => return stopped(&ServeError::from(error)),
     };

@@ -4,6 +4,7 @@ use std::{
     fs,
     num::{NonZeroU32, NonZeroU64},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use cowshed_proto::v1;
@@ -26,12 +27,14 @@ use crate::{
 
 /// What `cowshed prefetch` was told.
 #[derive(clap::Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true))]
 pub(super) struct Wish {
     /// Image references.
-    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    #[arg(group = "what")]
     images: Vec<String>,
-    /// A file of the warm set's form (TOML) that says all that the options say.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "spares", "platform", "tenant"])]
+    /// A file of the warm set's form (TOML), which says what there is to say: it goes with none of IMAGES, --class, --rate,
+    /// --concurrency, --deadline, --pin-for, --spares, --platform and --tenant.
+    #[arg(long, value_name = "FILE", group = "what", conflicts_with_all = ["class", "rate", "concurrency", "deadline", "pin_for", "spares", "platform", "tenant"])]
     file: Option<PathBuf>,
     /// os/architecture[/variant]; the host's if absent.
     #[arg(long)]
@@ -48,7 +51,8 @@ pub(super) struct Wish {
     /// How many images are pulled at a time; one if absent.
     #[arg(long, value_name = "N")]
     concurrency: Option<NonZeroU32>,
-    /// How long it may take, such as 90s, 15m, 12h, 7d or 4w.
+    /// How long it may take, such as 90s, 15m, 12h, 7d or 4w; without one it goes on trying whatever may pass, also a registry
+    /// that does not answer.
     #[arg(long, value_name = "DURATION", value_parser = crate::time::duration)]
     deadline: Option<u64>,
     /// Pin each image for so long when it is here.
@@ -149,7 +153,8 @@ pub(super) async fn follow(
             let message = goes_on("the service stopped");
             return Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) });
         };
-        view.show(job.images.iter().map(item), || json_of(&job))?;
+        let now = SystemTime::now();
+        view.show(job.images.iter().map(|image| item(image, job.state(), now)), || json_of(&job))?;
         if job.state() != v1::PrefetchState::Running {
             view.clear();
             if output == Output::Text {
@@ -170,12 +175,16 @@ fn judge(job: &v1::Prefetch) -> Result<(), Failure> {
     Err(Failure { message: format!("prefetch job {}: {message}", job.job_id), status })
 }
 
-fn item(image: &v1::PrefetchedImage) -> Item {
+fn item(image: &v1::PrefetchedImage, state: v1::PrefetchState, now: SystemTime) -> Item {
     let (name, stage) = (image.image.clone(), stage_name(image.stage()));
-    let why = why(image).map(|why| format!(": {why}")).unwrap_or_default();
+    let note = why(image, state, now);
+    let after_colon = note.as_ref().map(|note| format!(": {note}")).unwrap_or_default();
     let is_begun = image.stage() != v1::PrefetchStage::Waiting;
+    let is_retried = image.stage() == v1::PrefetchStage::Retrying;
     Item {
-        line: is_begun.then(|| format!("{name} {stage}{why}")),
+        line: is_begun.then(|| format!("{name} {stage}{after_colon}")),
+        note,
+        turn: if is_retried { image.tries } else { 0 },
         name,
         bytes: image.bytes_fetched,
         bytes_total: image.bytes_total,
@@ -183,10 +192,31 @@ fn item(image: &v1::PrefetchedImage) -> Item {
     }
 }
 
-/// Why it is not here, or not what its registry says.
-fn why(image: &v1::PrefetchedImage) -> Option<String> {
-    let failure = image.failure.as_ref().map(|failure| failure.message.clone());
-    failure.or_else(|| image.not_refreshed.as_ref().map(|why| not_refreshed(why)))
+/// Why the image is not here, and what will be done about it; or why it may not be what its registry has by now.
+fn why(image: &v1::PrefetchedImage, state: v1::PrefetchState, now: SystemTime) -> Option<String> {
+    let last = image.failure.as_ref().map(|failure| failure.message.as_str());
+    match image.stage() {
+        // It may be that nothing is begun at the moment.
+        v1::PrefetchStage::Retrying if image.tries > 0 => {
+            let (tries, last) = (image.tries, last?);
+            let next = match image.next_try_at.and_then(|at| SystemTime::try_from(at).ok()) {
+                None => String::new(),
+                Some(at) => match at.duration_since(now).map(|left| left.as_secs_f64().ceil()) {
+                    Ok(seconds) if seconds > 0.0 => format!("; the next is in {seconds} s"),
+                    _ => "; the next is when its turn comes".to_owned(),
+                },
+            };
+            Some(format!("tries: {tries}{next}; the last: {last}"))
+        }
+        v1::PrefetchStage::GivenUp => {
+            let ended = match state {
+                v1::PrefetchState::Late => "its deadline has passed",
+                _ => "the job was cancelled",
+            };
+            Some(last.map_or_else(|| ended.to_owned(), |last| format!("{ended}; the last try: {last}")))
+        }
+        _ => last.map(str::to_owned).or_else(|| image.not_refreshed.as_ref().map(|why| not_refreshed(why))),
+    }
 }
 
 /// A job, with all of its images.
@@ -194,6 +224,7 @@ pub(super) fn one(job: &v1::Prefetch, output: Output) -> String {
     if output == Output::Json {
         return line(&json_of(job));
     }
+    let now = SystemTime::now();
     let mut rows = vec![["IMAGE", "PLATFORM", "STAGE", "BYTES", "WHY"].map(str::to_owned)];
     rows.extend(job.images.iter().map(|image| {
         [
@@ -204,7 +235,7 @@ pub(super) fn one(job: &v1::Prefetch, output: Output) -> String {
                 0 => "-".to_owned(),
                 total => format!("{} of {}", bytes(image.bytes_fetched), bytes(total)),
             },
-            why(image).unwrap_or_else(|| "-".to_owned()),
+            why(image, job.state(), now).unwrap_or_else(|| "-".to_owned()),
         ]
     }));
     let wants =
@@ -257,6 +288,7 @@ fn json_of(job: &v1::Prefetch) -> Value {
             "bytes_fetched": image.bytes_fetched,
             "bytes_total": image.bytes_total,
             "tries": image.tries,
+            "next_try_at": image.next_try_at.map(|at| at.to_string()),
             "failure": failure.map(|failure| json!({ "reason": failure.reason, "message": failure.message })),
             "manifest_digest": Some(&image.manifest_digest).filter(|digest| !digest.is_empty()),
             "cache": Some(image.cache()).filter(|c| *c != v1::CacheResult::Unspecified).map(cache_name),
@@ -308,5 +340,84 @@ fn class_name(class: v1::PrefetchClass) -> &'static str {
         v1::PrefetchClass::Background => "background",
         v1::PrefetchClass::Normal => "normal",
         v1::PrefetchClass::Urgent => "urgent",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_waits_is_told_what_is_waited_for() {
+        use v1::{PrefetchStage as Stage, PrefetchState as State};
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let at = |seconds: i64| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let down = || v1::Failure { reason: "X".to_owned(), message: "down".to_owned(), at: None };
+        let table = [
+            (Stage::Waiting, State::Running, None, None, None),
+            (
+                Stage::Retrying,
+                State::Running,
+                Some(down()),
+                at(1004),
+                Some("tries: 3; the next is in 4 s; the last: down"),
+            ),
+            (
+                Stage::Retrying,
+                State::Running,
+                Some(down()),
+                at(999),
+                Some("tries: 3; the next is when its turn comes; the last: down"),
+            ),
+            (Stage::Retrying, State::Running, Some(down()), None, Some("tries: 3; the last: down")),
+            (Stage::Failed, State::Incomplete, Some(down()), None, Some("down")),
+            (
+                Stage::GivenUp,
+                State::Late,
+                Some(down()),
+                None,
+                Some("its deadline has passed; the last try: down"),
+            ),
+            (Stage::GivenUp, State::Late, None, None, Some("its deadline has passed")),
+            (
+                Stage::GivenUp,
+                State::Cancelled,
+                Some(down()),
+                None,
+                Some("the job was cancelled; the last try: down"),
+            ),
+        ];
+        for (stage, state, failure, next_try_at, says) in table {
+            let image = v1::PrefetchedImage {
+                stage: stage.into(),
+                tries: 3,
+                failure,
+                next_try_at,
+                ..Default::default()
+            };
+            assert_eq!(why(&image, state, now).as_deref(), says, "{stage:?} {state:?}");
+        }
+    }
+
+    #[test]
+    fn images_or_a_file() {
+        #[derive(clap::Parser, Debug)]
+        struct Line {
+            #[command(flatten)]
+            wish: Wish,
+        }
+        let parse =
+            |words: &str| <Line as clap::Parser>::try_parse_from(format!("x {words}").split_whitespace());
+        for good in ["a b --wait", "--file f --wait", "--file f --name n"] {
+            let _line = parse(good).unwrap();
+        }
+        for bad in ["", "a --file f", "--file f --rate 1KiB"] {
+            let error = parse(bad).unwrap_err().to_string();
+            assert!(error.contains("--file"), "{bad}: {error}");
+            assert!(!error.contains("--file <FILE> <IMAGES>"), "{bad}: {error}");
+        }
     }
 }

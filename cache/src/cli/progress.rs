@@ -20,14 +20,20 @@ pub(super) struct Item {
     pub(super) bytes: u64,
     pub(super) bytes_total: u64,
     pub(super) stage: &'static str,
-    /// What is printed when it comes to this stage; nothing for one that is not begun.
+    /// What there is to say of the stage besides.
+    pub(super) note: Option<String>,
+    /// What is printed when it comes to this stage, or `turn` is another; nothing for one that is not begun.
     pub(super) line: Option<String>,
+    /// How often it has come to this stage, if that is to be told each time.
+    pub(super) turn: u32,
 }
+
+type Seen = HashMap<usize, (&'static str, u32)>;
 
 pub(super) enum View {
     Bars(MultiProgress, Vec<ProgressBar>),
-    /// The last stage of each.
-    Lines(HashMap<usize, &'static str>),
+    /// The last stage and turn of each.
+    Lines(Seen),
     Json,
 }
 
@@ -53,7 +59,8 @@ impl View {
                     }
                     bars[at].set_length(item.bytes_total);
                     bars[at].set_position(item.bytes);
-                    bars[at].set_message(item.stage);
+                    let note = item.note.map(|note| format!(": {note}")).unwrap_or_default();
+                    bars[at].set_message(format!("{}{note}", item.stage));
                 }
                 Ok(())
             }
@@ -75,11 +82,12 @@ fn bar(name: String) -> ProgressBar {
     ProgressBar::new(0).with_style(style).with_prefix(name)
 }
 
-fn changes(seen: &mut HashMap<usize, &'static str>, items: impl Iterator<Item = Item>) -> String {
+fn changes(seen: &mut Seen, items: impl Iterator<Item = Item>) -> String {
     let mut text = String::new();
     for (at, item) in items.enumerate() {
-        let before = seen.insert(at, item.stage);
-        if before != Some(item.stage)
+        let now = (item.stage, item.turn);
+        let before = seen.insert(at, now);
+        if before != Some(now)
             && let Some(line) = item.line
         {
             text.push_str(&line);
@@ -100,7 +108,9 @@ mod tests {
             bytes: 0,
             bytes_total: 0,
             stage,
+            note: None,
             line: line.map(str::to_owned),
+            turn: 0,
         };
         let mut seen = HashMap::new();
         let mut told = |items: Vec<Item>| changes(&mut seen, items.into_iter());
@@ -108,5 +118,8 @@ mod tests {
         assert_eq!(told(vec![item("fetching", Some("a")), item("fetching", Some("b fetching"))]), "a\n");
         assert_eq!(told(vec![item("done", Some("a done")), item("waiting", None)]), "a done\n");
         assert_eq!(told(vec![item("done", Some("a done")), item("fetching", Some("b"))]), "b\n", "once more");
+        let again = |turn| Item { turn, ..item("retrying", Some("retrying")) };
+        assert_eq!(told(vec![again(1), again(1)]), "retrying\nretrying\n");
+        assert_eq!(told(vec![again(1), again(2)]), "retrying\n", "another turn of the same stage");
     }
 }

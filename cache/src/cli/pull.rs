@@ -93,6 +93,8 @@ fn item(layer: &v1::LayerProgress, has_begun: bool) -> Item {
         bytes: layer.bytes_fetched,
         bytes_total: layer.bytes_total,
         stage,
+        note: None,
+        turn: 0,
     }
 }
 

@@ -116,6 +116,9 @@ pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> S
         Some(why) => format!("{image}: not now: [{}] {}\n", why.reason, why.message),
         None => format!("{image}: {warmth}\n"),
     };
+    if warmth == "cold" {
+        text.push_str("  image     not known here; its registry was not asked\n");
+    }
     if offer.spares > 0 {
         let _ = writeln!(text, "  spares    {}", offer.spares);
     }
@@ -445,6 +448,19 @@ mod tests {
     fn tables_line_up() {
         let rows = [["A", "B"], ["long", "x"]].map(|row| row.map(str::to_owned));
         assert_eq!(table(&rows), "A     B\nlong  x\n");
+    }
+
+    #[test]
+    fn an_offer_of_what_is_not_known_says_so() {
+        let of = |warmth: v1::Warmth| {
+            let reply = v1::OfferResponse { accepted: true, warmth: warmth.into(), ..Default::default() };
+            offer("a:1", &reply, Output::Text)
+        };
+        let cold = of(v1::Warmth::Cold);
+        assert!(
+            cold.starts_with("a:1: cold\n") && cold.contains("not known here; its registry was not asked")
+        );
+        assert!(!of(v1::Warmth::Base).contains("not known"));
     }
 
     #[test]

@@ -65,6 +65,7 @@ pub(super) async fn run(
     shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.was_here(sizes(&manifest));
+        shared.stands(&found, platform).await;
         return Ok((found, Cache::Hit));
     }
     let lease = format!("cowshed-pull-{}", uuid::Uuid::new_v4().simple());
@@ -90,6 +91,9 @@ pub(super) async fn run(
         }
         Err(error) => Err(shared.containerd.explain(error)),
     };
+    if let Ok((image, _)) = &outcome {
+        shared.stands(image, platform).await;
+    }
     end(shared, &lease, outcome.is_err()).await;
     drop(running);
     outcome

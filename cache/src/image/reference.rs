@@ -32,13 +32,16 @@ impl ImageRef {
         if text.len() > MAX_BYTES {
             return Err(wrong(&format!("it has {} bytes, {MAX_BYTES} are allowed", text.len())));
         }
+        if let Some((scheme, rest)) = text.split_once("://") {
+            return Err(wrong(&format!("it is without {scheme}://, as {rest:?}")));
+        }
+        if let Some(what) = text.split_once('@').and_then(|(_, digest)| no_digest(digest)) {
+            return Err(wrong(&what));
+        }
         let reference: Reference = text.parse().map_err(|e: oci_client::ParseError| wrong(&e.to_string()))?;
         // What stands where a registry could stand is let through by the parser.
         if reference.repository().contains(|c: char| c.is_ascii_uppercase()) {
             return Err(wrong("its repository has capital letters"));
-        }
-        if let Some(digest) = reference.digest() {
-            digest.parse::<super::Digest>().map_err(|e| wrong(&e.to_string()))?;
         }
         let parsed = Self(reference);
         // With the registry and tag that it means, it may be longer.
@@ -68,6 +71,18 @@ impl ImageRef {
     pub(crate) fn inner(&self) -> &Reference {
         &self.0
     }
+}
+
+/// Why it is no digest, if it is none.
+fn no_digest(text: &str) -> Option<String> {
+    let error = text.parse::<super::Digest>().err()?;
+    let Some(hex) = text.strip_prefix("sha256:") else { return Some(error.to_string()) };
+    let how = match hex.chars().count() {
+        ..64 => "too short",
+        64 => "no number",
+        65.. => "too long",
+    };
+    Some(format!("the digest is {how}: sha256 has 64 hex digits (0-9, a-f), not {hex:?}"))
 }
 
 impl fmt::Display for ImageRef {
@@ -105,6 +120,17 @@ mod tests {
         for bad in ["", " ", "a b", "app:", "app@sha256:abc", "-x", "a//b", "app:1@md5:00", "a\nb"] {
             let reason = ImageRef::parse(bad).err().map(|error| error.reason());
             assert_eq!(reason, Some(Reason::ImageReferenceInvalid), "{bad:?}");
+        }
+        let short = "z".repeat(64);
+        for (bad, says) in [
+            ("tiny@sha256:abc", "the digest is too short: sha256 has 64 hex digits"),
+            (&format!("tiny:1@sha256:{short}0"), "too long"),
+            (&format!("tiny@sha256:{short}"), "no number"),
+            ("tiny@md5:00", "md5:00"),
+            ("http://r.example/tiny:1", "without http://, as \"r.example/tiny:1\""),
+        ] {
+            let error = ImageRef::parse(bad).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
         }
         let of = |bytes: usize| format!("{}.r/app:1", "r".repeat(bytes - 8));
         assert!(ImageRef::parse(&of(512)).is_ok());

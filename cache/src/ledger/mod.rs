@@ -29,7 +29,7 @@ pub use slot::LedgerSlot;
 
 use crate::{
     error::{Error, Reason, Result},
-    prefetch::job::{End, Job, JobId, Jobs, Plan, Stage},
+    prefetch::job::{Causes, End, Job, JobId, Jobs, Plan, Stage},
     promises::{Leads, Promises},
 };
 use marks::Mark;
@@ -468,9 +468,15 @@ impl Ledger {
     }
 
     /// Ends a prefetch job. `None`: there is none that runs.
-    pub async fn end_job(&self, id: JobId, how: End, now: UnixMicros) -> Result<Option<Arc<Job>>> {
+    pub async fn end_job(
+        &self,
+        id: JobId,
+        how: End,
+        causes: Causes,
+        now: UnixMicros,
+    ) -> Result<Option<Arc<Job>>> {
         self.write(move |batch| {
-            let ended = batch.state().jobs.end(&id, how, now);
+            let ended = batch.state().jobs.end(&id, how, causes, now);
             if ended.is_some() {
                 batch.change(Change::Job((id, ended.clone())));
             }

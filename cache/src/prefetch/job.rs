@@ -189,6 +189,24 @@ pub enum End {
     Late,
 }
 
+/// Why an image was not had yet when the job ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cause {
+    /// The last try's error's reason.
+    pub reason: String,
+    /// Its message.
+    pub message: String,
+}
+
+impl From<&Error> for Cause {
+    fn from(error: &Error) -> Self {
+        Self { reason: error.reason().as_str().to_owned(), message: error.to_string() }
+    }
+}
+
+/// By the images' places in the plan.
+pub type Causes = BTreeMap<usize, Cause>;
+
 /// A job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
@@ -202,13 +220,16 @@ pub struct Job {
     pub ended: Option<(End, UnixMicros)>,
     /// Of each of the plan's images.
     pub stages: Vec<Stage>,
+    /// Of those that still wait, though it has ended, as far as they were tried.
+    #[serde(default, skip_serializing_if = "Causes::is_empty")]
+    pub causes: Causes,
 }
 
 impl Job {
     /// A new one.
     pub fn begin(id: JobId, plan: Plan, now: UnixMicros) -> Self {
         let stages = vec![Stage::Waiting; plan.images.len()];
-        Self { id, plan, created_at: now, ended: None, stages }
+        Self { id, plan, created_at: now, ended: None, stages, causes: Causes::new() }
     }
 
     /// When it is late; by the wall clock, for it has to outlive boots.
@@ -237,8 +258,9 @@ impl Job {
         Some(job)
     }
 
-    fn end(&self, how: End, now: UnixMicros) -> Option<Self> {
-        self.ended.is_none().then(|| Self { ended: Some((how, now)), ..self.clone() })
+    fn end(&self, how: End, mut causes: Causes, now: UnixMicros) -> Option<Self> {
+        causes.retain(|at, _| self.stages.get(*at) == Some(&Stage::Waiting));
+        self.ended.is_none().then(|| Self { ended: Some((how, now)), causes, ..self.clone() })
     }
 
     /// Whether what was read can have been written. A name that is no image's is found out when it is pulled: no job may keep
@@ -332,7 +354,7 @@ impl Jobs {
             }
             let differences = differences.join(", ");
             let message = format!(
-                "there is a prefetch job {id} already, which differs in {differences}: give this one another name (job_id)"
+                "there is a prefetch job {id} already, which differs in {differences}: give this one another name (job_id, --name)"
             );
             return Err(Error::new(Reason::SpecConflict, message)
                 .with("job_id", &id)
@@ -367,9 +389,9 @@ impl Jobs {
         self.get(id)?.settle(at, stage, now).map(Arc::new)
     }
 
-    /// Ends a job; `None` if there is none that runs.
-    pub(crate) fn end(&self, id: &JobId, how: End, now: UnixMicros) -> Option<Arc<Job>> {
-        self.get(id)?.end(how, now).map(Arc::new)
+    /// Ends a job; `None` if there is none that runs. `causes` are the last tries' errors.
+    pub(crate) fn end(&self, id: &JobId, how: End, causes: Causes, now: UnixMicros) -> Option<Arc<Job>> {
+        self.get(id)?.end(how, causes, now).map(Arc::new)
     }
 
     /// Makes the change; gives back the one that takes it back.
@@ -400,6 +422,18 @@ pub(super) mod tests {
             tenant: Tenant::default(),
             has_credentials: false,
         }
+    }
+
+    #[test]
+    fn a_job_of_an_earlier_version_is_read() {
+        let job = Job::begin(id("j"), plan(&["r/a:1"]), UnixMicros(0));
+        let text = serde_json::to_string(&job).unwrap();
+        assert!(!text.contains("causes"), "as it was before: {text}");
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), job);
+        let causes = Causes::from([(0, Cause { reason: "X".to_owned(), message: "x".to_owned() })]);
+        let late = job.end(End::Late, causes, UnixMicros(1)).unwrap();
+        let text = serde_json::to_string(&late).unwrap();
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), late);
     }
 
     fn id(text: &str) -> JobId {
@@ -453,15 +487,15 @@ pub(super) mod tests {
             assert_eq!(job.ended, Some((end, UnixMicros(7))));
             jobs.apply((id("j"), Some(job)));
             assert!(jobs.settle(&id("j"), 0, first, UnixMicros(8)).is_none());
-            assert!(jobs.end(&id("j"), End::Cancelled, UnixMicros(8)).is_none());
+            assert!(jobs.end(&id("j"), End::Cancelled, Causes::new(), UnixMicros(8)).is_none());
             assert_eq!((jobs.running().count(), jobs.awaited()), (0, BTreeSet::new()));
         }
         let mut jobs = Jobs::default();
         create(&mut jobs, "j", plan(&["r/a:1"]), 0);
-        let job = jobs.end(&id("j"), End::Late, UnixMicros(3)).unwrap();
+        let job = jobs.end(&id("j"), End::Late, Causes::new(), UnixMicros(3)).unwrap();
         jobs.apply((id("j"), Some(job)));
         assert!(jobs.settle(&id("j"), 0, here(4), UnixMicros(4)).is_none(), "it came after the end");
-        assert!(jobs.end(&id("other"), End::Cancelled, UnixMicros(8)).is_none());
+        assert!(jobs.end(&id("other"), End::Cancelled, Causes::new(), UnixMicros(8)).is_none());
     }
 
     #[test]
@@ -480,7 +514,7 @@ pub(super) mod tests {
                 jobs.apply((id("j"), Some(job)));
             }
             if let Some(end) = end {
-                let job = jobs.end(&id("j"), end, UnixMicros(8)).unwrap();
+                let job = jobs.end(&id("j"), end, Causes::new(), UnixMicros(8)).unwrap();
                 jobs.apply((id("j"), Some(job)));
             }
             let fetched = until(&jobs);
@@ -539,7 +573,7 @@ pub(super) mod tests {
             let name = id(&format!("j{n}"));
             // The first ones end last.
             let at = UnixMicros(i64::try_from(RUNNING_MAX - n).unwrap());
-            let ended = jobs.end(&name, End::Cancelled, at);
+            let ended = jobs.end(&name, End::Cancelled, Causes::new(), at);
             jobs.apply((name, ended));
         }
         create(&mut jobs, "more", plan(&["r/a:1"]), 2);
@@ -567,7 +601,8 @@ pub(super) mod tests {
             assert!(jobs.create(id("more"), plan(&["r/a:1"]), UnixMicros(1)).is_err());
             for n in 0..running {
                 let name = id(&format!("j{round}.{n}"));
-                let ended = jobs.end(&name, End::Cancelled, UnixMicros(i64::try_from(round).unwrap()));
+                let ended =
+                    jobs.end(&name, End::Cancelled, Causes::new(), UnixMicros(i64::try_from(round).unwrap()));
                 jobs.apply((name, ended));
             }
         }

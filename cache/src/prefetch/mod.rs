@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use cowshed_leases::UnixMicros;
 use futures_util::{
     FutureExt as _,
     future::{BoxFuture, join_all},
@@ -37,7 +38,7 @@ use crate::{
     registry::Credential,
     tasks::Tasks,
 };
-use job::{End, Job, JobId, Plan, Stage};
+use job::{Causes, End, Job, JobId, Plan, Stage};
 
 /// Pause before an image is tried again.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -66,6 +67,8 @@ pub struct Seen {
     pub tries: u32,
     /// Why the last try has failed.
     pub error: Option<Error>,
+    /// When the next one is, if the last has failed; in the past if its turn has not come.
+    pub next_try: Option<UnixMicros>,
 }
 
 /// Who pulls; the seam where tests put a fake.
@@ -125,6 +128,13 @@ impl Live {
     fn not_refreshed(&self, at: usize) -> Option<String> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.get(at)?.progress.as_ref()?.not_refreshed.clone()
+    }
+
+    /// Why the last tries have failed.
+    fn causes(&self) -> Causes {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let cause = |(at, seen): (usize, &Seen)| Some((at, seen.error.as_ref()?.into()));
+        seen.iter().enumerate().filter_map(cause).collect()
     }
 }
 
@@ -384,7 +394,8 @@ impl Prefetcher {
         let (this, id) = (self.clone(), id.clone());
         // As for `create`.
         finished(async move {
-            let ended = this.0.ledger.end_job(id.clone(), how, this.0.clock.now().wall).await?;
+            let causes = this.live().get(&id).map(|live| live.causes()).unwrap_or_default();
+            let ended = this.0.ledger.end_job(id.clone(), how, causes, this.0.clock.now().wall).await?;
             let live = ended.and_then(|_| this.live().get(&id).cloned());
             if let Some(live) = live {
                 let task = live.task.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -410,9 +421,11 @@ impl Prefetcher {
             _ = all => self.0.ledger.read_jobs(|jobs| jobs.get(&job.id)?.ended.map(|(how, _)| how)),
             () = self.late(job) => {
                 let (ledger, clock, id) = (self.0.ledger.clone(), self.0.clock.clone(), job.id.clone());
+                let causes = live.causes();
                 persist(move || {
                     let (ledger, id, now) = (ledger.clone(), id.clone(), clock.now().wall);
-                    async move { ledger.end_job(id, End::Late, now).await.map(drop) }.boxed()
+                    let causes = causes.clone();
+                    async move { ledger.end_job(id, End::Late, causes, now).await.map(drop) }.boxed()
                 })
                 .await;
                 Some(End::Late)
@@ -438,7 +451,11 @@ impl Prefetcher {
             match self.attempt(job, live, at, (terms, turns)).await {
                 Err(error) if is_passing(error.reason(), &mut broken) => {
                     tracing::info!(job = %id, %error, "tried again");
-                    live.see(at, |seen| seen.error = Some(error));
+                    let next_try = self.0.clock.now().wall.0.saturating_add(micros(pause));
+                    live.see(at, |seen| {
+                        seen.error = Some(error);
+                        seen.next_try = Some(UnixMicros(next_try));
+                    });
                 }
                 outcome => break outcome,
             }
@@ -497,7 +514,10 @@ impl Prefetcher {
         }
         let credential = credential.borrow().clone();
         let access = Access { tenant: plan.tenant.clone(), credential, policy: PullPolicy::default() };
-        live.see(at, |seen| seen.tries += 1);
+        live.see(at, |seen| {
+            seen.tries += 1;
+            seen.next_try = None;
+        });
         let show = |progress, gives_way| {
             live.see(at, |seen| {
                 seen.progress = Some(progress);
@@ -516,6 +536,10 @@ impl Prefetcher {
         }
         outcome
     }
+}
+
+fn micros(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// Writes, again and again if the ledger cannot be written.

@@ -248,7 +248,23 @@ async fn one_that_is_tried_again_does_not_keep_the_others_waiting() {
     let asked = |name: &str| registry.asked.lock().unwrap().iter().filter(|(asked, _)| asked == name).count();
     assert_eq!(asked("r.example/b:1"), usize::try_from(TRIES_MAX).unwrap());
     assert_eq!(registry.most.load(Ordering::SeqCst), 1);
-    prefetcher.cancel(&id("j")).await.unwrap();
+    // Between two tries it is known when the next is.
+    let seen = loop {
+        let seen = prefetcher.get(&id("j")).unwrap().seen[0].clone();
+        if seen.next_try.is_some() {
+            break seen;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    assert!(seen.tries > 3 && seen.error.is_some(), "{seen:?}");
+    // Why it was not had is known when the job is not at work any more.
+    let cancelled = prefetcher.cancel(&id("j")).await.unwrap().job;
+    assert_eq!(cancelled.causes.keys().collect::<Vec<_>>(), [&0]);
+    assert_eq!(cancelled.causes[&0].message, "it is down");
+    idle(&prefetcher).await;
+    let late = Plan { deadline: Ttl::from_seconds(100).ok(), ..plan(&["r.example/a:1"]) };
+    prefetcher.create(id("late"), late, None).await.unwrap();
+    assert_eq!(ended(&prefetcher, "late").await.causes[&0].reason, "REGISTRY_UNAVAILABLE");
     idle(&prefetcher).await;
 }
 

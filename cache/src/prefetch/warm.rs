@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs,
+    fmt, fs,
     io::{self, Read as _},
     num::{NonZeroU32, NonZeroU64},
     path::Path,
@@ -14,10 +14,14 @@ use std::{
 
 use cowshed_leases::{Tenant, Ttl, UnixMicros};
 use cowshed_pool::Bytes;
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 use super::job::{CONCURRENCY_MAX, End, IMAGES_MAX, Job, JobId, Jobs, Plan, Wanted, twice};
 use crate::{
+    config::toml_words,
     image::{Class, ImageRef, Platform},
     time,
 };
@@ -55,8 +59,7 @@ struct WarmFile {
     every: Option<Period>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Entry {
     /// For the host's platform.
     Name(String),
@@ -69,6 +72,31 @@ enum Entry {
 struct EntryFor {
     image: String,
     platform: String,
+}
+
+/// By hand, for an untagged enum says only that it is none of the two.
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+
+        impl<'de> Visitor<'de> for Either {
+            type Value = Entry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an image's name, or { image = \"NAME\", platform = \"OS/ARCHITECTURE\" }")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Entry, E> {
+                Ok(Entry::Name(name.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Entry, A::Error> {
+                EntryFor::deserialize(MapAccessDeserializer::new(map)).map(Entry::For)
+            }
+        }
+
+        deserializer.deserialize_any(Either)
+    }
 }
 
 /// A time, as people write it.
@@ -100,7 +128,7 @@ impl Warm {
     /// # Errors
     /// What is wrong with it, and where.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let file: WarmFile = toml::from_str(text).map_err(|error| error.to_string().trim().to_owned())?;
+        let file: WarmFile = toml::from_str(text).map_err(|error| toml_words(&error))?;
         let every = file.every.map_or(EVERY_SECONDS * 1_000_000, |Period(ttl)| ttl.micros());
         Ok(Self { plan: file.plan()?, every: i64::try_from(every).unwrap_or(i64::MAX) })
     }
@@ -274,7 +302,7 @@ pub(crate) fn steps(files: &Files, jobs: &Jobs, now: UnixMicros) -> Vec<Step> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use super::{super::job::Causes, *};
 
     const SECOND: i64 = 1_000_000;
 
@@ -290,7 +318,7 @@ mod tests {
             match step {
                 Step::Withdraw(id) => {
                     done.push(format!("withdraw {id}"));
-                    let ended = jobs.end(&id, End::Withdrawn, now);
+                    let ended = jobs.end(&id, End::Withdrawn, Causes::new(), now);
                     jobs.apply((id, ended));
                 }
                 Step::Create(id, plan) => {
@@ -306,7 +334,7 @@ mod tests {
 
     fn end(jobs: &mut Jobs, id: &str, now: i64) {
         let id: JobId = id.parse().unwrap();
-        let ended = jobs.end(&id, End::Done, UnixMicros(now * SECOND)).unwrap();
+        let ended = jobs.end(&id, End::Done, Causes::new(), UnixMicros(now * SECOND)).unwrap();
         jobs.apply((id, Some(ended)));
     }
 
@@ -363,7 +391,11 @@ mod tests {
             ("images = []", "0 images"),
             ("images = ['r/A:1']", "r/A:1"),
             ("images = ['r/a:1', 'r/a:1']", "twice"),
-            ("images = [{ image = 'r/a:1' }]", "images"),
+            ("images = [{ image = 'r/a:1' }]", "missing field `platform`"),
+            ("images = [\n'r/a:1',\n{ platform = 'linux/arm64' }]", "missing field `image`"),
+            ("images = [\n'r/a:1',\n{ platform = 'linux/arm64' }]", "3 | { platform = 'linux/arm64' }]"),
+            ("images = [{ image = 'r/a:1', platfrom = 'linux/arm64' }]", "unknown field `platfrom`"),
+            ("images = [5]", "an image's name, or { image"),
             ("images = [{ image = 'r/a:1', platform = 'x' }]", "platform"),
             ("images = ['r/a:1']\nrate = '1 cow'", "1 cow"),
             ("images = ['r/a:1']\nevery = '1y'", "1y"),
@@ -371,7 +403,8 @@ mod tests {
             ("images = ['r/a:1']\nclass = 'first'", "first"),
             ("images = ['r/a:1']\nspares = 2", "spares"),
             ("images = ['r/a:1']\nconcurrency = 65", "65"),
-            ("images = ['r/a:1']\nconcurrency = 0", "concurrency"),
+            ("images = ['r/a:1']\nconcurrency = 0", "expected a number of at least 1"),
+            ("images = ['r/a:1']\nconcurrency = 0", "2 | concurrency = 0"),
             ("images = ['r/a:1']\ntenant = '../a'", "tenant"),
         ];
         for (text, says) in table {

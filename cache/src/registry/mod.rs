@@ -71,6 +71,11 @@ pub enum Kind {
 /// Where one image comes from.
 pub struct Source {
     image: ImageRef,
+    /// Where it stands how to reach registries, and who we are there.
+    config_path: PathBuf,
+    docker_config: PathBuf,
+    /// Whether its registry is told who the request says we are.
+    is_own: bool,
     /// Bytes a second.
     rate_min: u64,
     endpoints: Vec<(Endpoint, Arc<Connection>)>,
@@ -125,7 +130,9 @@ impl Registries {
             );
             return Err(Error::new(Reason::RegistryConfiguration, message).with("image", image));
         }
-        Ok(Source { image: image.clone(), rate_min: self.rate_min, endpoints })
+        let (config_path, docker_config) = (self.config_path.clone(), self.docker_config.clone());
+        let (image, is_own, rate_min) = (image.clone(), own.is_some(), self.rate_min);
+        Ok(Source { image, config_path, docker_config, is_own, rate_min, endpoints })
     }
 
     fn connection(&self, endpoint: Endpoint, credential: Option<Credential>) -> Result<Arc<Connection>> {
@@ -410,27 +417,55 @@ impl Source {
         let words = refusal::words(error);
         let message = match reason {
             Reason::ImageNotFound => {
-                format!("image {image} is not at registry {at} ({what}: {words}); check its name and tag")
+                let which = if image.digest().is_some() { "digest" } else { "tag" };
+                format!("image {image} is not at registry {at} ({what}: {words}); check its name and {which}")
             }
             Reason::RegistryDenied => {
-                format!(
-                    "registry {at} does not hand out {image} to us ({words}); who we are there is in docker's \
-                     config.json ([registry] docker_config)"
-                )
+                format!("registry {at} does not hand out {image} to us ({words}); {}", self.who(endpoint))
             }
             Reason::ImageUnsupported => format!("its {what} at registry {at} cannot be used: {words}"),
             _ => {
-                let hint = if endpoint.scheme == Scheme::Https {
-                    "; if it speaks plain HTTP, say so in its hosts.toml"
-                } else {
-                    ""
-                };
+                let is_plain = endpoint.scheme == Scheme::Https && refusal::may_be_plain(error, at);
+                let hint = if is_plain { self.say_plain(endpoint) } else { String::new() };
                 format!(
                     "registry {at} cannot be reached for {image} ({what}: {words}){hint}; repeat when it answers"
                 )
             }
         };
         Error::new(reason, message).with("image", image).with("registry", at)
+    }
+}
+
+impl Source {
+    /// Who we are to the endpoint that has refused us, and what can be done about it.
+    fn who(&self, endpoint: &Endpoint) -> String {
+        let file = format!(
+            "docker's config.json on this host, {} ([registry] docker_config)",
+            self.docker_config.display()
+        );
+        match (hosts::is_itself(endpoint, self.image.registry()), self.is_own) {
+            (true, true) => {
+                "the credentials that came with the request are not good for it: give others".to_owned()
+            }
+            (true, false) => {
+                format!(
+                    "the request came without credentials (--credentials): give them with it, or in {file}"
+                )
+            }
+            (false, _) => format!("who we are to a mirror is in {file}"),
+        }
+    }
+
+    /// What to do if the endpoint speaks plain HTTP.
+    fn say_plain(&self, endpoint: &Endpoint) -> String {
+        let (registry, at) = (self.image.registry(), &endpoint.authority);
+        let file = self.config_path.join(registry).join("hosts.toml");
+        let says = if hosts::is_itself(endpoint, registry) {
+            format!("server = \"http://{at}\"")
+        } else {
+            format!("[host.\"http://{at}\"]")
+        };
+        format!("; if it speaks plain HTTP, say so in {}: {says}", file.display())
     }
 }
 
@@ -474,6 +509,75 @@ mod tests {
             let at = at(image.inner(), &endpoint);
             assert_eq!((at.resolve_registry(), at.namespace()), (asked, namespace), "{image}");
             assert_eq!((at.repository(), at.tag()), (image.inner().repository(), image.inner().tag()));
+        }
+    }
+
+    #[tokio::test]
+    async fn who_was_refused_is_told_what_to_do() {
+        let _done = rustls::crypto::ring::default_provider().install_default();
+        let (image, patience) = (ImageRef::parse("r.example:5000/x:1").unwrap(), Duration::from_secs(1));
+        let own = Credential::Identity("geheim".to_owned());
+        let directory = tempfile::tempdir().unwrap();
+        let hosts = directory.path().join("r.example:5000");
+        fs::create_dir(&hosts).unwrap();
+        fs::write(hosts.join("hosts.toml"), "[host.\"https://mirror.example\"]\n").unwrap();
+        let registries =
+            Registries::new(directory.path().to_owned(), "/etc/d/config.json".into(), patience, patience, 0);
+        for (own, mirror, itself, not) in [
+            (None, "/etc/d/config.json", "--credentials", "came with the request"),
+            (None, "mirror", "/etc/d/config.json ([registry] docker_config)", "came with the request"),
+            (Some(&own), "/etc/d/config.json", "credentials that came with the request", "config.json"),
+        ] {
+            let source = registries.source(&image, own).await.unwrap();
+            let refused = Failure::Refused {
+                status: StatusCode::UNAUTHORIZED,
+                url: "https://r.example/v2/".to_owned(),
+                codes: Vec::new(),
+                text: String::new(),
+            };
+            let said = |at: usize| source.explain(&refused, &source.endpoints[at].0, "manifest").to_string();
+            assert!(said(0).contains(mirror), "{}", said(0));
+            assert!(said(1).contains(itself) && !said(1).contains(not), "{}", said(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_is_looked_for_by_its_own_name() {
+        let (source, _) = registry_that_is(Manner::Plain, b"honest").await;
+        let error = source.document(None, &ACCEPTED, 1000).await.unwrap_err().to_string();
+        assert!(error.contains("check its name and tag"), "{error}");
+        let pinned = format!("{}/x@{}", source.image.registry(), Digest::of(b"missing"));
+        let source = Source { image: ImageRef::parse(&pinned).unwrap(), ..source };
+        let error = source.document(None, &ACCEPTED, 1000).await.unwrap_err().to_string();
+        assert!(error.contains("check its name and digest"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn plain_http_is_spoken_of_where_it_may_be_spoken() {
+        // It answers to anything as a server without TLS does.
+        let (source, _) = registry_that_is(Manner::Plain, b"honest").await;
+        let plain = source.image.registry().to_owned();
+        let none = {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            listener.local_addr().unwrap().to_string()
+        };
+        let (directory, patience) = (tempfile::tempdir().unwrap(), Duration::from_secs(20));
+        let registries =
+            Registries::new(directory.path().to_owned(), "/etc/d/config.json".into(), patience, patience, 0);
+        let file = directory.path().join(&plain).join("hosts.toml");
+        for (authority, hint) in [
+            (plain.as_str(), Some(format!("{}: server = \"http://{plain}\"", file.display()))),
+            // Nobody listens there; nobody knows it.
+            (none.as_str(), None),
+            ("nowhere.invalid", None),
+        ] {
+            let image = ImageRef::parse(&format!("{authority}/x:1")).unwrap();
+            let source = registries.source(&image, None).await.unwrap();
+            let error = source.document(None, &ACCEPTED, 1000).await.unwrap_err().to_string();
+            match hint {
+                Some(hint) => assert!(error.contains(&hint), "{error}"),
+                None => assert!(!error.contains("plain HTTP"), "{error}"),
+            }
         }
     }
 

@@ -120,6 +120,32 @@ pub(super) fn outlook(failure: &Failure) -> Outlook {
     if passing { Outlook::Passing } else { Outlook::Lasting }
 }
 
+/// Whether it may be that the endpoint, host[:port], which was asked with TLS, speaks plain HTTP.
+pub(super) fn may_be_plain(failure: &Failure, authority: &str) -> bool {
+    let Failure::Request(error) = failure else { return false };
+    let sources = || std::iter::successors(std::error::Error::source(error), |error| error.source());
+    let says = |what: &str| sources().any(|error| error.to_string().starts_with(what));
+    if !error.is_connect() || says("dns error") {
+        return false;
+    }
+    // Without a port it may listen on HTTP's alone.
+    if error.is_timeout() || says("tcp connect error") {
+        return !has_port(authority);
+    }
+    // Who has TLS, and another certificate or version, is no such server.
+    sources().find_map(of_tls).is_none_or(|error| matches!(error, rustls::Error::InvalidMessage(_)))
+}
+
+fn has_port(authority: &str) -> bool {
+    authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+}
+
+/// An I/O error tells of its cause's causes only.
+fn of_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let within = |error: &'a std::io::Error| of_tls(error.get_ref()?);
+    error.downcast_ref().or_else(|| error.downcast_ref::<std::io::Error>().and_then(within))
+}
+
 /// The error with its sources: a failed request says "connection refused" in the third of them only.
 pub(super) fn words(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -157,28 +157,29 @@ pub(super) fn request_id(text: &str) -> Result<RequestId> {
 }
 
 pub(super) fn ttl(duration: &prost_types::Duration) -> Result<Ttl> {
-    time("ttl", duration)
+    time("ttl", "--ttl", duration)
 }
 
 pub(super) fn hold_for(duration: &prost_types::Duration) -> Result<Ttl> {
-    time("hold_for", duration)
+    time("hold_for", "--for", duration)
 }
 
 pub(super) fn deadline(duration: &prost_types::Duration) -> Result<Ttl> {
-    time("deadline", duration)
+    time("deadline", "--deadline", duration)
 }
 
 pub(super) fn pin_for(duration: &prost_types::Duration) -> Result<Ttl> {
-    time("pin_for", duration)
+    time("pin_for", "--pin-for", duration)
 }
 
-fn time(field: &'static str, duration: &prost_types::Duration) -> Result<Ttl> {
+fn time(field: &'static str, option: &str, duration: &prost_types::Duration) -> Result<Ttl> {
     let micros = u64::try_from(duration.seconds).ok().zip(u64::try_from(duration.nanos).ok());
     let micros = micros.and_then(|(s, n)| s.checked_mul(1_000_000)?.checked_add(n / 1000));
     micros.and_then(|micros| Ttl::from_micros(micros).ok()).ok_or_else(|| {
-        let prost_types::Duration { seconds, nanos } = duration;
-        let what = "it is a time of 1 s to 100 years, or absent for no limit";
-        let message = format!("{field} of {seconds} s and {nanos} ns is wrong: {what}");
+        let seconds = duration.seconds as f64 + f64::from(duration.nanos) / 1e9;
+        let message = format!(
+            "{field} ({option}) is {seconds} s: it has to be at least 1 s, at most 100 years, or absent for no limit"
+        );
         Error::new(Reason::TtlInvalid, message).with("field", field)
     })
 }
@@ -209,6 +210,19 @@ fn wrong(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_time_that_is_none_is_named_as_it_was_given() {
+        for (seconds, nanos, says) in [
+            (0, 0, "hold_for (--for) is 0 s: it has to be at least 1 s"),
+            (0, 500_000_000, "is 0.5 s"),
+            (-1, 0, "is -1 s"),
+        ] {
+            let error = hold_for(&prost_types::Duration { seconds, nanos }).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        assert!(hold_for(&prost_types::Duration { seconds: 1, nanos: 0 }).is_ok());
+    }
 
     #[test]
     fn grpc_says_how_long_somebody_waits() {

@@ -2,6 +2,7 @@
 
 use std::num::{NonZeroU32, NonZeroU64};
 
+use cowshed_leases::VmIdError;
 use cowshed_proto::v1;
 use prost::Message as _;
 use tokio::sync::watch;
@@ -15,7 +16,7 @@ use crate::{
     image::{Class, ImageRef, Platform, Progress},
     prefetch::{
         Picture, Prefetcher, Seen,
-        job::{CONCURRENCY_MAX, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
+        job::{CONCURRENCY_MAX, Cause, End, IMAGES_MAX, JobId, Plan, Stage, Wanted, twice},
         warm,
     },
     registry::Credential,
@@ -28,10 +29,12 @@ const PAGE_MAX: u32 = 100;
 const PAGE_MAX_BYTES: usize = 1 << 20;
 
 pub(super) fn job_id(text: &str) -> Result<JobId> {
-    text.parse().map_err(|error| {
-        let shown: String = text.chars().take(140).collect();
-        wrong("job_id", format!("job_id {shown:?} is no name of a job: {error}"))
-    })
+    text.parse().map_err(|error| no_job_id("job_id", text, error))
+}
+
+fn no_job_id(field: &str, text: &str, error: VmIdError) -> Error {
+    let shown: String = text.chars().take(140).collect();
+    wrong("job_id", format!("{field} {shown:?} is no name of a job: {error}"))
 }
 
 /// The name (a new one if there is none), the plan, and the credentials.
@@ -40,11 +43,12 @@ pub(super) fn wanted(request: v1::CreatePrefetchRequest) -> Result<(JobId, Plan,
     let id = match name.as_str() {
         "" => JobId::from_random(uuid::Uuid::new_v4().as_u128()),
         name if name.starts_with(warm::PREFIX) => {
-            let what =
-                format!("job_id {name:?} is as those of the warm set's files: begin with another word");
+            let what = format!(
+                "job_id (--name) {name:?} is as those of the warm set's files: begin with another word"
+            );
             return Err(wrong("job_id", what));
         }
-        name => job_id(name)?,
+        name => name.parse().map_err(|error| no_job_id("job_id (--name)", name, error))?,
     };
     let spec = spec.unwrap_or_default();
     let access = parse::access(&spec.tenant, credentials)?;
@@ -174,13 +178,18 @@ pub(super) fn message(picture: Picture) -> v1::Prefetch {
         created_at: Some(timestamp(job.created_at)),
         ended_at: job.ended.map(|(_, at)| timestamp(at)),
         images: images
-            .map(|((wanted, stage), seen)| image(wanted, stage, seen, job.ended.is_some()))
+            .enumerate()
+            .map(|(at, ((wanted, stage), seen))| {
+                let ended = job.ended.map(|_| job.causes.get(&at));
+                image(wanted, stage, seen, ended)
+            })
             .collect(),
         wants_credentials,
     }
 }
 
-fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::PrefetchedImage {
+/// `ended`: the job has, and why the image was not had until then, if that is known.
+fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, ended: Option<Option<&Cause>>) -> v1::PrefetchedImage {
     let (fetched, total) = seen.progress.as_ref().map(Progress::bytes).unwrap_or_default();
     let image = v1::PrefetchedImage {
         image: wanted.image.clone(),
@@ -190,32 +199,42 @@ fn image(wanted: &Wanted, stage: &Stage, seen: &Seen, has_ended: bool) -> v1::Pr
         tries: seen.tries,
         ..v1::PrefetchedImage::default()
     };
-    match stage {
-        Stage::Waiting if has_ended => {
-            v1::PrefetchedImage { stage: v1::PrefetchStage::GivenUp.into(), ..image }
-        }
-        Stage::Waiting => {
+    let failure = |cause: &Cause| convert::failure(&cause.reason, &cause.message, None);
+    match (stage, ended) {
+        (Stage::Waiting, Some(cause)) => v1::PrefetchedImage {
+            stage: v1::PrefetchStage::GivenUp.into(),
+            failure: cause.map(failure),
+            ..image
+        },
+        (Stage::Waiting, None) => {
             let now = match (&seen.progress, &seen.error) {
                 (Some(_), _) if seen.gives_way => v1::PrefetchStage::GivingWay,
                 (Some(_), _) => v1::PrefetchStage::Pulling,
                 (None, Some(_)) => v1::PrefetchStage::Retrying,
                 (None, None) => v1::PrefetchStage::Waiting,
             };
-            let failure = |error: &Error| convert::failure(error.reason().as_str(), &error.to_string(), None);
-            let failure = seen.error.as_ref().filter(|_| now == v1::PrefetchStage::Retrying).map(failure);
-            v1::PrefetchedImage { stage: now.into(), failure, ..image }
+            let is_retried = now == v1::PrefetchStage::Retrying;
+            let error = seen.error.as_ref().filter(|_| is_retried).map(Cause::from);
+            v1::PrefetchedImage {
+                stage: now.into(),
+                failure: error.as_ref().map(failure),
+                next_try_at: seen.next_try.filter(|_| is_retried).map(timestamp),
+                ..image
+            }
         }
-        Stage::Here { manifest, bytes, was_there, not_refreshed, removed: _, at } => v1::PrefetchedImage {
-            stage: v1::PrefetchStage::Done.into(),
-            bytes_fetched: *bytes,
-            bytes_total: *bytes,
-            manifest_digest: manifest.clone(),
-            cache: if *was_there { v1::CacheResult::Hit } else { v1::CacheResult::Miss }.into(),
-            ended_at: Some(timestamp(*at)),
-            not_refreshed: not_refreshed.clone(),
-            ..image
-        },
-        Stage::Failed { reason, message, at } => v1::PrefetchedImage {
+        (Stage::Here { manifest, bytes, was_there, not_refreshed, removed: _, at }, _) => {
+            v1::PrefetchedImage {
+                stage: v1::PrefetchStage::Done.into(),
+                bytes_fetched: *bytes,
+                bytes_total: *bytes,
+                manifest_digest: manifest.clone(),
+                cache: if *was_there { v1::CacheResult::Hit } else { v1::CacheResult::Miss }.into(),
+                ended_at: Some(timestamp(*at)),
+                not_refreshed: not_refreshed.clone(),
+                ..image
+            }
+        }
+        (Stage::Failed { reason, message, at }, _) => v1::PrefetchedImage {
             stage: v1::PrefetchStage::Failed.into(),
             failure: Some(convert::failure(reason, message, Some(*at))),
             ended_at: Some(timestamp(*at)),
