@@ -536,13 +536,13 @@ fn fail(message: &str, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Writes to stdout; a closed pipe is a failure like any other, and no panic.
 /// What is worth knowing of what has come to a good end.
 fn warn(text: &str) {
     // The reply tells as well.
     let _gone = writeln!(std::io::stderr(), "warning: {text}");
 }
 
+/// Writes to stdout; a closed pipe is a failure like any other, and no panic.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())

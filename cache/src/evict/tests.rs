@@ -633,6 +633,27 @@ async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_be
     host.make().await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_emergency_is_not_waited_out_after_runs_in_vain() {
+    let host = host();
+    host.store.put("young", 100, 60);
+    let (_running, stopped) = tokio::sync::watch::channel(false);
+    let watching = tokio::spawn(host.evictor.clone().watch(crate::kernel::Events::listen(), stopped));
+    // Above the high mark for so long that the next run would be in half a minute.
+    for gib in TOTAL * 86 / 100..TOTAL * 95 / 100 {
+        host.fill(gib);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(host.store.names(), ["young"], "at {gib} GiB");
+    }
+    let begun = Instant::now();
+    host.fill(TOTAL * 96 / 100);
+    while !host.store.names().is_empty() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(begun.elapsed() < Duration::from_secs(8), "it is not acted on");
+    }
+    watching.abort();
+}
+
 /// The watch has found out before them.
 #[tokio::test(start_paused = true)]
 async fn who_comes_when_nothing_can_be_removed_in_an_emergency_is_told_at_once() {

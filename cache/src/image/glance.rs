@@ -45,6 +45,11 @@ impl Standing {
         self.stand().images.get(image).cloned()
     }
 
+    /// Whether it was unpacked before.
+    pub(super) fn has(&self, image: &ResolvedImage) -> bool {
+        self.get(&image.name).is_some_and(|(manifest, _)| manifest == image.manifest)
+    }
+
     /// Unpacked by us, just now.
     fn note(&self, image: &ImageRef, what: (Digest, Option<Owner>)) {
         let mut stand = self.stand();
@@ -159,6 +164,8 @@ mod tests {
         standing.begin();
         standing.note(&image.name, what.clone());
         assert_eq!(standing.get(&image.name), Some(what.clone()), "at once");
+        assert!(standing.has(&image));
+        assert!(!standing.has(&ResolvedImage { manifest: Digest::of(b"another"), ..image.clone() }));
         // That look was begun before, and has not seen it.
         standing.found(Unpacked::new());
         assert_eq!(standing.get(&image.name), Some(what));

@@ -65,7 +65,9 @@ pub(super) async fn run(
     shared.verify(image, target).await?;
     if let Some((found, manifest)) = complete(&asker, platform, &digest).await? {
         board.was_here(sizes(&manifest));
-        shared.stands(&found, platform).await;
+        if !shared.standing.has(&found) {
+            shared.stands(&found, platform).await;
+        }
         return Ok((found, Cache::Hit));
     }
     let lease = format!("cowshed-pull-{}", uuid::Uuid::new_v4().simple());
@@ -91,10 +93,13 @@ pub(super) async fn run(
         }
         Err(error) => Err(shared.containerd.explain(error)),
     };
-    if let Ok((image, _)) = &outcome {
-        shared.stands(image, platform).await;
-    }
-    end(shared, &lease, outcome.is_err()).await;
+    // Beside each other: somebody may wait for the image.
+    let stands = async {
+        if let Ok((image, _)) = &outcome {
+            shared.stands(image, platform).await;
+        }
+    };
+    tokio::join!(stands, end(shared, &lease, outcome.is_err()));
     drop(running);
     outcome
 }

@@ -63,7 +63,7 @@ enum Part {
     Bytes(Vec<u8>),
     /// There are no more; the digest of all of them. Who is asked for memory lets go of it when this has been read, or dropped:
     /// what comes before it takes memory until then.
-    Last(Result<Digest>, #[allow(dead_code, reason = "it is dropped")] Box<dyn Warden>),
+    Last(Result<Digest>, Box<dyn Warden>),
 }
 
 /// The layer as it comes out of the inflater.
