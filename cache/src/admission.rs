@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cowshed_gc::{evict::Bytes, reserve::Policy};
+use cowshed_pool::device::REPAIR;
 
 use crate::{
     error::{Error, Reason, Result},
@@ -51,11 +52,8 @@ impl Admission {
             PoolMode::ReadWrite => {}
             PoolMode::OutOfDataSpace => return Err(full(name, "it is out of data space")),
             PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => {
-                let message = format!(
-                    "the thin pool {name} does not write (its state is {}): take it offline, run thin_check and, if that \
-                     finds damage, thin_repair on its metadata, then activate it again",
-                    pool.mode
-                );
+                let message =
+                    format!("the thin pool {name} does not write (its state is {}): {REPAIR}", pool.mode);
                 return Err(Error::new(Reason::PoolUnusable, message)
                     .with("pool", name)
                     .with("mode", pool.mode));
@@ -119,8 +117,9 @@ fn is_short(used: u64, total: u64, headroom_percent: u8) -> bool {
 }
 
 fn full(pool: &str, why: &str) -> Error {
-    let message =
-        format!("the thin pool {pool} is full: {why}; release disks, remove images, or extend it (lvextend)");
+    let message = format!(
+        "the thin pool {pool} is full: {why}; release disks, remove images, or extend it (cowshed pool extend)"
+    );
     Error::new(Reason::PoolFull, message).with("pool", pool)
 }
 

@@ -68,6 +68,7 @@ struct Inner {
     gc_freed: IntCounterVec,
     gc_lacking: GaugeVec,
     pool_full_in: GaugeVec,
+    group_free: Gauge,
     reserved: Gauge,
     quota_leases: GaugeVec,
     quota_bytes: GaugeVec,
@@ -242,6 +243,13 @@ impl Metrics {
                 "cowshed_pool_full_in_seconds",
                 "How long it takes at the present rate until the pool is full, by part (data or metadata); +Inf if it does not fill",
                 &["part"],
+            )?,
+            group_free: register(
+                &r,
+                Gauge::new(
+                    "cowshed_volume_group_free_bytes",
+                    "Bytes that are free in the pool's volume group, if the pool grows by itself; NaN if that is not known",
+                )?,
             )?,
             reserved: register(
                 &r,
@@ -428,6 +436,11 @@ impl Metrics {
     pub fn pool_full_in(&self, kind: Kind, time: Option<Duration>) {
         let seconds = time.map_or(f64::INFINITY, |time| time.as_secs_f64());
         self.0.pool_full_in.with_label_values(&[&kind.to_string()]).set(seconds);
+    }
+
+    /// So much is free in the pool's volume group; `None`: it does not matter, or is not known.
+    pub fn group_free(&self, bytes: Option<u64>) {
+        self.0.group_free.set(bytes.map_or(f64::NAN, |bytes| bytes as f64));
     }
 
     /// So many prefetch jobs run.

@@ -238,7 +238,7 @@ pub(crate) fn refused(
             let message = format!(
                 "the thin pool has promised what it has: {reserved} are still expected of the disks that there are, {expected} of this \
                  one, and {free} of data are free, where {needed} would have to be ([admission] overcommit_percent is {percent}); \
-                 release disks, remove images, or extend it (lvextend)"
+                 release disks, remove images, or extend it (cowshed pool extend)"
             );
             let error = Error::new(Reason::PoolFull, message).with("reserved_bytes", reserved.0);
             error.with("expected_bytes", expected.0).with("free_bytes", free.0).with("needed_bytes", needed.0)

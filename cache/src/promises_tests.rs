@@ -84,7 +84,7 @@ async fn of_a_burst_as_many_as_fit_are_granted_and_the_rest_leaves_nothing() {
     }
     assert_eq!(refusals(&outcomes), [Reason::PoolFull; 30]);
     let said = outcomes.iter().find_map(|outcome| outcome.as_ref().err()).unwrap().to_string();
-    for word in ["overcommit_percent is 100", "40.00 GiB", "2.00 GiB", "42.00 GiB", "lvextend"] {
+    for word in ["overcommit_percent is 100", "40.00 GiB", "2.00 GiB", "42.00 GiB", "cowshed pool extend"] {
         assert!(said.contains(word), "{word}: {said}");
     }
     process.settle().await;

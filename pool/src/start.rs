@@ -26,7 +26,7 @@ use futures_util::future::join_all;
 use rusqlite::Connection;
 
 use crate::{
-    device::{DeviceError, DeviceMapper, DeviceName, Live, Pool, PoolMode},
+    device::{DeviceError, DeviceMapper, DeviceName, Live, Pool, PoolMode, REPAIR},
     error::Code,
     metrics::Metrics,
     reclaim,
@@ -212,8 +212,8 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
             // What cannot be listed may be damaged, and every change would make it worse; so would not knowing.
             if let Some(said) = pool.damage().map_err(passing)? {
                 return Err(Hindrance::Damaged(format!(
-                    "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. Stop \
-                     what uses the pool, deactivate it, repair it with lvconvert --repair, and activate it"
+                    "the metadata of the thin pool {name} is damaged, so nothing is changed in it. thin_check says: {said}. What to \
+                     do: {REPAIR}"
                 )));
             }
             tracing::warn!(%error, "what else is in the pool cannot be told");
@@ -226,10 +226,7 @@ fn look_at_pool(pool: &impl Pool, settings: &Settings, known: &str) -> Result<Fo
 }
 
 fn stopped(name: &str, mode: PoolMode) -> String {
-    format!(
-        "the thin pool {name} is in mode {mode}, so nothing is changed in it. See the kernel's log; stop what uses the pool, \
-         deactivate it, check its metadata with thin_check, repair it with lvconvert --repair, and activate it"
-    )
+    format!("the thin pool {name} is in mode {mode}, so nothing is changed in it: {REPAIR}")
 }
 
 /// Looks at a pool that is in use; says what has become of it if it is not the one any more that was found good at the

@@ -73,7 +73,13 @@ fn pool_full() -> Outcome {
     let used = pool_used_bytes()?;
     check!(used > 1 << 30, "{used} bytes are in use, a tenth of the pool should be");
     let before = snapshots("Active")?;
-    second.refuses("pool-5", &tiny, 7, "POOL_FULL", &["vg-pool", "data_headroom_percent", "lvextend"])?;
+    second.refuses(
+        "pool-5",
+        &tiny,
+        7,
+        "POOL_FULL",
+        &["vg-pool", "data_headroom_percent", "cowshed pool extend"],
+    )?;
     second.cowshed(&["pull", &tiny])?.fails(7, &["[POOL_FULL]"])?;
     same!(snapshots("Active")?, before, "the snapshots after the refusal");
     second.cowshed(&["status"])?.fails(8, &["vg-pool"])?;

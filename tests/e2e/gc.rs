@@ -266,7 +266,7 @@ fn who_would_be_refused_gets_room() -> Outcome {
         })?;
         times.push(begun.elapsed());
         same!(refused.reason, "POOL_FULL", "{refused:?}");
-        for word in ["data_headroom_percent", "lacking: ", "lvextend"] {
+        for word in ["data_headroom_percent", "lacking: ", "cowshed pool extend"] {
             check!(refused.message.contains(word), "{word:?} is not said: {}", refused.message);
         }
         check!(refused.metadata.contains_key("helps"), "{refused:?}");

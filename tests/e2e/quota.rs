@@ -176,7 +176,7 @@ fn burst(configuration: &str) -> Outcome {
     for (refused, _) in &first.refused {
         same!(refused.reason, "POOL_FULL", "{refused:?}");
         same!(refused.code, tonic::Code::ResourceExhausted, "{refused:?}");
-        for word in ["overcommit_percent", "are still expected", "lvextend"] {
+        for word in ["overcommit_percent", "are still expected", "cowshed pool extend"] {
             check!(refused.message.contains(word), "{word:?} is not said: {}", refused.message);
         }
         same!(refused.metadata.get("expected_bytes"), Some(&expected.to_string()), "{refused:?}");

@@ -434,7 +434,10 @@ fn pool_with_io_errors() -> Outcome {
                 refused(made, Code::FailedPrecondition, &["vg-pool", "lvconvert --repair"])
             })?;
             wait_for("a status that says so", || {
-                run("cowshed", &["status"])?.fails(8, &["vg-pool", "repair"])
+                run("cowshed", &["status"])?.fails(8, &["vg-pool", "systemctl stop cowshed", "cowshed pool repair"])
+            })?;
+            wait_for("a metric that says so", || {
+                sh("curl -sf http://127.0.0.1:9850/metrics | grep -E '^cowshed_rescue.cause=.(pool|snapshotter).. 1$'")
             })?;
             listed()
         });

@@ -50,7 +50,8 @@ impl Grower for NoGrower {
     }
 
     async fn extend(&self, kind: Kind, to: Bytes) -> Result<()> {
-        let message = format!("the pool's {kind} does not grow by itself: extend it to {to} (lvextend)");
+        let message =
+            format!("the pool's {kind} does not grow by itself: extend it to {to} (cowshed pool extend)");
         Err(Error::new(Reason::PoolFull, message))
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use cowshed_gc::evict::{Bytes, Kind, Pool, Room};
 use cowshed_leases::{Lease, LeaseId};
+use cowshed_pool::device::REPAIR;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
@@ -57,8 +58,7 @@ impl Evictor {
             PoolMode::ReadWrite | PoolMode::OutOfDataSpace => {}
             PoolMode::ReadOnly | PoolMode::NeedsCheck | PoolMode::Failed => {
                 let message = format!(
-                    "the thin pool {} does not write (its state is {}), so nothing comes back from it: `cowshed status` says \
-                     what to do",
+                    "the thin pool {} does not write (its state is {}), so nothing comes back from it: {REPAIR}",
                     usage.name, usage.mode
                 );
                 return Err(Error::new(Reason::PoolUnusable, message).with("pool", &usage.name));

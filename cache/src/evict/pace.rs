@@ -7,6 +7,9 @@ use cowshed_gc::evict::{Bytes, Kind, Marks, Policy, Room};
 /// The pause between two looks, at the least and at the most.
 pub(super) const SHORTEST: Duration = Duration::from_secs(1);
 pub(super) const LONGEST: Duration = Duration::from_secs(30);
+/// Nobody fills a pool faster than this, in bytes of data a second; LVM2 leaves the kernel's low-water mark at nothing, so that its
+/// event comes when the pool is full.
+const FASTEST: f64 = (2_u64 << 30) as f64;
 /// So many looks there are on the way to the next mark.
 const LOOKS: u32 = 4;
 /// What happened so long ago counts for a third of what happens now.
@@ -77,7 +80,17 @@ impl Pace {
             self.time_to(kind, self.next_mark(kind, total, marks))
         };
         let soonest = Kind::ALL.into_iter().filter_map(next).min();
-        soonest.map_or(LONGEST, |time| (time / LOOKS).clamp(SHORTEST, LONGEST))
+        soonest
+            .map_or(LONGEST, |time| time / LOOKS)
+            .min(self.at_the_least(total, policy))
+            .clamp(SHORTEST, LONGEST)
+    }
+
+    /// Whatever the rate was until now: not before this it comes to the next mark.
+    fn at_the_least(&self, total: Room, policy: &Policy) -> Duration {
+        let Some((_, used)) = self.last else { return SHORTEST };
+        let mark = self.next_mark(Kind::Data, total.data, policy.data.marks);
+        Duration::from_secs_f64(mark.less(used.data).0 as f64 / FASTEST)
     }
 
     /// The first mark that is not reached; then the end.
@@ -94,11 +107,14 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn used(data: u64) -> Room {
-        Room { data: Bytes(data), metadata: Bytes(0) }
+    /// A pool is a million of these.
+    const UNIT: u64 = 16 << 20;
+
+    fn used(units: u64) -> Room {
+        Room { data: Bytes(units * UNIT), metadata: Bytes(0) }
     }
 
-    const TOTAL: Room = Room { data: Bytes(1_000_000), metadata: Bytes(1_000_000) };
+    const TOTAL: Room = Room { data: Bytes(1_000_000 * UNIT), metadata: Bytes(1_000_000 * UNIT) };
 
     /// Fills at this rate for some minutes, from the end back.
     fn filling(rate: u64, until: u64) -> Pace {
@@ -112,13 +128,14 @@ mod tests {
     #[test]
     fn the_faster_it_fills_the_sooner_it_is_looked_at() {
         let policy = Config::default().gc_policy();
-        let high = policy.data.marks.high().of(TOTAL.data).0;
+        let high = policy.data.marks.high().of(TOTAL.data).0 / UNIT;
         let table = [
             ("it does not fill", 0, high / 2, LONGEST),
             ("in an hour", 10, high - 36_000, LONGEST),
             ("in 40 s", 100, high - 4_000, Duration::from_secs(10)),
             ("in a second", 1000, high - 1000, SHORTEST),
             ("above the high mark the emergency's counts", 500, high + 2_000, Duration::from_secs(30)),
+            ("it might begin to fill at once", 0, high - 2_560, Duration::from_secs(20)),
         ];
         for (what, rate, until, expected) in table {
             let pause = filling(rate, until).pause(TOTAL, &policy);
@@ -138,7 +155,7 @@ mod tests {
         for second in 301..400 {
             pace.look(used(500_000 - second), Duration::from_secs(second));
         }
-        assert!(pace.rate(Kind::Data) < 3.0, "it empties: {pace:?}");
+        assert!(pace.rate(Kind::Data) < 3.0 * UNIT as f64, "it empties: {pace:?}");
         // The same moment again tells nothing.
         let before = pace.rate(Kind::Data);
         pace.look(used(0), Duration::from_secs(399));

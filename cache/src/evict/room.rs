@@ -9,7 +9,7 @@ use cowshed_gc::evict::{Bytes, Kind, Outcome, Room, Trigger};
 use futures_util::{FutureExt as _, future::Shared};
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Evictor, Report, inventory::total};
+use super::{Evictor, Report, inventory::total, name_of, pace::LONGEST};
 use crate::{
     admission::Admission,
     error::{Error, Reason, Result},
@@ -24,8 +24,8 @@ const POLL: Duration = Duration::from_millis(50);
 /// So long it counts that nothing was to be had.
 const BARREN: Duration = Duration::from_secs(1);
 /// So long the next ones are told so at once even then, while it is looked at anew behind the answer: a full pool refuses
-/// without delay.
-const REMEMBERED: Duration = Duration::from_secs(15);
+/// without delay. The watch, which runs in vain as well, does so once in `LONGEST`.
+const REMEMBERED: Duration = LONGEST.saturating_add(Duration::from_secs(15));
 /// Before its caller is gone he is told that it takes longer: so long before, and at least so much of his time.
 const MARGIN: Duration = Duration::from_millis(200);
 /// More than is lacking is made, so that not each disk has to wait for some: this part of the pool.
@@ -218,7 +218,8 @@ impl Evictor {
                 Err(error) => return Err(Vain::Failed(error)),
             }
         }
-        let ran = self.run_in_turn(Trigger::Admission(ample)).await;
+        let trigger = Trigger::Admission(ample);
+        let ran = self.run_in_turn(trigger, name_of(trigger)).await;
         if self.has_come(needed).await {
             return Ok(());
         }

@@ -86,10 +86,22 @@ impl Evictor {
     /// # Errors
     /// If the pool does not write, or nobody tells what there is. What was done before is done.
     pub async fn run(self: &Arc<Self>, trigger: Trigger) -> Result<Report> {
+        self.run_for(trigger, name_of(trigger)).await
+    }
+
+    /// The same, because somebody wants it.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub async fn run_on_request(self: &Arc<Self>, trigger: Trigger) -> Result<Report> {
+        self.run_for(trigger, "request").await
+    }
+
+    async fn run_for(self: &Arc<Self>, trigger: Trigger, why: &'static str) -> Result<Report> {
         let (done, outcome) = oneshot::channel();
         let this = self.clone();
         self.tasks.spawn(async move {
-            let report = this.run_in_turn(trigger).await;
+            let report = this.run_in_turn(trigger, why).await;
             // The caller may have gone.
             let _gone = done.send(report);
         });
@@ -97,7 +109,8 @@ impl Evictor {
         outcome.await.unwrap_or_else(|_| Err(stopping()))
     }
 
-    pub(super) async fn run_in_turn(self: &Arc<Self>, trigger: Trigger) -> Result<Report> {
+    /// `why` is for metrics and logs.
+    pub(super) async fn run_in_turn(self: &Arc<Self>, trigger: Trigger, why: &'static str) -> Result<Report> {
         let _turn = self.turn.lock().await;
         // Layers could not go.
         let ran = match self.keeper.hindrances.admit() {
@@ -106,22 +119,21 @@ impl Evictor {
         };
         // What has come back by now is seen to have.
         let _seen = self.pool().await;
-        let trigger = name_of(trigger);
-        self.metrics.gc_ran(trigger, &ran);
+        self.metrics.gc_ran(why, &ran);
         match &ran {
             Ok(report) if !report.did_something() => {
-                tracing::debug!(trigger, lacking = %report.lacking, "nothing was to be had");
+                tracing::debug!(trigger = why, lacking = %report.lacking, "nothing was to be had");
             }
             Ok(report) => {
                 tracing::info!(
-                    trigger,
+                    trigger = why,
                     lacking = %report.lacking,
                     frees = %report.frees(),
                     met = report.outcome == Outcome::Met,
                     "made room"
                 );
             }
-            Err(error) => tracing::warn!(trigger, %error, "no room can be made"),
+            Err(error) => tracing::warn!(trigger = why, %error, "no room can be made"),
         }
         ran
     }

@@ -252,6 +252,10 @@ pub(crate) fn host() -> Host {
 }
 
 fn host_with(grower: Arc<dyn Grower>) -> Host {
+    host_of(grower, &Config::default())
+}
+
+fn host_of(grower: Arc<dyn Grower>, config: &Config) -> Host {
     let (world, directory) = (world(), tempfile::tempdir().unwrap());
     let process = start(&world, directory.path());
     let store = Arc::new(Store::new(world.clone()));
@@ -267,7 +271,6 @@ fn host_with(grower: Arc<dyn Grower>) -> Host {
         wake: process.acquirer.wake.clone(),
         turn: tokio::sync::Mutex::default(),
     };
-    let config = Config::default();
     let evictor = Evictor::new(Parts {
         policy: config.gc_policy(),
         settings: config.gc_settings(),
@@ -629,7 +632,7 @@ async fn who_comes_after_one_in_vain_is_told_at_once_and_it_is_looked_at_anew_be
     host.fill(TOTAL * 99 / 100);
     host.make().await.unwrap_err();
     host.store.put("last", 100, 9 * DAY);
-    tokio::time::advance(Duration::from_secs(16)).await;
+    tokio::time::advance(Duration::from_secs(46)).await;
     host.make().await.unwrap();
 }
 
@@ -639,7 +642,7 @@ async fn an_emergency_is_not_waited_out_after_runs_in_vain() {
     host.store.put("young", 100, 60);
     let (_running, stopped) = tokio::sync::watch::channel(false);
     let watching = tokio::spawn(host.evictor.clone().watch(crate::kernel::Events::listen(), stopped));
-    // Above the high mark for so long that the next run would be in half a minute.
+    // Above the high mark for so long that it rests for a while.
     for gib in TOTAL * 86 / 100..TOTAL * 95 / 100 {
         host.fill(gib);
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -649,7 +652,7 @@ async fn an_emergency_is_not_waited_out_after_runs_in_vain() {
     host.fill(TOTAL * 96 / 100);
     while !host.store.names().is_empty() {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(begun.elapsed() < Duration::from_secs(8), "it is not acted on");
+        assert!(begun.elapsed() < Duration::from_secs(2), "it is not acted on");
     }
     watching.abort();
 }
@@ -808,4 +811,20 @@ async fn what_was_not_used_for_too_long_goes_without_need() {
     assert_eq!(fates, [Fate::Done]);
     assert_eq!(host.store.names(), ["recent"]);
     assert_eq!(host.evictor.returning().outstanding().data, Bytes(GIB));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_not_used_for_too_long_is_looked_for_on_schedule() {
+    let mut config = Config::default();
+    (config.gc.retention_seconds, config.gc.interval_seconds) = (2 * DAY, 7200);
+    let host = host_of(Arc::new(NoGrower), &config);
+    host.store.put("old", 1, 9 * DAY);
+    host.store.put("recent", 1, DAY);
+    let (_running, stopped) = tokio::sync::watch::channel(false);
+    let watching = tokio::spawn(host.evictor.clone().watch(crate::kernel::Events::listen(), stopped));
+    tokio::time::sleep(Duration::from_secs(7190)).await;
+    assert_eq!(host.store.names(), ["old", "recent"], "before its time");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(host.store.names(), ["recent"]);
+    watching.abort();
 }

@@ -97,7 +97,9 @@ impl Evictor {
             Trend { rate: pace.known_rate(kind), full_in }
         };
         let (data, metadata) = (trend(Kind::Data), trend(Kind::Metadata));
-        let outlook = Outlook { data, metadata, group_free: self.group_free() };
+        let group_free = self.group_free();
+        self.metrics.group_free(group_free);
+        let outlook = Outlook { data, metadata, group_free };
         *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = outlook;
     }
 }

@@ -351,7 +351,7 @@ pub fn story(division: &Division, chunk: Bytes) -> String {
     let Division { data, metadata, expected, left } = division;
     let arithmetic = metadata.story(*expected, chunk.0).replace('\n', "\n            ");
     format!(
-        "data        {}\nmetadata    {arithmetic}\n            and as much in reserve\nfree        {} in the volume group, to grow\n",
+        "data        {}\nmetadata    {arithmetic}\n            and as much in reserve\nfree        {} in the volume group, to grow: by `cowshed pool extend`, or by itself ([gc] grow)\n",
         mib(*data),
         mib(*left)
     )

@@ -69,13 +69,15 @@ impl From<cowshed_pool::device::DeviceError> for Refusal {
 /// What commands for the pool return.
 pub type Result<T, E = Refusal> = std::result::Result<T, E>;
 
-/// Pause before a pool that is not there yet is looked at again.
+/// Pause before a pool that is not there yet is looked at again …
 const RETRY: Duration = Duration::from_secs(10);
+/// … and one that is: it may be activated anew, changed, or its module loaded anew.
+const AGAIN: Duration = Duration::from_secs(60);
 
-/// Sees to it, when the service starts, that whoever writes to a full pool waits for room and gets no error, as far as
-/// that can be had; warns of the rest. `name` is a device-mapper name; "" means the only pool there is.
+/// Sees to it, while the service runs, that whoever writes to a full pool waits for room and gets no error, as far as that
+/// can be had; warns of the rest, once. `name` is a device-mapper name; "" means the only pool there is.
 pub async fn see_to_waiting(name: String) {
-    let told = |what: &str| tracing::warn!(pool = %name, "{what}");
+    let mut told = Vec::new();
     loop {
         let wanted = name.clone();
         let looked = tokio::task::spawn_blocking(move || {
@@ -93,9 +95,11 @@ pub async fn see_to_waiting(name: String) {
             tracing::info!("no_space_timeout of dm_thin_pool is 0 now: writes to a full pool wait for room");
         }
         let timeout = behaviour::no_space_timeout().ok();
-        for warning in fitness::of_behaviour(&active.usage.name, active.behaviour, timeout) {
-            told(&warning);
+        let warnings = fitness::of_behaviour(&active.usage.name, active.behaviour, timeout);
+        for warning in warnings.iter().filter(|warning| !told.contains(*warning)) {
+            tracing::warn!(pool = %active.usage.name, "{warning}");
         }
-        return;
+        told = warnings;
+        tokio::time::sleep(AGAIN).await;
     }
 }

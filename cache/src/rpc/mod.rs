@@ -373,7 +373,7 @@ impl Cowshed for Api {
         request: Request<v1::RunGcRequest>,
     ) -> Result<Response<v1::RunGcResponse>, Status> {
         self.metered("RunGc", async |_| {
-            let ran = self.evictor.run(gc::trigger(request.into_inner().free_bytes)).await?;
+            let ran = self.evictor.run_on_request(gc::trigger(request.into_inner().free_bytes)).await?;
             Ok(v1::RunGcResponse { report: Some(gc::ran(&ran)) })
         })
         .await

@@ -16,13 +16,10 @@ use nix::{
 
 use super::{
     Access, Activation, Deactivated, DeviceError, DeviceName, Live, PREFIX, Pool, PoolEvents, PoolFacts,
-    audit, ioctl,
+    REPAIR, audit, ioctl,
     table::{self, DeviceNumber, PoolMode},
 };
 use crate::tree::ThinId;
-
-/// What to do with a pool that has stopped.
-const REPAIR: &str = "see the kernel's log; deactivate it, then check and repair its metadata (thin_check, lvconvert --repair)";
 
 /// So long lvextend may keep a pool suspended, which activates nothing meanwhile.
 const EXTENSION: Duration = Duration::from_secs(5);
@@ -297,7 +294,7 @@ impl Pool for DeviceMapper {
         match self.mode()? {
             // It may have dropped what was written before.
             mode @ PoolMode::OutOfDataSpace => {
-                let advice = "extend it (lvextend), and make this snapshot anew";
+                let advice = "extend it (cowshed pool extend), and make this snapshot anew";
                 Err(DeviceError::PoolStopped { name: self.pool.clone(), mode, advice })
             }
             mode => self.expect_writing(mode),

@@ -27,6 +27,11 @@ use crate::{
 /// Names of devices begin so, and their uuids (in capitals): what a udev rule and an operator know them by.
 pub const PREFIX: &str = "cowshed-";
 
+/// What to do with a pool that has stopped; a clause.
+pub const REPAIR: &str = "see the kernel's log; stop its VMs, then the service (`systemctl stop cowshed.socket cowshed.service`), and run \
+                          `cowshed pool repair`, which keeps a copy of the pool's metadata and mends them offline (thin_check, \
+                          lvconvert --repair); then start the service, and `cowshed audit`";
+
 /// Names of devices that are being trimmed end so.
 const TRIM: &str = ".trim";
 
