@@ -40,7 +40,7 @@ pub trait Catalogue: Send + Sync {
     async fn find(&self, image: &ImageRef, platform: &Platform) -> Result<Option<ImageInfo>>;
     /// All records.
     async fn records(&self) -> Result<Vec<ImageRecord>>;
-    /// Digests of all manifests that `target` is or leads to, for whatever platform; of what is there.
+    /// Digests of all manifests that `target` is or leads to, for whatever platform; of what is there, or was.
     async fn manifests(&self, target: &str) -> Result<BTreeSet<String>>;
     /// Whether it is being pulled.
     fn is_pulled(&self, image: &ImageRef) -> bool;
@@ -144,15 +144,18 @@ impl Keeper {
     }
 
     async fn remove_in_turn(&self, image: &ImageRef) -> Result<Removed> {
-        let _turn = self.turn.lock().await;
+        let name = image.to_string();
         // Its layers could not go.
         self.hindrances.admit()?;
-        let records = self.catalogue.records().await?;
-        let name = image.to_string();
+        let leads = self.leads_of_others(&name).await;
+        let _turn = self.turn.lock().await;
+        self.hindrances.admit()?;
+        // What has come after that is not seen to be there.
         let since = self.clock.now().wall;
+        let records = self.catalogue.records().await?;
         let Some(record) = records.iter().find(|record| record.name == name) else {
             // A crash may have come between its removal and this.
-            self.forget(&[&name], BTreeSet::new(), since).await;
+            self.forget([name].into(), BTreeSet::new(), since).await;
             return Ok(Removed::Nothing);
         };
         let mut manifests = self.catalogue.manifests(&record.target.digest).await?;
@@ -171,16 +174,18 @@ impl Keeper {
             // Somebody may have come meanwhile.
             judged()?;
         }
-        let others =
-            records.iter().map(|other| &other.target.digest).filter(|of| **of != record.target.digest);
-        let own =
-            if removed == Removed::Image { self.used(&manifests, others).await } else { BTreeSet::new() };
-        if self.catalogue.remove(record, removed == Removed::Image).await? {
-            self.forget(&[&name], own, since).await;
-            return Ok(removed);
+        let own = match removed {
+            Removed::Image => self.own_uses(record, &records, &manifests, &leads).await,
+            Removed::Nothing | Removed::Name => BTreeSet::new(),
+        };
+        match self.take_off(&[record], removed == Removed::Image, own).await? {
+            None => Ok(removed),
+            Some(_) => {
+                let message =
+                    format!("image {image} was changed while it was being removed: remove it again");
+                Err(Error::new(Reason::NotReady, message).with("image", image))
+            }
         }
-        let message = format!("image {image} was changed while it was being removed: remove it again");
-        Err(Error::new(Reason::NotReady, message).with("image", image))
     }
 }
 
@@ -223,26 +228,89 @@ impl Keeper {
     /// What has gone is a stranger when it comes back: the ledger forgets when it was used, and that it was fetched for later.
     /// Only after it has gone: what is known of an image that stays decides whether it does. What a crash in between leaves is
     /// told and kept as if it had never gone, and nothing else comes of it.
-    async fn forget(&self, names: &[&str], manifests: BTreeSet<String>, since: UnixMicros) {
-        let names: BTreeSet<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    async fn forget(&self, names: BTreeSet<String>, manifests: BTreeSet<String>, since: UnixMicros) {
         if let Err(error) = self.ledger.forget_images(names, manifests, since).await {
             tracing::warn!(%error, "what was known of an image that is gone is not forgotten");
         }
     }
 
-    /// The manifests of which disks were made, but for those to which one of the others leads.
-    async fn used(
+    /// Removes records of one image, the last of them with what they have held if that is to be collected, and forgets what has
+    /// gone: what is known of the image goes with the last. Gives back the one that somebody has changed, which stays, as do
+    /// those after it.
+    async fn take_off<'a>(
         &self,
+        records: &[&'a ImageRecord],
+        collect: bool,
+        own: BTreeSet<String>,
+    ) -> Result<Option<&'a ImageRecord>> {
+        let since = self.clock.now().wall;
+        let mut gone = BTreeSet::new();
+        let mut ended = Ok(None);
+        for (at, record) in records.iter().enumerate() {
+            match self.catalogue.remove(record, collect && at + 1 == records.len()).await {
+                Ok(true) => {
+                    gone.insert(record.name.clone());
+                    continue;
+                }
+                Ok(false) => ended = Ok(Some(*record)),
+                Err(error) => ended = Err(error),
+            }
+            // It may have gone all the same, and only what it has held not yet; or by another's hand.
+            if self.is_gone(&record.name).await {
+                gone.insert(record.name.clone());
+            }
+            break;
+        }
+        let own = if gone.len() == records.len() { own } else { BTreeSet::new() };
+        if !gone.is_empty() {
+            self.forget(gone, own, since).await;
+        }
+        ended
+    }
+
+    /// Whether there is no such record, as far as that can be learnt.
+    async fn is_gone(&self, name: &str) -> bool {
+        self.catalogue.records().await.is_ok_and(|records| records.iter().all(|record| record.name != name))
+    }
+
+    /// What the other images lead to, if the removal of this one may have to know: read before its turn, for which pins and
+    /// evictions wait. What is missing is read then.
+    async fn leads_of_others(&self, name: &str) -> Leads {
+        let mut leads = Leads::new();
+        let Ok(records) = self.catalogue.records().await else { return leads };
+        let Some(record) = records.iter().find(|record| record.name == name) else { return leads };
+        let target = &record.target.digest;
+        if records.iter().any(|other| other.name != name && other.target.digest == *target) {
+            return leads;
+        }
+        let Ok(mut manifests) = self.catalogue.manifests(target).await else { return leads };
+        manifests.insert(target.clone());
+        if self.used(&manifests).is_empty() {
+            return leads;
+        }
+        for other in others(record, &records) {
+            let Ok(theirs) = self.catalogue.manifests(other).await else { break };
+            leads.insert(other.to_owned(), theirs);
+        }
+        leads
+    }
+
+    /// The manifests of an image of which disks were made, but for those to which one of the others leads.
+    async fn own_uses(
+        &self,
+        record: &ImageRecord,
+        among: &[ImageRecord],
         manifests: &BTreeSet<String>,
-        others: impl Iterator<Item = &String> + Send,
+        leads: &Leads,
     ) -> BTreeSet<String> {
-        let is_used = |marks: &Marks, manifest: &&String| marks.last_use(manifest).is_some();
-        let mut used: BTreeSet<String> = self.ledger.read_all(|_, marks| {
-            manifests.iter().filter(|manifest| is_used(marks, manifest)).cloned().collect()
-        });
-        for other in others {
+        let mut used = self.used(manifests);
+        for other in others(record, among) {
             if used.is_empty() {
                 break;
+            }
+            if let Some(theirs) = leads.get(other) {
+                used.retain(|manifest| !theirs.contains(manifest));
+                continue;
             }
             match self.catalogue.manifests(other).await {
                 Ok(theirs) => used.retain(|manifest| !theirs.contains(manifest)),
@@ -251,6 +319,14 @@ impl Keeper {
             }
         }
         used
+    }
+
+    /// Those of the manifests of which disks were made.
+    fn used(&self, manifests: &BTreeSet<String>) -> BTreeSet<String> {
+        let is_used = |marks: &Marks, manifest: &&String| marks.last_use(manifest).is_some();
+        self.ledger.read_all(|_, marks| {
+            manifests.iter().filter(|manifest| is_used(marks, manifest)).cloned().collect()
+        })
     }
 
     /// Removes an image to make room, if nobody has come for it since it was chosen; says whether it was there. Its caller sees
@@ -277,17 +353,9 @@ impl Keeper {
             // Somebody may have come meanwhile.
             self.admit_going(going, &of_it, &manifests)?;
         }
-        let since = self.clock.now().wall;
-        for (at, record) in of_it.iter().enumerate() {
-            // The last of them holds what is to be collected.
-            if !self.catalogue.remove(record, at + 1 == of_it.len()).await? {
-                let message = format!("image {} was changed while it was being removed", record.name);
-                return Err(Error::new(Reason::NotReady, message).with("image", &record.name));
-            }
-        }
-        let names: Vec<&str> = of_it.iter().map(|record| record.name.as_str()).collect();
-        self.forget(&names, going.own.clone(), since).await;
-        Ok(true)
+        let Some(changed) = self.take_off(&of_it, true, going.own.clone()).await? else { return Ok(true) };
+        let message = format!("image {} was changed while it was being removed", changed.name);
+        Err(Error::new(Reason::NotReady, message).with("image", &changed.name))
     }
 
     /// Refuses if somebody is at it, or needs it.
@@ -341,6 +409,15 @@ fn judge_unneeded(
         return Err(Error::new(Reason::ImageInUse, message).with("target", &going.target));
     }
     Ok(())
+}
+
+/// What images lead to, by their targets.
+type Leads = HashMap<String, BTreeSet<String>>;
+
+/// The targets of all other images.
+fn others<'a>(record: &ImageRecord, among: &'a [ImageRecord]) -> BTreeSet<&'a str> {
+    let targets = among.iter().map(|other| other.target.digest.as_str());
+    targets.filter(|target| *target != record.target.digest).collect()
 }
 
 /// An image's name, among all that there are.

@@ -33,6 +33,12 @@ struct Records {
     changed: AtomicBool,
     /// Names, and whether there was a collection.
     removed: StdMutex<Vec<(String, bool)>>,
+    /// The name whose removal fails, and whether when it has gone.
+    failing: StdMutex<Option<(String, bool)>>,
+    /// Targets of which it was asked what they lead to.
+    asked: StdMutex<Vec<String>>,
+    /// What happens each time that the records have just been looked at to be listed.
+    meanwhile: StdMutex<Option<Box<dyn Fn() + Send>>>,
 }
 
 impl Records {
@@ -70,10 +76,13 @@ impl Catalogue for Records {
     }
 
     async fn records(&self) -> Result<Vec<ImageRecord>> {
-        Ok(self.all.lock().unwrap().clone())
+        let all = self.all.lock().unwrap().clone();
+        self.meanwhile.lock().unwrap().iter().for_each(|hook| hook());
+        Ok(all)
     }
 
     async fn manifests(&self, target: &str) -> Result<BTreeSet<String>> {
+        self.asked.lock().unwrap().push(target.to_owned());
         let leads_to = match target {
             INDEX => vec![manifest(), FOREIGN.to_owned()],
             ALIAS => vec![manifest()],
@@ -90,7 +99,15 @@ impl Catalogue for Records {
         if self.changed.load(Ordering::SeqCst) {
             return Ok(false);
         }
+        let broken = || Error::new(Reason::ContainerdTimeout, "no answer");
+        let failing = self.failing.lock().unwrap().take_if(|(name, _)| *name == record.name);
+        if let Some((_, false)) = failing {
+            return Err(broken());
+        }
         self.all.lock().unwrap().retain(|other| other.name != record.name);
+        if failing.is_some() {
+            return Err(broken());
+        }
         self.removed.lock().unwrap().push((record.name.clone(), collect));
         Ok(true)
     }
@@ -403,8 +420,8 @@ async fn the_last_use_is_that_of_the_last_grant_and_outlives_lease_and_restart()
     assert_eq!(after.refused(&name()).await.0, Reason::ImagePinned);
 }
 
-/// A job that has fetched this for later, and a disk that was made of its manifest and is gone.
-async fn fetch_and_use(ledger: &Ledger, image: &str) {
+/// A job that has fetched this for later, at this second, and a disk that was made of its manifest and is gone.
+async fn fetch_and_use(ledger: &Ledger, image: &str, at: i64) {
     let plan = Plan {
         images: vec![Wanted { image: image.to_owned(), platform: "linux/amd64".to_owned() }],
         class: crate::image::Class::Normal,
@@ -424,7 +441,7 @@ async fn fetch_and_use(ledger: &Ledger, image: &str) {
         was_there: false,
         not_refreshed: None,
         removed: false,
-        at: UnixMicros(1_000_000),
+        at: UnixMicros(at * 1_000_000),
     };
     ledger.settle_job(job, 0, here, book::now()).await.unwrap();
     book::acquire(ledger, 1).await;
@@ -446,7 +463,7 @@ async fn what_was_removed_is_a_stranger_when_it_comes_back() {
     for (other, is_evicted, is_known) in table {
         let (host, _directory) = host();
         other.into_iter().for_each(|(name, target)| host.records.put(name, target));
-        fetch_and_use(host.ledger(), &name()).await;
+        fetch_and_use(host.ledger(), &name(), 1).await;
         let fetched = || host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count());
         assert_eq!((fetched(), host.kept(&name()).last_use), (1, Some(UnixMicros(100_000_000))));
         if is_evicted {
@@ -471,8 +488,106 @@ async fn what_was_removed_is_a_stranger_when_it_comes_back() {
 #[tokio::test]
 async fn what_is_not_there_is_not_kept_for_later_either() {
     let (host, _directory) = host();
-    fetch_and_use(host.ledger(), &name()).await;
+    fetch_and_use(host.ledger(), &name(), 1).await;
     host.records.all.lock().unwrap().clear();
     assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
     assert_eq!(host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count()), 0);
+}
+
+#[tokio::test]
+async fn what_was_fetched_while_it_was_looked_whether_it_is_there_is_kept_for_later() {
+    for (at, is_kept) in [(1_500, false), (2_500, true)] {
+        let (host, _directory) = host();
+        host.records.all.lock().unwrap().clear();
+        fetch_and_use(host.ledger(), &name(), at).await;
+        // Before the turn, and within it.
+        let wall = host.wall.clone();
+        *host.records.meanwhile.lock().unwrap() = Some(Box::new(move || *wall.lock().unwrap() += 1_000));
+        assert_eq!(host.remove(&name()).await.unwrap(), Removed::Nothing);
+        assert_eq!(*host.wall.lock().unwrap(), 3_000);
+        let fetched = host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count());
+        assert_eq!(fetched, usize::from(is_kept), "{at}");
+    }
+}
+
+#[tokio::test]
+async fn what_has_gone_is_forgotten_also_if_its_removal_fails() {
+    const OTHER: &str = "r.example/other:1";
+    let first = name();
+    // Whose removal fails, whether it has gone then, whether the image is evicted with another name, what is left of its records,
+    // and whether what was fetched by the first name is for later, and the last use known.
+    let table: [(&str, bool, bool, &[&str], bool, bool); 6] = [
+        (&first, true, false, &[], false, false),
+        (&first, false, false, &[&first], true, true),
+        (&first, true, true, &[OTHER], false, true),
+        (&first, false, true, &[&first, OTHER], true, true),
+        (OTHER, true, true, &[], false, false),
+        (OTHER, false, true, &[OTHER], false, true),
+    ];
+    for (failing, has_gone, is_evicted, left, is_fetched, is_used) in table {
+        let case = format!("{failing} gone: {has_gone}, evicted: {is_evicted}");
+        let (host, _directory) = host();
+        fetch_and_use(host.ledger(), &first, 1).await;
+        *host.records.failing.lock().unwrap() = Some((failing.to_owned(), has_gone));
+        let failed = if is_evicted {
+            host.records.put(OTHER, INDEX);
+            let going = Going {
+                target: INDEX.to_owned(),
+                names: [first.clone(), OTHER.to_owned()].into(),
+                own: [manifest(), FOREIGN.to_owned()].into(),
+                last_use: UnixMicros(i64::MAX),
+                prefetched_for: Duration::ZERO,
+            };
+            host.keeper.evict(&going).await.map(drop)
+        } else {
+            host.remove(&first).await.map(drop)
+        };
+        assert_eq!(failed.unwrap_err().reason(), Reason::ContainerdTimeout, "{case}");
+        let there: Vec<String> =
+            host.records.all.lock().unwrap().iter().map(|record| record.name.clone()).collect();
+        assert_eq!(there, left, "{case}");
+        let fetched = host.ledger().read_jobs(|jobs| jobs.fetched(Duration::ZERO).count());
+        assert_eq!(fetched, usize::from(is_fetched), "{case}");
+        assert_eq!(host.kept(&first).last_use.is_some(), is_used, "{case}");
+    }
+}
+
+#[tokio::test]
+async fn what_others_lead_to_is_read_before_the_turn_and_once_for_all_names() {
+    let (host, _directory) = host();
+    fetch_and_use(host.ledger(), &name(), 1).await;
+    let others = [("a", ALIAS), ("b", ALIAS), ("c", "sha256:else"), ("d", ALIAS)];
+    others.iter().for_each(|(tag, target)| host.records.put(&format!("r.example/other:{tag}"), target));
+    let asked = || host.records.asked.lock().unwrap().clone();
+    let ahead = [INDEX, ALIAS, "sha256:else"];
+    let turn = host.keeper.turn.lock().await;
+    let name = name();
+    let read = async {
+        while asked() != ahead {
+            tokio::task::yield_now().await;
+        }
+        drop(turn);
+    };
+    let (removed, ()) = tokio::join!(host.remove(&name), read);
+    assert_eq!(removed.unwrap(), Removed::Image);
+    assert_eq!(asked(), [&ahead[..], &[INDEX]].concat(), "another one leads to the only one that was used");
+    assert!(host.kept(&name).last_use.is_some());
+}
+
+#[tokio::test]
+async fn what_leads_there_since_it_was_read_before_the_turn_counts() {
+    let (host, _directory) = host();
+    fetch_and_use(host.ledger(), &name(), 1).await;
+    let turn = host.keeper.turn.lock().await;
+    let name = name();
+    let read = async {
+        while host.records.asked.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        host.records.put("r.example/new:1", ALIAS);
+        drop(turn);
+    };
+    let (removed, ()) = tokio::join!(host.remove(&name), read);
+    assert_eq!(removed.unwrap(), Removed::Image);
+    assert!(host.kept(&name).last_use.is_some());
 }

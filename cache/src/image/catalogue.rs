@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    Digest, ImageInfo, ImageRef, Images, Platform, Shared,
-    manifest::{self, DOCUMENTS_MAX, Document},
+    Digest, ImageInfo, ImageRef, Images, Platform, Shared, documents::Said, manifest::DOCUMENTS_MAX,
 };
 use crate::{containerd::ImageRecord, error::Result, keeping::Catalogue};
 
@@ -23,7 +22,7 @@ impl Catalogue for Images {
 
     async fn manifests(&self, target: &str) -> Result<BTreeSet<String>> {
         let Ok(target) = target.parse::<Digest>() else { return Ok(BTreeSet::new()) };
-        self.0.led_to(target).await
+        self.0.led_to(&target).await
     }
 
     fn is_pulled(&self, image: &ImageRef) -> bool {
@@ -38,18 +37,18 @@ impl Catalogue for Images {
 }
 
 impl Shared {
-    /// The digests of `target` and of all that it leads to, as far as its documents are in the content store.
-    pub(super) async fn led_to(&self, target: Digest) -> Result<BTreeSet<String>> {
+    /// The digests of `target` and of all that it leads to, as far as its documents are, or were, in the content store.
+    pub(super) async fn led_to(&self, target: &Digest) -> Result<BTreeSet<String>> {
         let mut all = BTreeSet::from([target.to_string()]);
-        let mut indexes = vec![target];
+        let mut indexes = vec![target.clone()];
         for _ in 0..DOCUMENTS_MAX {
             let mut below = Vec::new();
             for index in indexes {
-                let Some(bytes) = self.document_in_store(&index).await? else { continue };
-                let Ok((_, Document::Index(entries))) = manifest::parse(&bytes) else { continue };
+                let Some(said) = self.said(&index).await? else { continue };
+                let Said::Index(entries) = &*said else { continue };
                 for entry in entries {
                     if all.insert(entry.digest.to_string()) && entry.may_be_index() {
-                        below.push(entry.digest);
+                        below.push(entry.digest.clone());
                     }
                 }
             }

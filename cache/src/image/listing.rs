@@ -1,15 +1,17 @@
 //! Images as they are listed: of each name, what is here.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::{
-    Digest, ImageInfo, Images, Platform, Shared,
-    facts::Facts,
-    manifest::{self, Document},
+use super::{Digest, ImageInfo, Images, Platform, Shared, documents::Said, facts::Facts};
+use crate::{
+    containerd::ImageRecord,
+    error::{Error, Result},
 };
-use crate::{containerd::ImageRecord, error::Result};
 
 /// Images that are looked at at a time.
 const ABREAST: usize = 8;
@@ -31,13 +33,19 @@ impl Images {
     /// nothing is here of, the host's.
     pub async fn list_on_disk(&self, platform: Option<&Platform>) -> Result<Vec<ImageInfo>> {
         let shared = &self.0;
+        let records = self.records().await?;
+        let blobs = match platform {
+            Some(_) => HashSet::new(),
+            None => shared.blobs().await?,
+        };
+        let blobs = &blobs;
         let rows = |record| async move {
             match platform {
                 Some(platform) => shared.info(record, platform).await.map(|row| vec![row]),
-                None => shared.infos(record).await,
+                None => shared.infos(record, blobs).await,
             }
         };
-        let rows = stream::iter(self.records().await?).map(rows).buffered(ABREAST);
+        let rows = stream::iter(records).map(rows).buffered(ABREAST);
         let rows: Vec<Vec<(ImageInfo, Option<Arc<Facts>>)>> = rows.try_collect().await?;
         let (mut images, facts): (Vec<_>, Vec<_>) = rows.into_iter().flatten().unzip();
         let unpacked = images.iter().zip(facts).map(|(image, facts)| facts.filter(|_| image.unpacked));
@@ -63,16 +71,24 @@ impl Shared {
     ) -> Result<(ImageInfo, Option<Arc<Facts>>)> {
         // A record that we cannot read is listed as it is.
         let facts = match record.target.digest.parse::<Digest>() {
-            Ok(target) => self.facts(&target, platform).await.unwrap_or_default(),
+            Ok(target) => self.facts(&target, platform).await.unwrap_or_else(|error| unread(&record, &error)),
             Err(_) => None,
         };
         self.row(&record, platform, facts).await
     }
 
-    /// The image for each platform of which its manifest and its configuration are here; for the host's if there is none.
-    async fn infos(&self, record: ImageRecord) -> Result<Vec<(ImageInfo, Option<Arc<Facts>>)>> {
+    /// The image for each platform of which its manifest and its configuration are among the blobs; for the host's if there is
+    /// none.
+    async fn infos(
+        &self,
+        record: ImageRecord,
+        blobs: &HashSet<String>,
+    ) -> Result<Vec<(ImageInfo, Option<Arc<Facts>>)>> {
         let here = match record.target.digest.parse::<Digest>() {
-            Ok(target) => self.facts_here(target).await.unwrap_or_default(),
+            Ok(target) => {
+                let here = self.facts_here(&record, &target, blobs).await;
+                here.unwrap_or_else(|error| unread(&record, &error))
+            }
             Err(_) => Vec::new(),
         };
         if here.is_empty() {
@@ -81,25 +97,48 @@ impl Shared {
         let mut rows = Vec::with_capacity(here.len());
         for facts in here {
             let platform = facts.platform.clone();
-            rows.push(self.row(&record, &platform, Some(Arc::new(facts))).await?);
+            rows.push(self.row(&record, &platform, Some(facts)).await?);
         }
         Ok(rows)
     }
 
-    async fn facts_here(&self, target: Digest) -> Result<Vec<Facts>> {
-        let mut here = Vec::new();
+    /// Of each platform the one that an Acquire takes, or, as that is not here, another one. What cannot be read hides no other.
+    async fn facts_here(
+        &self,
+        record: &ImageRecord,
+        target: &Digest,
+        blobs: &HashSet<String>,
+    ) -> Result<Vec<Arc<Facts>>> {
+        let mut here: BTreeMap<String, Vec<Arc<Facts>>> = BTreeMap::new();
         for digest in self.led_to(target).await? {
-            let Ok(digest) = digest.parse::<Digest>() else { continue };
-            let Some(bytes) = self.document_in_store(&digest).await? else { continue };
-            let Ok((_, Document::Manifest(manifest))) = manifest::parse(&bytes) else { continue };
-            let Some(config) = self.document_in_store(&manifest.config.digest).await? else { continue };
-            let Ok(config) = manifest::parse_config(&config, &manifest) else { continue };
-            here.extend(
-                Facts::of(digest, &manifest, &config)
-                    .filter(|facts| facts.platform.to_string() != NO_PLATFORM),
-            );
+            let Some(digest) = blobs.get(&digest).and_then(|digest| digest.parse::<Digest>().ok()) else {
+                continue;
+            };
+            let said = self.said(&digest).await.unwrap_or_else(|error| unread(record, &error));
+            let Some(Said::Image(facts)) = said.as_deref() else { continue };
+            let platform = facts.platform.to_string();
+            // What is remembered of it may have gone.
+            if blobs.contains(facts.config.as_str()) && platform != NO_PLATFORM {
+                here.entry(platform).or_default().push(facts.clone());
+            }
         }
-        Ok(here)
+        let mut once = Vec::with_capacity(here.len());
+        for mut facts in here.into_values() {
+            if let [first, _, ..] = &facts[..] {
+                let taken = self.picked(target, &first.platform).await;
+                let taken = taken.unwrap_or_else(|error| unread(record, &error));
+                let taken = facts.iter().position(|facts| Some(&facts.manifest) == taken.as_ref());
+                facts.swap(0, taken.unwrap_or_default());
+            }
+            once.extend(facts.into_iter().next());
+        }
+        Ok(once)
+    }
+
+    /// The digests of all blobs.
+    async fn blobs(&self) -> Result<HashSet<String>> {
+        let blobs = self.containerd.blobs().await.map_err(|e| self.containerd.explain(e))?;
+        Ok(blobs.into_keys().collect())
     }
 
     async fn row(
@@ -126,3 +165,13 @@ impl Shared {
         Ok((info, facts))
     }
 }
+
+/// Tells that something of an image cannot be read; it is listed without that.
+fn unread<T: Default>(record: &ImageRecord, error: &Error) -> T {
+    tracing::warn!(image = %record.name, %error, "not all of an image can be read; it is listed without that");
+    T::default()
+}
+
+#[cfg(test)]
+#[path = "listing_tests.rs"]
+mod tests;

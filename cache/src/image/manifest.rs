@@ -117,7 +117,7 @@ pub struct ProcessConfig {
 
 impl ProcessConfig {
     /// Its size: each string with the few bytes that any form of it takes besides, so that empty ones count too.
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         const BESIDES: usize = 4;
         let many = self.entrypoint.iter().chain(&self.cmd).chain(&self.env);
         many.chain([&self.user, &self.working_dir]).map(|text| text.len() + BESIDES).sum()

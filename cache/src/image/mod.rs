@@ -4,6 +4,7 @@ mod access;
 mod brake;
 mod catalogue;
 mod digest;
+mod documents;
 mod facts;
 mod flight;
 mod gate;
@@ -281,6 +282,8 @@ struct Shared {
     standing: glance::Standing,
     /// What manifests say, by target digest and platform: immutable, so never stale.
     facts: Mutex<HashMap<(Digest, Platform), Arc<Facts>>>,
+    /// What blobs say, whatever they are.
+    documents: documents::Documents,
     /// containerd leases of pulls that are alive.
     running: Mutex<BTreeSet<String>>,
     flights: flight::Flights,
@@ -324,6 +327,7 @@ impl Images {
             follows: AtomicBool::new(false),
             standing: glance::Standing::default(),
             facts: Mutex::default(),
+            documents: documents::Documents::default(),
             running: Mutex::default(),
             flights: flight::Flights::default(),
             traffic: gate::Traffic::default(),
