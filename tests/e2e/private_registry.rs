@@ -140,10 +140,16 @@ fn with_a_password() -> Outcome {
         &image,
         5,
         "REGISTRY_DENIED",
-        &[AUTHORITY, "docker_config", "--credentials"],
+        &[AUTHORITY, "came without credentials", "docker_config", "--credentials"],
     )?;
     write(WRONG)?;
-    service.refuses("private", &image, 5, "REGISTRY_DENIED", &[AUTHORITY])?;
+    service.refuses(
+        "private",
+        &image,
+        5,
+        "REGISTRY_DENIED",
+        &[AUTHORITY, "config.json", "docker_config), are not good for it", "--credentials"],
+    )?;
     fs::write(private.docker_config(), "{\"auths\": \"moo\"}")?;
     service.refuses("private", &image, 6, "REGISTRY_CONFIGURATION", &["config.json"])?;
     write(RIGHT)?;

@@ -171,11 +171,9 @@ async fn ask(command: Command) -> Result<(), Failure> {
             let reply = connect(&reach.socket).await?.pin_image(request).await.map_err(|s| refused(&s))?;
             let reply = reply.into_inner();
             if let Some(why) = &reply.spares_limited {
-                warn(&format!(
-                    "{image}: {} spares are kept for {}: {why}",
-                    reply.spares,
-                    spares.unwrap_or_default()
-                ));
+                let (kept, asked) = (reply.spares, spares.unwrap_or_default());
+                let fewer = (kept < asked).then(|| format!("{kept} spares are kept for {asked}: "));
+                warn(&format!("{image}: {}{why}", fewer.unwrap_or_default()));
             }
             print(&images::pinned(&reply, reach.output))
         }

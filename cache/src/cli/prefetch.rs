@@ -4,7 +4,7 @@ use std::{
     fs,
     num::{NonZeroU32, NonZeroU64},
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use cowshed_proto::v1;
@@ -138,13 +138,24 @@ pub(super) async fn follow(
     output: Output,
 ) -> Result<(), Failure> {
     let mut view = View::new(output);
+    let mut last: Option<v1::Prefetch> = None;
     let goes_on = |why: &str| {
         format!(
             "{why}; the job goes on when the service is up: follow it with `cowshed prefetches {id} --wait`"
         )
     };
     loop {
-        let message = stream.message().await.map_err(|status| {
+        let message = tokio::select! {
+            message = stream.message() => message,
+            // Only changes are streamed, and the time until the next try goes by.
+            () = tokio::time::sleep(Duration::from_secs(1)), if view.is_live() => {
+                if let Some(job) = &last {
+                    show(&mut view, job)?;
+                }
+                continue;
+            }
+        };
+        let message = message.map_err(|status| {
             view.clear();
             let Failure { message, status } = refused(&status);
             Failure { message: goes_on(&message), status }
@@ -153,8 +164,7 @@ pub(super) async fn follow(
             let message = goes_on("the service stopped");
             return Err(Failure { message, status: exit::for_code(tonic::Code::Unavailable) });
         };
-        let now = SystemTime::now();
-        view.show(job.images.iter().map(|image| item(image, job.state(), now)), || json_of(&job))?;
+        show(&mut view, &job)?;
         if job.state() != v1::PrefetchState::Running {
             view.clear();
             if output == Output::Text {
@@ -162,7 +172,13 @@ pub(super) async fn follow(
             }
             return judge(&job);
         }
+        last = Some(job);
     }
+}
+
+fn show(view: &mut View, job: &v1::Prefetch) -> Result<(), Failure> {
+    let now = SystemTime::now();
+    view.show(job.images.iter().map(|image| item(image, job.state(), now)), || json_of(job))
 }
 
 fn judge(job: &v1::Prefetch) -> Result<(), Failure> {
@@ -346,8 +362,6 @@ fn class_name(class: v1::PrefetchClass) -> &'static str {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

@@ -69,6 +69,11 @@ impl View {
         }
     }
 
+    /// Whether what is shown can be shown anew, in its place.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self, Self::Bars(..))
+    }
+
     pub(super) fn clear(&self) {
         if let Self::Bars(all, _) = self {
             // A terminal that cannot be cleared is not worth failing for.

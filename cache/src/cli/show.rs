@@ -117,7 +117,9 @@ pub(super) fn offer(image: &str, offer: &v1::OfferResponse, output: Output) -> S
         None => format!("{image}: {warmth}\n"),
     };
     if warmth == "cold" {
-        text.push_str("  image     not known here; its registry was not asked\n");
+        text.push_str(
+            "  image     not known to be here for this platform and tenant; its registry was not asked\n",
+        );
     }
     if offer.spares > 0 {
         let _ = writeln!(text, "  spares    {}", offer.spares);
@@ -457,9 +459,8 @@ mod tests {
             offer("a:1", &reply, Output::Text)
         };
         let cold = of(v1::Warmth::Cold);
-        assert!(
-            cold.starts_with("a:1: cold\n") && cold.contains("not known here; its registry was not asked")
-        );
+        let says = "not known to be here for this platform and tenant; its registry was not asked\n";
+        assert!(cold.starts_with("a:1: cold\n") && cold.contains(says), "{cold}");
         assert!(!of(v1::Warmth::Base).contains("not known"));
     }
 

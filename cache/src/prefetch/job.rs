@@ -430,6 +430,11 @@ pub(super) mod tests {
         let text = serde_json::to_string(&job).unwrap();
         assert!(!text.contains("causes"), "as it was before: {text}");
         assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), job);
+        // As it was before `not_refreshed` and `removed`.
+        let before = r#"{"Here":{"manifest":"sha256:0","bytes":1,"was_there":false,"at":5}}"#;
+        assert_eq!(serde_json::from_str::<Stage>(before).unwrap(), here(5));
+        let text = text.replace(r#""Waiting""#, before);
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap().stages, [here(5)]);
         let causes = Causes::from([(0, Cause { reason: "X".to_owned(), message: "x".to_owned() })]);
         let late = job.end(End::Late, causes, UnixMicros(1)).unwrap();
         let text = serde_json::to_string(&late).unwrap();

@@ -111,6 +111,15 @@ pub fn of_group(room: &Room, threshold: Option<u64>) -> Vec<String> {
     if !pool.health.is_empty() {
         wrong.push(format!("LVM2 says of {}: {}", pool.path(), pool.health));
     }
+    // What the kernel says instead may be the disks' doing: those that take no discards are passed none.
+    if pool.discards == "nopassdown" {
+        wrong.push(format!(
+            "the thin pool {} passes no discards on, so the disks below it never learn what was deleted, and [pool] trim does \
+             nothing: lvchange --discards passdown {}, which may be active meanwhile",
+            pool.path(),
+            pool.path()
+        ));
+    }
     if group.free_bytes < group.extent_bytes {
         wrong.push(format!(
             "the volume group {} is full, so the pool cannot grow: vgextend {} DISK",
@@ -232,5 +241,19 @@ pub(crate) mod tests {
         assert!(of_group(&room, Some(70))[0].contains("70 % full"));
         room.group.free_bytes = 0;
         assert!(of_group(&room, None)[0].contains("vgextend vg"));
+    }
+
+    #[test]
+    fn a_pool_that_is_told_to_keep_discards_is_found() {
+        let mut room = room();
+        for (discards, count) in [("passdown", 0), ("nopassdown", 1), ("ignore", 0)] {
+            room.pool.discards = discards.to_owned();
+            let found = of_group(&room, None);
+            assert_eq!(found.len(), count, "{discards}: {found:?}");
+            assert!(
+                found.iter().all(|what| what.contains("lvchange --discards passdown vg/pool,")),
+                "{found:?}"
+            );
+        }
     }
 }

@@ -11,6 +11,8 @@ use crate::error::{Error, Reason, Result};
 
 /// Where the images of docker.io are served.
 pub(super) const HUB: &str = "registry-1.docker.io";
+/// Of registries that have no directory of their own.
+const DEFAULT: &str = "_default";
 
 /// One place to fetch from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -141,6 +143,14 @@ pub(super) fn endpoints(config_path: &Path, registry: &str) -> Result<Vec<Endpoi
     Ok(vec![itself(registry)])
 }
 
+/// The file to change for this registry alone, and the one that is read for it now, if there is one.
+pub(super) fn files(config_path: &Path, registry: &str) -> (PathBuf, Option<PathBuf>) {
+    let file = |directory: &str| config_path.join(directory).join("hosts.toml");
+    let read = directories(registry).into_iter().find(|directory| file(directory).exists());
+    let own = read.as_deref().filter(|directory| *directory != DEFAULT).unwrap_or(registry);
+    (file(own), read.as_deref().map(file))
+}
+
 /// Without a `hosts.toml`, containerd takes certificates and keys that lie in the directory, as Docker does.
 fn refuse_bare_certificates(directory: &Path, file: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
@@ -164,16 +174,16 @@ fn directories(registry: &str) -> Vec<String> {
     if let Some((host, port)) = registry.rsplit_once(':') {
         names.push(format!("{host}_{port}_"));
     }
-    names.extend([registry.to_owned(), "_default".to_owned()]);
+    names.extend([registry.to_owned(), DEFAULT.to_owned()]);
     names
 }
 
-/// The registry as it is called, over TLS.
 /// Whether the endpoint is the registry, and no mirror of it.
 pub(super) fn is_itself(endpoint: &Endpoint, registry: &str) -> bool {
     endpoint.authority == itself(registry).authority
 }
 
+/// The registry as it is called, over TLS.
 fn itself(registry: &str) -> Endpoint {
     let authority = if registry == "docker.io" { HUB } else { registry };
     Endpoint {
@@ -314,7 +324,12 @@ mod tests {
                 .unwrap();
             let found = endpoints(directory.path(), "127.0.0.1:5000").unwrap();
             assert_eq!(names(&found), ["Http 127.0.0.1:5000 TagsAndDigests"], "{name}");
+            let file = |name: &str| directory.path().join(name).join("hosts.toml");
+            let own = if name == DEFAULT { "127.0.0.1:5000" } else { name };
+            assert_eq!(files(directory.path(), "127.0.0.1:5000"), (file(own), Some(file(name))));
         }
+        let nothing = Path::new("/nothing");
+        assert_eq!(files(nothing, "r.example"), (nothing.join("r.example/hosts.toml"), None));
     }
 
     #[test]

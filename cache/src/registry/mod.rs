@@ -74,11 +74,27 @@ pub struct Source {
     /// Where it stands how to reach registries, and who we are there.
     config_path: PathBuf,
     docker_config: PathBuf,
-    /// Whether its registry is told who the request says we are.
-    is_own: bool,
     /// Bytes a second.
     rate_min: u64,
-    endpoints: Vec<(Endpoint, Arc<Connection>)>,
+    endpoints: Vec<Place>,
+}
+
+/// One place that it comes from.
+struct Place {
+    endpoint: Endpoint,
+    connection: Arc<Connection>,
+    introduced: Introduced,
+}
+
+/// Who says to an endpoint who we are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Introduced {
+    /// The request, by credentials of its own.
+    ByRequest,
+    /// Docker's `config.json` on this host.
+    ByHost,
+    /// Nobody does.
+    Not,
 }
 
 /// Bytes of a blob as they arrive.
@@ -114,14 +130,18 @@ impl Registries {
         let mut endpoints = Vec::new();
         let mut is_told = own.is_none();
         for endpoint in hosts::endpoints(&self.config_path, image.registry())? {
-            let credential = match own {
+            let (credential, introduced) = match own {
                 Some(own) if hosts::is_itself(&endpoint, image.registry()) => {
                     is_told = true;
-                    Some(own.clone())
+                    (Some(own.clone()), Introduced::ByRequest)
                 }
-                _ => credentials.of(&endpoint.authority).await?,
+                _ => match credentials.of(&endpoint.authority).await? {
+                    Some(known) => (Some(known), Introduced::ByHost),
+                    None => (None, Introduced::Not),
+                },
             };
-            endpoints.push((endpoint.clone(), self.connection(endpoint, credential)?));
+            let connection = self.connection(endpoint.clone(), credential)?;
+            endpoints.push(Place { endpoint, connection, introduced });
         }
         if !is_told {
             let message = format!(
@@ -131,8 +151,8 @@ impl Registries {
             return Err(Error::new(Reason::RegistryConfiguration, message).with("image", image));
         }
         let (config_path, docker_config) = (self.config_path.clone(), self.docker_config.clone());
-        let (image, is_own, rate_min) = (image.clone(), own.is_some(), self.rate_min);
-        Ok(Source { image, config_path, docker_config, is_own, rate_min, endpoints })
+        let (image, rate_min) = (image.clone(), self.rate_min);
+        Ok(Source { image, config_path, docker_config, rate_min, endpoints })
     }
 
     fn connection(&self, endpoint: Endpoint, credential: Option<Credential>) -> Result<Arc<Connection>> {
@@ -208,7 +228,8 @@ impl Source {
     ) -> Result<(Vec<u8>, Digest), (Outlook, Error)> {
         let by_tag = wanted.digest().is_none();
         let mut failure = None;
-        for (endpoint, connection) in &self.endpoints {
+        for place in &self.endpoints {
+            let Place { endpoint, connection, .. } = place;
             if by_tag && endpoint.serves != Serves::TagsAndDigests {
                 continue;
             }
@@ -217,7 +238,7 @@ impl Source {
                     Ok(found) => return Ok(found),
                     Err(error) => (Outlook::Lasting, error),
                 },
-                Err(error) => (refusal::outlook(&error), self.explain(&error, endpoint, "manifest")),
+                Err(error) => (refusal::outlook(&error), self.explain(&error, place, "manifest")),
             };
             tracing::debug!(endpoint = endpoint.authority, error = %refusal.1, "no manifest from here");
             failure = Some(refusal);
@@ -232,7 +253,8 @@ impl Source {
     /// If none does, and one refuses to say so or does not answer, or what it sends is something else.
     pub async fn has(&self, kind: Kind, digest: &Digest) -> Result<bool> {
         let (mut failure, mut is_vague): (Option<Error>, bool) = (None, false);
-        for (endpoint, connection) in &self.endpoints {
+        for place in &self.endpoints {
+            let Place { endpoint, connection, .. } = place;
             if endpoint.serves == Serves::Nothing {
                 continue;
             }
@@ -240,7 +262,7 @@ impl Source {
                 Ok(true) => return Ok(true),
                 Ok(false) => is_vague = true,
                 Err(error) => {
-                    let error = self.explain(&error, endpoint, digest.as_str());
+                    let error = self.explain(&error, place, digest.as_str());
                     // One that may say yes when it answers outweighs one that says no.
                     if error.reason() != Reason::ImageNotFound
                         && failure.as_ref().is_none_or(|other| other.reason() != Reason::RegistryUnavailable)
@@ -367,7 +389,8 @@ impl Source {
         let (count, first) = (self.endpoints.len(), failed as usize);
         let from_first =
             self.endpoints.iter().cycle().skip(first.checked_rem(count).unwrap_or(0)).take(count);
-        for (endpoint, connection) in from_first {
+        for place in from_first {
+            let Place { endpoint, connection, .. } = place;
             match connection.blob(&at(self.image.inner(), endpoint), digest, offset).await {
                 Ok(response) => {
                     let endpoint = endpoint.authority.clone();
@@ -376,7 +399,7 @@ impl Source {
                     return Ok(Blob { endpoint, offset, bytes: body::parts(response) });
                 }
                 Err(error) => {
-                    let error = self.explain(&error, endpoint, digest.as_str());
+                    let error = self.explain(&error, place, digest.as_str());
                     tracing::debug!(endpoint = endpoint.authority, %error, "no blob from here");
                     // One that may have it when it answers again outweighs one that has it not.
                     if failure.as_ref().is_none_or(|other| other.reason() != Reason::RegistryUnavailable) {
@@ -411,7 +434,8 @@ impl Source {
     }
 
     #[allow(clippy::wildcard_enum_match_arm, reason = "`refusal::reason` gives these few only")]
-    fn explain(&self, error: &Failure, endpoint: &Endpoint, what: &str) -> Error {
+    fn explain(&self, error: &Failure, place: &Place, what: &str) -> Error {
+        let endpoint = &place.endpoint;
         let (image, at) = (&self.image, &endpoint.authority);
         let reason = refusal::reason(error);
         let words = refusal::words(error);
@@ -421,7 +445,7 @@ impl Source {
                 format!("image {image} is not at registry {at} ({what}: {words}); check its name and {which}")
             }
             Reason::RegistryDenied => {
-                format!("registry {at} does not hand out {image} to us ({words}); {}", self.who(endpoint))
+                format!("registry {at} does not hand out {image} to us ({words}); {}", self.who(place))
             }
             Reason::ImageUnsupported => format!("its {what} at registry {at} cannot be used: {words}"),
             _ => {
@@ -438,34 +462,46 @@ impl Source {
 
 impl Source {
     /// Who we are to the endpoint that has refused us, and what can be done about it.
-    fn who(&self, endpoint: &Endpoint) -> String {
+    fn who(&self, place: &Place) -> String {
         let file = format!(
             "docker's config.json on this host, {} ([registry] docker_config)",
             self.docker_config.display()
         );
-        match (hosts::is_itself(endpoint, self.image.registry()), self.is_own) {
-            (true, true) => {
+        match (place.introduced, hosts::is_itself(&place.endpoint, self.image.registry())) {
+            (Introduced::ByRequest, _) => {
                 "the credentials that came with the request are not good for it: give others".to_owned()
             }
-            (true, false) => {
+            (Introduced::ByHost, true) => format!(
+                "the credentials in {file}, are not good for it: mend them there, or give others with the request (--credentials)"
+            ),
+            (Introduced::Not, true) => {
                 format!(
                     "the request came without credentials (--credentials): give them with it, or in {file}"
                 )
             }
-            (false, _) => format!("who we are to a mirror is in {file}"),
+            (Introduced::ByHost, false) => {
+                format!("the credentials in {file}, are not good for this mirror: mend them there")
+            }
+            (Introduced::Not, false) => {
+                format!("there are no credentials for this mirror in {file}: give them there")
+            }
         }
     }
 
     /// What to do if the endpoint speaks plain HTTP.
     fn say_plain(&self, endpoint: &Endpoint) -> String {
         let (registry, at) = (self.image.registry(), &endpoint.authority);
-        let file = self.config_path.join(registry).join("hosts.toml");
-        let says = if hosts::is_itself(endpoint, registry) {
-            format!("server = \"http://{at}\"")
+        let (own, read) = hosts::files(&self.config_path, registry);
+        let (file, says) = if hosts::is_itself(endpoint, registry) {
+            // What is there for all registries is no place for it.
+            let instead = read.as_ref().filter(|read| **read != own);
+            let instead = instead.map(|read| format!(" (read instead of {} then)", read.display()));
+            (format!("{}{}", own.display(), instead.unwrap_or_default()), format!("server = \"http://{at}\""))
         } else {
-            format!("[host.\"http://{at}\"]")
+            let file = read.unwrap_or(own);
+            (file.display().to_string(), format!("[host.\"http://{at}\"]"))
         };
-        format!("; if it speaks plain HTTP, say so in {}: {says}", file.display())
+        format!("; if it speaks plain HTTP, say so in {file}: {says}")
     }
 }
 
@@ -521,13 +557,20 @@ mod tests {
         let hosts = directory.path().join("r.example:5000");
         fs::create_dir(&hosts).unwrap();
         fs::write(hosts.join("hosts.toml"), "[host.\"https://mirror.example\"]\n").unwrap();
-        let registries =
-            Registries::new(directory.path().to_owned(), "/etc/d/config.json".into(), patience, patience, 0);
-        for (own, mirror, itself, not) in [
-            (None, "/etc/d/config.json", "--credentials", "came with the request"),
-            (None, "mirror", "/etc/d/config.json ([registry] docker_config)", "came with the request"),
-            (Some(&own), "/etc/d/config.json", "credentials that came with the request", "config.json"),
+        let file = directory.path().join("config.json");
+        let registries = Registries::new(directory.path().to_owned(), file.clone(), patience, patience, 0);
+        let auth = |name: &str| format!(r#""{name}": {{"username": "u", "password": "geheim"}}"#);
+        let (both, one) =
+            (format!("{}, {}", auth("r.example:5000"), auth("mirror.example")), auth("mirror.example"));
+        // What the request says, and the host; what the mirror's refusal says, and the registry's; and what that does not.
+        for (own, host, mirror, itself, not) in [
+            (None, "", "no credentials for this mirror", "the request came without", "not good"),
+            (None, &*one, "not good for this mirror", "the request came without", "not good"),
+            (None, &*both, "not good for this mirror", "docker_config), are not good for it", "without"),
+            (Some(&own), "", "no credentials for this mirror", "came with the request", "config.json"),
+            (Some(&own), &*both, "not good for this mirror", "came with the request", "config.json"),
         ] {
+            fs::write(&file, format!("{{\"auths\": {{{host}}}}}")).unwrap();
             let source = registries.source(&image, own).await.unwrap();
             let refused = Failure::Refused {
                 status: StatusCode::UNAUTHORIZED,
@@ -535,9 +578,37 @@ mod tests {
                 codes: Vec::new(),
                 text: String::new(),
             };
-            let said = |at: usize| source.explain(&refused, &source.endpoints[at].0, "manifest").to_string();
-            assert!(said(0).contains(mirror), "{}", said(0));
+            let said = |at: usize| source.explain(&refused, &source.endpoints[at], "manifest").to_string();
+            let named = format!("{} ([registry] docker_config)", file.display());
+            assert!(said(0).contains(mirror) && said(0).contains(&named), "{}", said(0));
             assert!(said(1).contains(itself) && !said(1).contains(not), "{}", said(1));
+            assert_eq!(said(1).contains(&named), own.is_none(), "{}", said(1));
+            assert!(!said(0).contains("geheim") && !said(1).contains("geheim"));
+        }
+    }
+
+    #[tokio::test]
+    async fn plain_http_is_to_be_told_where_it_is_read() {
+        let _done = rustls::crypto::ring::default_provider().install_default();
+        let (image, patience) = (ImageRef::parse("r.example:5000/x:1").unwrap(), Duration::from_secs(1));
+        // The directory that there is, the one that is named for the mirror and for the registry, and what is said besides.
+        for (there, mirror, itself, instead) in [
+            ("r.example_5000_", "r.example_5000_", "r.example_5000_", false),
+            ("r.example:5000", "r.example:5000", "r.example:5000", false),
+            ("_default", "_default", "r.example:5000", true),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let file = |name: &str| directory.path().join(name).join("hosts.toml");
+            fs::create_dir(directory.path().join(there)).unwrap();
+            fs::write(file(there), "[host.\"https://mirror.example\"]\n").unwrap();
+            let none = directory.path().join("config.json");
+            let registries = Registries::new(directory.path().to_owned(), none, patience, patience, 0);
+            let source = registries.source(&image, None).await.unwrap();
+            let said = |at: usize| source.say_plain(&source.endpoints[at].endpoint);
+            let of_mirror = format!("{}: [host.\"http://mirror.example\"]", file(mirror).display());
+            assert!(said(0).contains(&of_mirror), "{}", said(0));
+            assert!(said(1).contains(&file(itself).display().to_string()), "{}", said(1));
+            assert_eq!(said(1).contains(&file("_default").display().to_string()), instead, "{}", said(1));
         }
     }
 

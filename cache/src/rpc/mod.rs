@@ -325,7 +325,7 @@ impl Cowshed for Api {
             let hold_for = hold_for.as_ref().map(parse::hold_for).transpose()?;
             let asked = spares.unwrap_or_default();
             let pinned = self.keeper.pin(&image, &platform, hold_for, asked).await?;
-            let (spares, spares_limited) = self.spares.pinned(asked);
+            let (spares, spares_limited) = self.acquirer.spares_pinned(&image, asked).await;
             Ok(v1::PinImageResponse { image: self.kept(vec![pinned]).next(), spares, spares_limited })
         })
         .await

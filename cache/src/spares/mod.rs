@@ -22,7 +22,7 @@ use cowshed_leases::LeaseId;
 use policy::{Demand, Limits, Want};
 use tokio::sync::Notify;
 
-use crate::image::{Digest, ImageRef, ResolvedImage};
+use crate::image::{Digest, ImageRef, Platform, ResolvedImage};
 
 /// How long one is thought to take to make before one was made.
 const FIRST_GUESS: Duration = Duration::from_secs(1);
@@ -50,17 +50,63 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn pinned(&self, asked: u32) -> (u32, Option<String>) {
+    /// How many a pin of so many, one of `pins`, keeps ready of the image; and why they are fewer, or another one's are.
+    fn pinned(&self, image: &ImageRef, asked: u32, pins: &Pins) -> (u32, Option<String>) {
         let Limits { image_max, total_max, .. } = self.limits;
         let (name, most) =
             if total_max < image_max { ("total_max", total_max) } else { ("image_max", image_max) };
-        if asked > 0 && !self.enabled {
+        if asked == 0 {
+            return (0, None);
+        }
+        if !self.enabled {
             return (0, Some("no spares are made here ([spares] enabled = false)".to_owned()));
         }
-        if asked > most {
-            return (most, Some(format!("{most} are kept at the most ([spares] {name})")));
+        let Some((meant, _)) = pins.here.iter().find(|(here, _)| here.name == *image) else {
+            let host = Platform::host();
+            return (
+                0,
+                Some(format!("none are made before it is here, unpacked, for the host's platform ({host})")),
+            );
+        };
+        let wants = pins.wants();
+        let allotted = policy::allot(&wants.values().copied().collect::<Vec<_>>(), &self.limits);
+        let own =
+            wants.keys().zip(allotted).find_map(|(key, count)| (**key == meant.manifest).then_some(count));
+        let kept = own.unwrap_or_default().min(asked);
+        let sum: u64 = wants.values().map(|want| u64::from(want.pinned.min(image_max))).sum();
+        let all = || {
+            format!("pins ask for {sum} together, and {total_max} are kept at the most ([spares] total_max)")
+        };
+        let why = if kept < asked.min(most) {
+            Some(all())
+        } else if kept < asked {
+            Some(format!("{most} are kept at the most ([spares] {name})"))
+        } else {
+            (sum > total_max.into())
+                .then(|| format!("other images' spares are fewer than their pins ask for: {}", all()))
+        };
+        (kept, why)
+    }
+}
+
+/// What is pinned.
+#[derive(Debug, Default)]
+struct Pins {
+    /// What the names mean, and how many spares of each are wanted.
+    here: Vec<(ResolvedImage, u32)>,
+    /// Names of which it cannot be learnt now what they mean.
+    unknown: Vec<(ImageRef, u32)>,
+}
+
+impl Pins {
+    /// Of each manifest. Two names of one image do not add up.
+    fn wants(&self) -> BTreeMap<&Key, Want> {
+        let mut wants: BTreeMap<&Key, Want> = BTreeMap::new();
+        for (image, count) in &self.here {
+            let want = wants.entry(&image.manifest).or_default();
+            want.pinned = want.pinned.max(*count);
         }
-        (asked, None)
+        wants
     }
 }
 
@@ -163,11 +209,6 @@ impl Spares {
     /// Whether there are any at all.
     pub fn are_kept(&self) -> bool {
         self.0.settings.enabled
-    }
-
-    /// How many a pin of so many keeps ready, and why they are fewer.
-    pub fn pinned(&self, asked: u32) -> (u32, Option<String>) {
-        self.0.settings.pinned(asked)
     }
 
     /// One is not on the shelf any more, and may come back.
@@ -279,7 +320,7 @@ impl Spares {
     }
 
     /// So many are pinned of these, and of what the `unknown` names meant when they were last known, and of no others.
-    fn pin(&self, pinned: Vec<(ResolvedImage, u32)>, unknown: Vec<(ImageRef, u32)>) {
+    fn pin(&self, Pins { here, unknown }: Pins) {
         let mut state = self.state();
         state.pins_known |= unknown.is_empty();
         state.shelves.values_mut().for_each(|shelf| shelf.pinned = 0);
@@ -289,7 +330,7 @@ impl Spares {
                 shelf.pinned = shelf.pinned.max(count);
             }
         }
-        for (image, count) in pinned {
+        for (image, count) in here {
             state.mean(&image.name, &image.manifest);
             let shelf = state.shelves.entry(image.manifest.clone()).or_default();
             // Two names of one image do not add up.

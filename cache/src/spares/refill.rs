@@ -10,7 +10,7 @@ use cowshed_leases::{Failure, Lease, LeaseId, Mode, Seen, Spec, Tenant};
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
-use super::{Key, MakeError, Room, Settings, Spares};
+use super::{Key, MakeError, Pins, Room, Settings, Spares};
 use crate::{
     acquire::Acquirer,
     error::{Error, Reason, Result},
@@ -88,7 +88,7 @@ impl Refiller {
         }
         if self.spares.0.settings.enabled && is_due(round.pins, PINS) {
             round.pins = Some(Instant::now());
-            self.look_at_pins().await;
+            self.spares.pin(self.acquirer.pins().await);
         }
         let plan = self.spares.plan(self.room().await, self.at_once());
         if !plan.drop.is_empty() {
@@ -200,26 +200,6 @@ impl Refiller {
         }
     }
 
-    /// What the names with pinned spares mean now.
-    async fn look_at_pins(&self) {
-        let Acquirer { ledger, images, clock, .. } = &*self.acquirer;
-        let pins = ledger.read_all(|_, marks| marks.pinned_spares(&clock.now()));
-        let (mut pinned, mut unknown) = (Vec::with_capacity(pins.len()), Vec::new());
-        for (name, count) in pins {
-            let Ok(name) = ImageRef::parse(&name) else { continue };
-            match images.local(&name, &Platform::host()).await {
-                Ok(Some(image)) => pinned.push((image, count)),
-                // It is pulled, or not: pins hold on to names.
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!(image = %name, %error, "what a pinned name means cannot be learnt now");
-                    unknown.push((name, count));
-                }
-            }
-        }
-        self.spares.pin(pinned, unknown);
-    }
-
     fn begin(self: &Arc<Self>, key: Key, image: Arc<ResolvedImage>) {
         let (this, counted) = (self.clone(), key.clone());
         let span = tracing::info_span!("spare", image = %image.name);
@@ -285,6 +265,32 @@ impl Drop for Made<'_> {
 }
 
 impl Acquirer {
+    /// How many spares a pin of so many, which is there, keeps ready of the image, and why they are fewer.
+    pub async fn spares_pinned(&self, image: &ImageRef, asked: u32) -> (u32, Option<String>) {
+        let is_any = asked > 0 && self.spares.are_kept();
+        let pins = if is_any { self.pins().await } else { Pins::default() };
+        self.spares.0.settings.pinned(image, asked, &pins)
+    }
+
+    /// What the names with pinned spares mean now, to this host.
+    async fn pins(&self) -> Pins {
+        let named = self.ledger.read_all(|_, marks| marks.pinned_spares(&self.clock.now()));
+        let mut pins = Pins::default();
+        for (name, count) in named {
+            let Ok(name) = ImageRef::parse(&name) else { continue };
+            match self.images.local(&name, &Platform::host()).await {
+                Ok(Some(image)) => pins.here.push((image, count)),
+                // It is pulled, or not: pins hold on to names.
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(image = %name, %error, "what a pinned name means cannot be learnt now");
+                    pins.unknown.push((name, count));
+                }
+            }
+        }
+        pins
+    }
+
     /// Makes a spare of the image, from intent to confirmation.
     async fn make_spare(self: &Arc<Self>, image: &ResolvedImage) -> Result<LeaseId> {
         let id = LeaseId::from_random(uuid::Uuid::new_v4().as_u128());

@@ -33,6 +33,12 @@ fn settings() -> Settings {
     crate::config::Config::default().spares()
 }
 
+/// An image of this name, of its own.
+fn other(name: &str) -> ResolvedImage {
+    let name = ImageRef::parse(name).unwrap();
+    ResolvedImage { manifest: Digest::of(name.to_string().as_bytes()), name, ..image() }
+}
+
 #[test]
 fn what_a_pin_cannot_keep_is_told() {
     let limits = |image_max, total_max| Limits { image_max, total_max, ..settings().limits };
@@ -46,9 +52,47 @@ fn what_a_pin_cannot_keep_is_told() {
     ];
     for (enabled, image_max, total_max, asked, kept, says) in table {
         let settings = Settings { enabled, limits: limits(image_max, total_max), ..settings() };
-        let (there, why) = settings.pinned(asked);
+        let pins = Pins { here: vec![(image(), asked)], unknown: Vec::new() };
+        let (there, why) = settings.pinned(&image().name, asked, &pins);
         assert_eq!((there, why.is_some()), (kept, says.is_some()), "{asked}: {why:?}");
         assert!(why.is_none_or(|why| why.contains(says.unwrap())), "{asked}");
+    }
+}
+
+#[test]
+fn a_pin_is_not_alone() {
+    let settings = settings();
+    assert_eq!((settings.limits.image_max, settings.limits.total_max), (128, 1024));
+    let images: Vec<_> = (1..=9).map(|n| other(&format!("r.example/x:{n}"))).collect();
+    let pinned = |count: usize, asked| {
+        let here: Vec<_> = images.iter().take(count).map(|image| (image.clone(), asked)).collect();
+        let told = here.iter().map(|(image, _)| {
+            let pins = Pins { here: here.clone(), unknown: Vec::new() };
+            settings.pinned(&image.name, asked, &pins)
+        });
+        told.collect::<Vec<_>>()
+    };
+    assert!(pinned(8, 128).iter().all(|told| *told == (128, None)));
+    assert!(pinned(9, 113).iter().all(|(_, why)| why.is_none()), "1017 are no more than 1024");
+    // Who gets none is told so, and who takes them from him as well; `allot` says who it is.
+    let told = pinned(9, 128);
+    assert_eq!(told.iter().map(|(kept, _)| kept).sum::<u32>(), 1024);
+    for (kept, why) in told {
+        let why = why.unwrap();
+        assert!(why.contains("pins ask for 1152 together, and 1024"), "{why}");
+        assert_eq!(why.contains("other images"), kept == 128, "{kept}: {why}");
+    }
+    // Two names of one image do not add up; one does not get what the other asks for.
+    let second = ResolvedImage { name: ImageRef::parse("r.example/y:1").unwrap(), ..images[0].clone() };
+    let pins = Pins { here: vec![(images[0].clone(), 128), (second.clone(), 3)], unknown: Vec::new() };
+    let small = Settings { limits: Limits { total_max: 128, ..settings.limits }, ..settings };
+    assert_eq!(small.pinned(&images[0].name, 128, &pins), (128, None));
+    assert_eq!(small.pinned(&second.name, 3, &pins), (3, None));
+    // Of what is not here, or cannot be asked about, none are made.
+    let pins = Pins { here: vec![(images[0].clone(), 2)], unknown: vec![(images[1].name.clone(), 2)] };
+    for image in &images[1..3] {
+        let (kept, why) = settings.pinned(&image.name, 2, &pins);
+        assert!(kept == 0 && why.unwrap().contains(&Platform::host().to_string()), "{}", image.name);
     }
 }
 
@@ -86,6 +130,19 @@ impl Host {
             .ledger
             .read(|book| book.after(None).filter(|l| l.vm.is_spare()).cloned().collect())
     }
+}
+
+#[tokio::test]
+async fn a_pin_of_what_is_not_here_promises_nothing() {
+    use std::sync::atomic::Ordering::SeqCst;
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let mut host = host(&world, directory.path());
+    host.pin(2).await;
+    let name = image().name;
+    assert_eq!(host.process.acquirer.spares_pinned(&name, 2).await, (2, None));
+    world.absent.store(true, SeqCst);
+    let (kept, why) = host.process.acquirer.spares_pinned(&name, 2).await;
+    assert!(kept == 0 && why.unwrap().contains("before it is here"));
 }
 
 #[tokio::test]
