@@ -361,7 +361,9 @@ impl Acquirer {
             None => self.pulled(wish, &mut stages).await?,
         };
         let lane = (wish.access.tenant.to_string(), image.manifest.to_string());
-        let (_seat, waited) = self.crowd.enter(lane).await?;
+        let Some((mut seat, waited)) = self.crowd.enter(lane, landing.callers(), wish.until).await? else {
+            return Ok(None);
+        };
         if waited {
             stages.done(Stage::Queue);
             if !landing.is_awaited() {
@@ -384,7 +386,8 @@ impl Acquirer {
         stages.done(Stage::Intent);
         tracing::Span::current().record("lease", lease.id.as_str());
         let plain = wish.is_plain().then(|| image.clone());
-        match self.make(wish, &lease, image, &mut stages, || landing.is_awaited()).await {
+        let made = self.make(wish, &lease, image, &mut stages, || landing.is_awaited()).await;
+        match made.inspect(|_| seat.made()) {
             Ok(lease) if lease.vm.is_spare() => {
                 tracing::info!("nobody waits for it any more: it is a spare");
                 let manifest = lease.grant().and_then(|grant| grant.image_digest.parse().ok());

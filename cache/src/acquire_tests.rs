@@ -45,6 +45,73 @@ async fn a_caller_that_goes_away_stops_nothing() {
     assert_eq!(lease.generation.0, 1);
 }
 
+/// What was begun for who has left is whoever's comes next.
+#[tokio::test]
+async fn a_disk_that_nobody_waits_for_any_more_is_a_spare() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let process = start(&world, directory.path());
+    let preparing = world.prepares.lock().await;
+    let acquirer = process.acquirer.clone();
+    let call = tokio::spawn(async move { acquirer.acquire(wish("vm-1")).await });
+    let begun = intent(&process).await;
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    drop(preparing);
+    while process.acquirer.under_way() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let leases: Vec<Lease> = process.acquirer.ledger.read(|book| book.after(None).cloned().collect());
+    let [spare] = &leases[..] else { panic!("not one: {leases:?}") };
+    assert!(spare.vm.is_spare() && spare.id == begun.id, "{spare:?}");
+    assert_eq!(process.acquirer.spares.count(&crate::fakes::image().manifest).ready, 1);
+    process.audit(&world, "after its caller has left");
+    let next = process.acquirer.acquire(wish("vm-2")).await.unwrap();
+    assert!(next.spare && next.lease.id == begun.id);
+}
+
+#[tokio::test]
+async fn who_leaves_gives_up_its_place_in_the_line() {
+    let (world, directory) = (world(), tempfile::tempdir().unwrap());
+    let mut process = start(&world, directory.path());
+    // One at a time, and one who waits.
+    Arc::get_mut(&mut process.acquirer).unwrap().crowd = Crowd::new(1, 1);
+    let ask = |vm: &str| {
+        let (acquirer, wish) = (process.acquirer.clone(), wish(vm));
+        tokio::spawn(async move { acquirer.acquire(wish).await })
+    };
+    let in_line = async || {
+        while process.acquirer.crowd.waiting() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let preparing = world.prepares.lock().await;
+    let first = ask("vm-1");
+    intent(&process).await;
+    let leaves = ask("vm-2");
+    in_line().await;
+    let refused = ask("vm-3").await.unwrap().unwrap_err();
+    assert_eq!(refused.reason(), Reason::Overloaded);
+    leaves.abort();
+    assert!(leaves.await.unwrap_err().is_cancelled());
+    assert_eq!(process.acquirer.crowd.waiting(), 0);
+    let mut comes = ask("vm-3");
+    tokio::select! {
+        () = in_line() => {}
+        refused = &mut comes => panic!("{refused:?}"),
+    }
+    drop(preparing);
+    first.await.unwrap().unwrap();
+    comes.await.unwrap().unwrap();
+    while process.acquirer.under_way() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let mut vms: Vec<String> =
+        process.acquirer.ledger.read(|book| book.after(None).map(|l| l.vm.to_string()).collect());
+    vms.sort();
+    assert_eq!(vms, ["vm-1", "vm-3"], "nothing is made for who has left");
+    process.audit(&world, "after one has left the line");
+}
+
 /// Who has a disk keeps it while containerd hangs, and hardly waits.
 #[tokio::test(start_paused = true)]
 async fn a_containerd_that_hangs_is_waited_for_a_few_seconds_and_then_not_at_all() {

@@ -6,10 +6,12 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
 };
 
 use cowshed_leases::VmId;
@@ -35,12 +37,58 @@ impl GivenUp {
 /// A VM, and its wish in words.
 pub(crate) type Key = (VmId, String);
 
+/// Those who wait for a flight. Clones are of the same flight.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Callers(Arc<AtomicUsize>);
+
+impl Callers {
+    /// One more, until what is returned is dropped.
+    pub(crate) fn one(&self) -> Caller {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Caller(self.clone())
+    }
+
+    /// Whether there is any.
+    pub(crate) fn are_there(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// Waits for a flight until it is dropped.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Caller(Callers);
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// What a flight comes to; an error if it was never started, or has crashed.
-pub(crate) type Arrival<T> = Shared<oneshot::Receiver<T>>;
+pub(crate) struct Arrival<T> {
+    outcome: Shared<oneshot::Receiver<T>>,
+    _caller: Caller,
+}
+
+impl<T: Clone> Future for Arrival<T> {
+    type Output = Result<T, oneshot::error::RecvError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        self.outcome.poll_unpin(context)
+    }
+}
 
 struct Flight<T> {
-    arrival: Arrival<T>,
+    outcome: Shared<oneshot::Receiver<T>>,
+    callers: Callers,
     given_up: GivenUp,
+}
+
+impl<T> Flight<T> {
+    fn arrival(&self) -> Arrival<T> {
+        Arrival { outcome: self.outcome.clone(), _caller: self.callers.one() }
+    }
 }
 
 /// All flights. Clones share them. The lock is held for look-ups only, never across an await.
@@ -64,13 +112,15 @@ impl<T: Clone> Flights<T> {
         let (landing, arrival) = {
             let mut flights = self.lock();
             if let Some(flight) = flights.get(&key) {
-                return flight.arrival.clone();
+                return flight.arrival();
             }
             let (sender, receiver) = oneshot::channel();
-            let (arrival, given_up) = (receiver.shared(), GivenUp::default());
-            let flight = Flight { arrival: arrival.clone(), given_up: given_up.clone() };
+            let (callers, given_up) = (Callers::default(), GivenUp::default());
+            let flight =
+                Flight { outcome: receiver.shared(), callers: callers.clone(), given_up: given_up.clone() };
+            let arrival = flight.arrival();
             flights.insert(key.clone(), flight);
-            (Landing { flights: self.clone(), key, given_up, sender: Some(sender) }, arrival)
+            (Landing { flights: self.clone(), key, callers, given_up, sender: Some(sender) }, arrival)
         };
         start(landing);
         arrival
@@ -108,6 +158,7 @@ impl<T> Flights<T> {
 pub(crate) struct Landing<T> {
     flights: Flights<T>,
     key: Key,
+    callers: Callers,
     given_up: GivenUp,
     sender: Option<oneshot::Sender<T>>,
 }
@@ -118,12 +169,14 @@ impl<T> Landing<T> {
         self.given_up.clone()
     }
 
+    /// Who waits for it.
+    pub(crate) fn callers(&self) -> Callers {
+        self.callers.clone()
+    }
+
     /// Whether anybody waits for it.
     pub(crate) fn is_awaited(&self) -> bool {
-        let flights = self.flights.lock();
-        // One is the map's own.
-        let others = |flight: &Flight<T>| flight.arrival.strong_count().is_some_and(|count| count > 1);
-        flights.get(&self.key).is_some_and(others)
+        self.callers.are_there()
     }
 
     /// Tells everybody who has joined.
@@ -178,6 +231,25 @@ mod tests {
         drop(landing.unwrap());
         assert!(crashed.await.is_err());
         assert!(flights.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn it_is_known_whether_anybody_waits() {
+        let flights = Flights::default();
+        let (first, landing) = begin(&flights, "a");
+        let landing = landing.unwrap();
+        let (second, _) = begin(&flights, "a");
+        drop(first);
+        assert!(landing.is_awaited());
+        drop(second);
+        assert!(!landing.is_awaited());
+        let (late, _) = begin(&flights, "a");
+        flights.give_up(&key("a").0);
+        // Who has begun the next one does not wait for this one.
+        let (_other, _next) = begin(&flights, "a");
+        assert!(landing.is_awaited(), "by who is to be told that it was given up");
+        drop(late);
+        assert!(!landing.is_awaited());
     }
 
     #[tokio::test]

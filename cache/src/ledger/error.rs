@@ -1,9 +1,14 @@
 //! What a refused write means to a caller.
 
+use std::time::Duration;
+
 use cowshed_leases::BookError;
 use cowshed_pool::store::WriteError;
 
 use crate::error::{Error, Reason};
+
+/// When it is worth another try while too many writes wait; the message says the same.
+const AGAIN: Duration = Duration::from_secs(1);
 
 impl From<WriteError> for Error {
     fn from(error: WriteError) -> Self {
@@ -13,7 +18,7 @@ impl From<WriteError> for Error {
             WriteError::NotWritten { path, .. } => {
                 Self::new(Reason::LedgerError, format!("the ledger {message}")).with("path", path)
             }
-            WriteError::Busy => Self::new(Reason::NotReady, message),
+            WriteError::Busy => Self::new(Reason::NotReady, message).retry_after(AGAIN),
             WriteError::Stopping => Self::new(Reason::Stopping, message),
         }
     }
@@ -95,5 +100,20 @@ impl From<BookError> for Error {
             .with("field", "request_id")
             .with("request_id", request),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use tonic_types::StatusExt as _;
+
+    use super::*;
+
+    #[test]
+    fn who_is_to_try_again_is_told_when() {
+        let error = Error::from(WriteError::Busy);
+        assert!(error.to_string().contains("in a second"), "{error}");
+        assert_eq!(error.to_status().get_details_retry_info().unwrap().retry_delay, Some(AGAIN));
     }
 }
