@@ -134,7 +134,7 @@ fn found(api: &Api, wish: &Wish, before: Before) -> Found {
             let warmth = if spares > 0 { v1::Warmth::Spare } else { v1::Warmth::Base };
             Found { warmth, missing: Some(0), spares }
         }
-        Glance::Pulled(missing) => Found { warmth: v1::Warmth::Partial, missing, spares: 0 },
+        Glance::Partial(missing) => Found { warmth: v1::Warmth::Partial, missing, spares: 0 },
         Glance::Nothing => Found { warmth: v1::Warmth::Cold, missing: None, spares: 0 },
     }
 }
