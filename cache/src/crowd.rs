@@ -102,6 +102,14 @@ impl Crowd {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What [`Self::enter`] would refuse with at this moment.
+    pub(crate) fn is_full(&self) -> Option<Error> {
+        let state = self.state();
+        let waiting: usize = state.lanes.values().map(VecDeque::len).sum();
+        let has_seat = state.seated < self.0.at_once && state.lanes.is_empty();
+        (!has_seat && waiting >= self.0.waiting_max).then(|| self.full(waiting, state.takes))
+    }
 }
 
 impl State {
@@ -162,7 +170,7 @@ mod tests {
     async fn in_turn_by_image_and_no_more_than_allowed() {
         let crowd = Crowd::new(1, 6);
         let (mut seat, waited) = crowd.enter(lane("a")).await.unwrap();
-        assert!(!waited);
+        assert!(!waited && crowd.is_full().is_none());
         // A crowd for one image, and then one VM of each of two others.
         let mut waiting: Vec<_> = ["a", "a", "a", "a", "b", "c"]
             .iter()
@@ -172,6 +180,7 @@ mod tests {
             assert!(turn.as_mut().now_or_never().is_none(), "{name}");
         }
         let refused = crowd.enter(lane("d")).await.unwrap_err();
+        assert_eq!(crowd.is_full().map(|full| full.reason()), Some(Reason::Overloaded));
         assert_eq!((refused.reason(), crowd.waiting()), (Reason::Overloaded, 6));
         assert!(refused.to_string().contains("try again in"), "{refused}");
         let mut order = Vec::new();
