@@ -112,13 +112,26 @@ impl Crowd {
         state.tenants.values().flat_map(|t| t.images.values().flatten()).filter(|w| w.is_here()).count()
     }
 
+    /// What [`Self::enter`] would refuse whoever comes now with, however long he waits.
+    pub(crate) fn is_full(&self) -> Option<Error> {
+        let waiting = self.waiting();
+        let state = self.state();
+        let has_seat = state.seated < self.0.at_once && state.tenants.is_empty();
+        if has_seat { None } else { self.has_place(waiting, &state).err() }
+    }
+
+    fn has_place(&self, waiting: usize, state: &State) -> Result<()> {
+        if waiting < self.0.waiting_max {
+            return Ok(());
+        }
+        let after = self.after(waiting, state.takes.unwrap_or(FIRST_GUESS));
+        Err(refused(waiting, after, "more than [leases] waiting_max allows"))
+    }
+
     /// Whether one more may wait.
     fn admit(&self, state: &State, lane: &Lane, until: Option<Instant>) -> Result<()> {
         let waiting: usize = state.tenants.values().map(Tenant::waiting).sum();
-        if waiting >= self.0.waiting_max {
-            let after = self.after(waiting, state.takes.unwrap_or(FIRST_GUESS));
-            return Err(refused(waiting, after, "more than [leases] waiting_max allows"));
-        }
+        self.has_place(waiting, state)?;
         let (Some(takes), Some(until)) = (state.takes, until) else { return Ok(()) };
         let (left, after) =
             (until.saturating_duration_since(Instant::now()), self.after(state.ahead(lane), takes));
@@ -323,11 +336,13 @@ mod tests {
     fn in_turn_by_image_and_no_more_than_allowed() {
         let crowd = Crowd::new(1, 6);
         let seat = sit(&crowd, "a");
+        assert!(crowd.is_full().is_none());
         // A crowd for one image, and then one VM of each of two others.
         let lanes = ["a", "a", "a", "a", "b", "c"].map(lane);
         let waiting = lanes.iter().map(|lane| wait(&crowd, lane.clone())).collect();
         let refused = refusal(&crowd, lane("d"), None).unwrap();
         assert_eq!((refused.reason(), crowd.waiting()), (Reason::Overloaded, 6));
+        assert_eq!(crowd.is_full().map(|full| full.reason()), Some(Reason::Overloaded));
         assert!(refused.to_string().contains("try again in"), "{refused}");
         assert_eq!(order(seat, &lanes, waiting), ["b", "c", "a", "a", "a", "a"].map(lane));
         drop(sit(&crowd, "a"));

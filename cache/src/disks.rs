@@ -22,13 +22,14 @@ use crate::{
     containerd::{CallError, LEASE_LABEL, Mount},
     error::{Error, Reason, Result},
     image::ResolvedImage,
-    kernel::KernelError,
+    kernel::{KernelError, PoolUsage},
     spares::refill::image_gone,
     stages::{Stage, Stages},
 };
 
 /// How long a device node may take to appear after its snapshot was made (udev makes it).
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
+const MODE_FIELD: &str = "spec.mode";
 
 impl Acquirer {
     /// From intent to confirmation.
@@ -101,7 +102,7 @@ impl Acquirer {
     /// An empty disk of the size that was asked for.
     async fn scratch(&self, lease: &Lease, wanted: Scratch, stages: &mut Stages) -> Result<ScratchGrant> {
         let key = lease.id.snapshot_key();
-        self.fits_the_pool(wanted).await?;
+        fits_the_pool(wanted, self.kernel.pool().await.as_ref().ok())?;
         self.take_lease(lease).await?;
         stages.done(Stage::Lease);
         let mounts = self.snapshots.empty(&key, &key, wanted).await.map_err(|e| self.snapshots.explain(e))?;
@@ -115,19 +116,6 @@ impl Acquirer {
         stages.done(Stage::Verify);
         let filesystem = if wanted.raw { String::new() } else { filesystem.to_owned() };
         Ok(ScratchGrant { device, filesystem })
-    }
-
-    /// What could never be filled is a mistake, and a filesystem of such a size alone may not fit.
-    async fn fits_the_pool(&self, wanted: Scratch) -> Result<()> {
-        let total = self.kernel.pool().await.map_or(u64::MAX, |pool| pool.data_total);
-        if wanted.size_bytes <= total {
-            return Ok(());
-        }
-        let message = format!(
-            "a scratch disk of {} bytes is larger than the whole pool, which has {total}: ask for less",
-            wanted.size_bytes
-        );
-        Err(Error::new(Reason::ScratchInvalid, message).with("field", "spec.scratch"))
     }
 
     /// containerd's lease, which holds the snapshot that is to be made.
@@ -277,12 +265,34 @@ fn being_removed(wish: &Wish) -> Error {
     Error::new(Reason::NotReady, message).with("image", &wish.image)
 }
 
-fn writable(path: &str) -> Error {
+/// What could never be filled is a mistake, and a filesystem of such a size alone may not fit.
+pub(crate) fn fits_the_pool(wanted: Scratch, pool: Option<&PoolUsage>) -> Result<()> {
+    let total = pool.map_or(u64::MAX, |pool| pool.data_total);
+    if wanted.size_bytes <= total {
+        return Ok(());
+    }
     let message = format!(
-        "the kernel lets everybody write to {path}, which is to be shared: this snapshotter's views are read-only by a \
-         mount option only; name Cowshed's own in [containerd] snapshotter, or acquire with mode COPY_ON_WRITE"
+        "a scratch disk of {} bytes is larger than the whole pool, which has {total}: ask for less",
+        wanted.size_bytes
     );
-    Error::new(Reason::SnapshotterUnfit, message).with("path", path).with("field", "spec.mode")
+    Err(Error::new(Reason::ScratchInvalid, message).with("field", "spec.scratch"))
+}
+
+fn writable(path: &str) -> Error {
+    let context = format!("the kernel lets everybody write to {path}, which is to be shared");
+    unshareable().context(context).with("path", path)
+}
+
+/// Nothing that this snapshotter makes can be shared.
+pub(crate) fn unshareable() -> Error {
+    let message = "this snapshotter's views are read-only by a mount option only; name Cowshed's own in [containerd] \
+                   snapshotter, or acquire with mode COPY_ON_WRITE";
+    Error::new(Reason::SnapshotterUnfit, message).with("field", MODE_FIELD)
+}
+
+/// Whether the error is [`unshareable`].
+pub(crate) fn is_unshareable(error: &Error) -> bool {
+    error.reason() == Reason::SnapshotterUnfit && error.detail("field") == Some(MODE_FIELD)
 }
 
 /// The device and filesystem of a snapshot's mounts.

@@ -80,8 +80,10 @@ async fn what_the_kernel_lets_everybody_write_to_is_not_shared() {
     let process = start(&world, directory.path());
     world.state.lock().unwrap().all_writable = true;
     let error = process.acquirer.acquire(shared("vm-1", Some(16 << 20))).await.unwrap_err();
-    assert_eq!(error.reason(), Reason::SnapshotterUnfit);
-    assert!(error.to_string().contains("COPY_ON_WRITE"), "{error}");
+    assert!(is_unshareable(&error), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("to be shared: this snapshotter's") && text.contains("COPY_ON_WRITE"), "{text}");
+    assert!(!is_unshareable(&unfit("/dev/x", "it is none")), "of whatever mode");
     process.settle().await;
     assert!(world.is_empty() && leases(&process) == 0);
     acquire(&process, wish("vm-1")).await;

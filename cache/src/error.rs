@@ -263,6 +263,11 @@ impl Error {
         self.0.reason
     }
 
+    /// What was added by this name.
+    pub(crate) fn detail(&self, key: &str) -> Option<&str> {
+        self.0.metadata.get(key).map(String::as_str)
+    }
+
     /// The same as a gRPC status with `google.rpc.ErrorInfo`, and `RetryInfo` if it says when to try again; bounded whatever went into it.
     pub fn to_status(&self) -> Status {
         let value = |(key, value): (&&str, &String)| ((*key).to_owned(), shown(value, VALUE_MAX_BYTES));

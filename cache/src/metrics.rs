@@ -22,7 +22,7 @@ use crate::{
     image::{Cache, PullObserver},
     kernel::{PoolMode, PoolUsage},
     ledger::Ledger,
-    offer::Warmth,
+    offer::{Got, Offered},
     promises::Promises,
     rescue::Cause,
     spares::Count,
@@ -63,6 +63,7 @@ struct Inner {
     spare_seconds: HistogramVec,
     spares_dropped: IntCounterVec,
     expected: HistogramVec,
+    offered: IntCounterVec,
     gc_runs: IntCounterVec,
     gc_steps: IntCounterVec,
     gc_freed: IntCounterVec,
@@ -207,11 +208,18 @@ impl Metrics {
                 HistogramVec::new(
                     HistogramOpts::new(
                         "cowshed_acquire_expected_ratio",
-                        "Time of granted new leases by what Offer would have said just before, by how warm the disk was",
+                        "Time of granted new leases by what Offer would have said just before, by the warmth that it would have said",
                     )
                     .buckets(vec![0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 10.0, 100.0]),
                     &["warmth"],
                 )?,
+            )?,
+            offered: counters(
+                &r,
+                "cowshed_acquire_offered_total",
+                "Acquire calls that were refused or granted anew, by what Offer would have said just before (spare, base, partial, \
+                 cold or refused) and what was got (spare, base, cold or refused)",
+                &["offered", "got"],
             )?,
             gc_runs: counters(
                 &r,
@@ -350,6 +358,11 @@ impl Metrics {
         for kind in Kind::ALL {
             inner.gc_lacking.with_label_values(&[&kind.to_string()]);
         }
+        for offered in Offered::ALL {
+            Got::ALL.iter().for_each(|got| {
+                inner.offered.with_label_values(&[offered.as_str(), got.as_str()]);
+            });
+        }
         inner.layer_unpack_seconds.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
     }
@@ -380,8 +393,13 @@ impl Metrics {
     }
 
     /// An Acquire took so many times what was expected.
-    pub fn expected(&self, warmth: Warmth, ratio: f64) {
-        self.0.expected.with_label_values(&[warmth.as_str()]).observe(ratio);
+    pub fn expected(&self, offered: Offered, ratio: f64) {
+        self.0.expected.with_label_values(&[offered.as_str()]).observe(ratio);
+    }
+
+    /// An Acquire has come to this, when Offer would have said that.
+    pub fn offered(&self, offered: Offered, got: Got) {
+        self.0.offered.with_label_values(&[offered.as_str(), got.as_str()]).inc();
     }
 
     /// So many spares there are.

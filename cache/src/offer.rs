@@ -2,8 +2,20 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
+};
+
+use cowshed_leases::Mode;
+
+use crate::{
+    acquire::Acquired,
+    disks::{is_unshareable, unshareable},
+    error::Result,
+    image::Cache,
 };
 
 /// The latest so many of each warmth are remembered.
@@ -27,6 +39,101 @@ impl Warmth {
             Self::Spare => "spare",
             Self::Base => "base",
             Self::Cold => "cold",
+        }
+    }
+}
+
+/// What Offer says of a wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offered {
+    /// A disk that is ready.
+    Spare,
+    /// An image that is unpacked.
+    Base,
+    /// One of which some is there.
+    Partial,
+    /// Nothing is known of it.
+    Cold,
+    /// It would not be taken on.
+    Refused,
+}
+
+impl Offered {
+    /// Each of them.
+    pub const ALL: [Self; 5] = [Self::Spare, Self::Base, Self::Partial, Self::Cold, Self::Refused];
+
+    /// The name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Spare => "spare",
+            Self::Base => "base",
+            Self::Partial => "partial",
+            Self::Cold => "cold",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// What an Acquire has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Got {
+    /// A disk that was so far there.
+    Disk(Warmth),
+    /// None, for whatever reason.
+    Refused,
+}
+
+impl Got {
+    /// Each of them.
+    pub const ALL: [Self; 4] =
+        [Self::Disk(Warmth::Spare), Self::Disk(Warmth::Base), Self::Disk(Warmth::Cold), Self::Refused];
+
+    /// `None`: what its VM had already.
+    pub fn of(outcome: &Result<Arc<Acquired>>) -> Option<Self> {
+        let Ok(done) = outcome else { return Some(Self::Refused) };
+        let warmth = match (done.spare, done.cache) {
+            (true, _) => Warmth::Spare,
+            (false, Cache::Hit) => Warmth::Base,
+            (false, Cache::Miss) => Warmth::Cold,
+        };
+        (!done.existing).then_some(Self::Disk(warmth))
+    }
+
+    /// The name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk(warmth) => warmth.as_str(),
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// Whether what the snapshotter makes can be shared, as far as it is known: by its name, and by what the latest Acquire that wanted
+/// it has come to.
+#[derive(Debug)]
+pub struct Shareable(AtomicBool);
+
+impl Shareable {
+    /// The views of containerd's own can not; any other one is thought fit until it was tried.
+    pub fn of(snapshotter: &str) -> Self {
+        Self(AtomicBool::new(snapshotter != "devmapper"))
+    }
+
+    /// An Acquire has come to this.
+    pub fn note(&self, mode: Mode, outcome: &Result<Arc<Acquired>>) {
+        match outcome {
+            Ok(_) if mode == Mode::SharedReadOnly => self.0.store(true, Ordering::Relaxed),
+            Err(error) if is_unshareable(error) => self.0.store(false, Ordering::Relaxed),
+            Ok(_) | Err(_) => {}
+        }
+    }
+
+    /// # Errors
+    /// If it cannot.
+    pub fn admit(&self, mode: Mode) -> Result<()> {
+        match mode {
+            Mode::SharedReadOnly if !self.0.load(Ordering::Relaxed) => Err(unshareable()),
+            Mode::SharedReadOnly | Mode::CopyOnWrite => Ok(()),
         }
     }
 }
@@ -70,6 +177,22 @@ impl Latencies {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{Error, Reason};
+
+    #[test]
+    fn that_nothing_can_be_shared_is_known_by_name_or_learnt() {
+        let admits = |shareable: &Shareable| shareable.admit(Mode::SharedReadOnly).map_err(|e| e.reason());
+        let other = Shareable::of("cowshed");
+        assert_eq!(admits(&other), Ok(()));
+        let bad_device = Error::new(Reason::SnapshotterUnfit, "no thin device").with("path", "/dev/x");
+        other.note(Mode::SharedReadOnly, &Err(bad_device));
+        assert_eq!(admits(&other), Ok(()), "that was about a device");
+        other.note(Mode::SharedReadOnly, &Err(unshareable().with("path", "/dev/x")));
+        for shareable in [&other, &Shareable::of("devmapper")] {
+            assert_eq!(admits(shareable), Err(Reason::SnapshotterUnfit));
+            assert!(shareable.admit(Mode::CopyOnWrite).is_ok());
+        }
+    }
 
     #[test]
     fn the_latest_ones_count() {

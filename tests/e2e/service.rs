@@ -112,8 +112,13 @@ fn scrape() -> Outcome<Metrics> {
 /// A miss, a hit, the same again, an unknown image, two releases.
 fn metrics_tell_the_story() -> Outcome {
     evict_all()?;
-    let before = scrape()?;
     let tiny = image("tiny:1");
+    wait_for("it to be known that it is gone", || {
+        let offer = cowshed(&["offer", &tiny, "-o", "json"])?.json()?;
+        same!(text(&offer, "/warmth")?, "cold", "what is offered: {offer}");
+        Ok(())
+    })?;
+    let before = scrape()?;
     acquire_as("miss", "service-m1", &tiny)?;
     acquire_as("hit", "service-m2", &tiny)?;
     acquire("service-m2", &tiny)?;
@@ -132,6 +137,9 @@ fn metrics_tell_the_story() -> Outcome {
         ("cowshed_acquire_duration_seconds_count{cache=\"miss\"}", 1.0),
         ("cowshed_acquire_duration_seconds_count{cache=\"hit\"}", 1.0),
         ("cowshed_acquire_stage_duration_seconds_count{stage=\"prepare\"}", 2.0),
+        ("cowshed_acquire_offered_total{got=\"cold\",offered=\"cold\"}", 1.0),
+        ("cowshed_acquire_offered_total{got=\"base\",offered=\"base\"}", 1.0),
+        ("cowshed_acquire_offered_total{got=\"refused\",offered=\"cold\"}", 1.0),
         ("cowshed_pulls_total{result=\"miss\"}", 1.0),
         ("cowshed_pulls_total{result=\"IMAGE_NOT_FOUND\"}", 1.0),
         ("cowshed_layer_unpack_duration_seconds_count", 1.0),

@@ -2,18 +2,20 @@
 
 use std::{collections::BTreeSet, fs, thread, time::Duration};
 
+use cowshed_proto::v1;
+use libtest_mimic::Failed;
 use serde_json::Value;
 
 use crate::{
     Test,
     support::{
         Outcome,
-        api::{acquire_all, block_on},
+        api::{acquire_all, block_on, client},
         check,
         command::{number, run, sh, text},
         cow::{
             Disk, acquire, acquire_reply, cowshed, evict_all, host, image, nothing_pulled, pull, release,
-            release_fully, snapshots, wait_gone, wait_serving,
+            release_fully, snapshots, snapshotter, wait_gone, wait_serving,
         },
         same, wait_for,
     },
@@ -255,8 +257,47 @@ fn offer() -> Outcome {
     check!(refused["accepted"] == false, "{refused}");
     same!(text(&refused, "/refusal/reason")?, "DRAINING", "why: {refused}");
     cowshed(&["drain", "--undo"])?.ok()?;
+    let shared = cowshed(&["offer", &tiny, "-o", "json", "--mode", "shared-read-only"])?.json()?;
+    if snapshotter() == "cowshed" {
+        check!(shared["accepted"] == true, "{shared}");
+        same!(refusal_with_scratch(&tiny, 16 << 40)?, "SCRATCH_INVALID", "a disk larger than the pool");
+        same!(refusal_with_scratch(&tiny, 16 << 20)?, "", "a small one");
+    } else {
+        same!(text(&shared, "/refusal/reason")?, "SNAPSHOTTER_UNFIT", "why: {shared}");
+    }
     for vm in ["offered", "offered-too"] {
         release_fully(vm)?;
     }
-    cowshed(&["unpin", &tiny])?.ok().map(drop)
+    cowshed(&["unpin", &tiny])?.ok()?;
+    partial()
+}
+
+/// Why a disk that is shared, with a scratch disk of this size, is not offered.
+fn refusal_with_scratch(image: &str, size_bytes: u64) -> Outcome<String> {
+    let spec = v1::DiskSpec {
+        image: image.to_owned(),
+        mode: v1::DiskMode::SharedReadOnly.into(),
+        scratch: Some(v1::ScratchSpec { size_bytes, raw: true }),
+        ..v1::DiskSpec::default()
+    };
+    let request = v1::OfferRequest { spec: Some(spec), tenant: String::new() };
+    let offer = block_on(async { Ok::<_, Failed>(client().await?.offer(request).await?.into_inner()) })?;
+    Ok(offer.refusal.map(|refusal| refusal.reason).unwrap_or_default())
+}
+
+/// What another client has fetched, and unpacked elsewhere.
+fn partial() -> Outcome {
+    let app = image("app:1");
+    let pull_elsewhere = "ctr images pull --snapshotter overlayfs --hosts-dir /etc/containerd/certs.d";
+    sh(&format!("{pull_elsewhere} {app} > /dev/null"))?;
+    wait_for("it to be looked at", || {
+        let offer = cowshed(&["offer", &app, "-o", "json"])?.json()?;
+        same!(text(&offer, "/warmth")?, "partial", "{offer}");
+        same!(number(&offer, "/missing_bytes")?, 0, "what is missing: {offer}");
+        Ok(())
+    })?;
+    pull(&app)?;
+    let offer = cowshed(&["offer", &app, "-o", "json"])?.json()?;
+    same!(text(&offer, "/warmth")?, "base", "{offer}");
+    Ok(())
 }

@@ -29,6 +29,13 @@ struct Known {
     takes: Option<Duration>,
 }
 
+impl Known {
+    fn room(&self) -> Option<(Room, Duration)> {
+        let (_, room) = self.could.filter(|(at, _)| at.elapsed() < STALE)?;
+        Some((room, self.takes.unwrap_or(FIRST_GUESS)))
+    }
+}
+
 impl State {
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -57,8 +64,12 @@ impl Evictor {
             let begun = self.tasks.spawn(async move { this.learn_what_could_go().await });
             known.learning = begun.then(Instant::now);
         }
-        let (_, room) = known.could.filter(|(at, _)| at.elapsed() < STALE)?;
-        Some((room, known.takes.unwrap_or(FIRST_GUESS)))
+        known.room()
+    }
+
+    /// The same, as far as it is known already.
+    pub fn known_to_free(&self) -> Option<(Room, Duration)> {
+        self.could.lock().room().filter(|_| self.settings.enabled)
     }
 
     async fn learn_what_could_go(self: Arc<Self>) {

@@ -25,6 +25,8 @@ pub(super) struct Facts {
     pub(super) chain_id: Digest,
     /// Of every layer, the lowest first.
     pub(super) chain: Vec<Digest>,
+    /// And its blob, with its size in bytes.
+    pub(super) blobs: Vec<(Digest, u64)>,
     pub(super) process: ProcessConfig,
     pub(super) compressed_bytes: u64,
     pub(super) layers: u32,
@@ -41,6 +43,7 @@ impl Facts {
             platform: config.platform.clone(),
             chain_id: chain.last()?.clone(),
             chain,
+            blobs: manifest.layers.iter().map(|layer| (layer.digest.clone(), layer.size)).collect(),
             process: config.process.clone(),
             compressed_bytes: manifest.compressed_bytes(),
             layers: u32::try_from(manifest.layers.len()).unwrap_or(u32::MAX),

@@ -1,14 +1,17 @@
 //! What is there, as it was a moment ago, for questions that nobody waits for containerd for.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use tokio::sync::Notify;
 
-use super::{Access, Digest, ImageRef, Images, Platform, ResolvedImage, Shared, access::Owner};
+use super::{
+    Access, Digest, ImageRef, Images, Platform, ResolvedImage, Shared, access::Owner, facts::Facts,
+    labels::Labels,
+};
 
 /// Events that come together are one look.
 const TOGETHER: Duration = Duration::from_secs(1);
@@ -20,14 +23,17 @@ const LOOK: Duration = Duration::from_secs(60);
 pub enum Glance {
     /// Unpacked: this manifest.
     Unpacked(Digest),
-    /// Being pulled, with so many bytes still to be fetched, if that is known.
-    Pulled(Option<u64>),
+    /// Being pulled, or here and not unpacked, with so many bytes still to be fetched, if that is known.
+    Partial(Option<u64>),
     /// Nothing of it is known that this asker may know.
     Nothing,
 }
 
 /// Images that are unpacked, for the host's platform: by their names their manifests, and whose they are.
 type Unpacked = HashMap<ImageRef, (Digest, Option<Owner>)>;
+
+/// Images whose manifest is here, and which are not unpacked: how many bytes of them would have to be fetched, and whose they are.
+type Partial = HashMap<ImageRef, (u64, Option<Owner>)>;
 
 /// What was unpacked at the last look, and what has come since then.
 #[derive(Debug, Default)]
@@ -36,6 +42,8 @@ pub(super) struct Standing(Mutex<Stand>);
 #[derive(Debug, Default)]
 struct Stand {
     images: Unpacked,
+    /// What else was there.
+    partial: Partial,
     /// What has come since the latest look was begun, which may not have seen it.
     noted: Unpacked,
 }
@@ -43,6 +51,10 @@ struct Stand {
 impl Standing {
     fn get(&self, image: &ImageRef) -> Option<(Digest, Option<Owner>)> {
         self.stand().images.get(image).cloned()
+    }
+
+    fn get_partial(&self, image: &ImageRef) -> Option<(u64, Option<Owner>)> {
+        self.stand().partial.get(image).cloned()
     }
 
     /// Whether it was unpacked before.
@@ -63,10 +75,11 @@ impl Standing {
     }
 
     /// What a look has found.
-    fn found(&self, mut images: Unpacked) {
+    fn found(&self, mut images: Unpacked, partial: Partial) {
         let mut stand = self.stand();
         images.extend(std::mem::take(&mut stand.noted));
         stand.images = images;
+        stand.partial = partial;
     }
 
     fn stand(&self) -> MutexGuard<'_, Stand> {
@@ -81,14 +94,18 @@ impl Images {
         if let Some(known) = shared.known.peek(image, platform, &access.tenant) {
             return Glance::Unpacked(known.manifest.clone());
         }
-        match shared.standing.get(image).filter(|_| *platform == Platform::host()) {
-            Some((manifest, owner)) if owner.as_ref().is_none_or(|owner| owner.is(&access.tenant)) => {
-                Glance::Unpacked(manifest)
-            }
-            _ => match shared.flights.missing(image, platform, access) {
-                Some(missing) => Glance::Pulled(missing),
-                None => Glance::Nothing,
-            },
+        let is_host = *platform == Platform::host();
+        let may_know = |owner: &Option<Owner>| owner.as_ref().is_none_or(|owner| owner.is(&access.tenant));
+        let unpacked = shared.standing.get(image).filter(|(_, owner)| is_host && may_know(owner));
+        if let Some((manifest, _)) = unpacked {
+            return Glance::Unpacked(manifest);
+        }
+        if let Some(missing) = shared.flights.missing(image, platform, access) {
+            return Glance::Partial(missing);
+        }
+        match shared.standing.get_partial(image).filter(|(_, owner)| is_host && may_know(owner)) {
+            Some((missing, _)) => Glance::Partial(Some(missing)),
+            None => Glance::Nothing,
         }
     }
 
@@ -107,7 +124,7 @@ impl Images {
     async fn look_around(&self) -> crate::error::Result<()> {
         let shared = &self.0;
         shared.standing.begin();
-        let mut standing = HashMap::new();
+        let (mut unpacked, mut rest) = (Unpacked::new(), Vec::new());
         let records = shared.containerd.list_images().await.map_err(|e| shared.containerd.explain(e))?;
         for record in records {
             let (Ok(name), Ok(target)) = (ImageRef::parse(&record.name), record.target.digest.parse()) else {
@@ -115,11 +132,16 @@ impl Images {
             };
             // One that cannot be read is not there.
             let Ok(Some(facts)) = shared.facts(&target, &Platform::host()).await else { continue };
-            if let Some(owner) = shared.owner_if_unpacked(&target, &facts.manifest, &facts.chain_id).await? {
-                standing.insert(name, (facts.manifest.clone(), owner));
+            match shared.owner_if_unpacked(&target, &facts.manifest, &facts.chain_id).await? {
+                Some(owner) => drop(unpacked.insert(name, (facts.manifest.clone(), owner))),
+                None => rest.push((name, target, facts)),
             }
         }
-        shared.standing.found(standing);
+        let partial = shared.partial(rest).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "how much of images is there cannot be learnt now");
+            Partial::new()
+        });
+        shared.standing.found(unpacked, partial);
         Ok(())
     }
 }
@@ -150,6 +172,42 @@ impl Shared {
         let owners = [Owner::of(&labels), self.owner(target).await?, self.owner(manifest).await?];
         Ok(Some(owners.into_iter().flatten().next()))
     }
+
+    /// How much of each of these, which are not unpacked, is there all the same.
+    async fn partial(&self, images: Vec<(ImageRef, Digest, Arc<Facts>)>) -> crate::error::Result<Partial> {
+        let mut partial = Partial::new();
+        if images.is_empty() {
+            return Ok(partial);
+        }
+        let blobs = self.containerd.blobs().await.map_err(|e| self.containerd.explain(e))?;
+        for (name, target, facts) in images {
+            let owners = [self.owner(&target).await?, self.owner(&facts.manifest).await?];
+            let owner = owners.into_iter().flatten().next();
+            // Of what is another's nobody is told that it is there.
+            let is_for_it = |labels: &Labels| Owner::of(labels).is_none_or(|of| Some(of) == owner);
+            let mut unpacked = 0;
+            for chain_id in &facts.chain {
+                match self.snapshot_labels(chain_id).await? {
+                    Some(labels) if is_for_it(&labels) => unpacked += 1,
+                    _ => break,
+                }
+            }
+            let is_here = |blob: &Digest| blobs.get(blob.as_str()).is_some_and(is_for_it);
+            partial.insert(name, (to_be_fetched(&facts.blobs, unpacked, is_here), owner));
+        }
+        Ok(partial)
+    }
+}
+
+/// Bytes of the layers that are neither unpacked, as so many of the lowest are, nor here; of each blob once.
+fn to_be_fetched(blobs: &[(Digest, u64)], unpacked: usize, is_here: impl Fn(&Digest) -> bool) -> u64 {
+    let missing: BTreeMap<&Digest, u64> = blobs
+        .iter()
+        .skip(unpacked)
+        .filter(|(blob, _)| !is_here(blob))
+        .map(|(blob, size)| (blob, *size))
+        .collect();
+    missing.into_values().fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -167,11 +225,26 @@ mod tests {
         assert!(standing.has(&image));
         assert!(!standing.has(&ResolvedImage { manifest: Digest::of(b"another"), ..image.clone() }));
         // That look was begun before, and has not seen it.
-        standing.found(Unpacked::new());
+        standing.found(Unpacked::new(), Partial::from([(image.name.clone(), (7, None))]));
         assert_eq!(standing.get(&image.name), Some(what));
         // The next one has the last word.
         standing.begin();
-        standing.found(Unpacked::new());
+        standing.found(Unpacked::new(), Partial::from([(image.name.clone(), (7, None))]));
         assert_eq!(standing.get(&image.name), None);
+        assert_eq!(standing.get_partial(&image.name), Some((7, None)));
+        standing.found(Unpacked::new(), Partial::new());
+        assert_eq!(standing.get_partial(&image.name), None);
+    }
+
+    #[test]
+    fn what_is_neither_unpacked_nor_here_is_to_be_fetched() {
+        let [a, b, c] = ["a", "b", "c"].map(|text| Digest::of(text.as_bytes()));
+        let blobs = [(a.clone(), 1), (b.clone(), 10), (c.clone(), 100), (b.clone(), 10)];
+        let none = |_: &Digest| false;
+        assert_eq!(to_be_fetched(&blobs, 0, none), 111, "a layer that is there twice is fetched once");
+        assert_eq!(to_be_fetched(&blobs, 1, none), 110);
+        assert_eq!(to_be_fetched(&blobs, 1, |blob| *blob == b), 100);
+        assert_eq!(to_be_fetched(&blobs, 4, none), 0);
+        assert_eq!(to_be_fetched(&[(a, u64::MAX), (c, 1)], 0, none), u64::MAX);
     }
 }

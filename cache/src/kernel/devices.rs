@@ -22,6 +22,8 @@ const HOLDERS_LIMIT: Duration = Duration::from_secs(1);
 /// From this age on, what was learnt of the pool is learnt again, behind the answer; and from that on before it.
 const FRESH: Duration = Duration::from_secs(1);
 const STALE: Duration = Duration::from_secs(5);
+/// Who would rather not wait takes it up to this age.
+const AT_HAND: Duration = Duration::from_secs(30);
 /// So many devices are asked for what they count in one turn.
 const LOADS: usize = 64;
 /// So many threads may be stuck in the kernel.
@@ -164,10 +166,20 @@ impl Devices {
     /// # Errors
     /// See [`KernelError`].
     pub async fn pool_lately(&self) -> Result<PoolUsage, KernelError> {
+        match self.known(STALE) {
+            Some(usage) => Ok(usage),
+            None => self.pool().await,
+        }
+    }
+
+    /// The same, as it was half a minute ago at the most, if that is known: for who must not wait at all.
+    pub fn pool_at_hand(&self) -> Option<PoolUsage> {
+        self.known(AT_HAND)
+    }
+
+    fn known(&self, oldest: Duration) -> Option<PoolUsage> {
         let known = self.lately().known.clone();
-        let Some((at, usage)) = known.filter(|(at, _)| at.elapsed() < STALE) else {
-            return self.pool().await;
-        };
+        let (at, usage) = known.filter(|(at, _)| at.elapsed() < oldest)?;
         if at.elapsed() >= FRESH && !std::mem::replace(&mut self.lately().asking, true) {
             let this = self.clone();
             tokio::spawn(async move {
@@ -175,7 +187,7 @@ impl Devices {
                 this.lately().asking = false;
             });
         }
-        Ok(usage)
+        Some(usage)
     }
 
     fn lately(&self) -> MutexGuard<'_, Lately> {
@@ -333,18 +345,41 @@ mod tests {
         assert!(matches!(devices.inspect("/dev/x").await, Err(KernelError::Refused { .. })), "a panic");
     }
 
-    #[tokio::test]
-    async fn a_crowd_that_waits_for_the_pool_has_one_look_at_it() {
-        let usage = PoolUsage {
+    fn usage(data_used: u64) -> PoolUsage {
+        PoolUsage {
             name: "pool".into(),
-            data_used: 1,
+            data_used,
             data_total: 2,
             metadata_used: 1,
             metadata_total: 2,
             block_bytes: 1,
             mode: super::super::PoolMode::ReadWrite,
             zeroing: true,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn who_must_not_wait_takes_what_is_at_hand_and_it_is_learnt_again_behind_that() {
+        let kernel = Arc::new(Hung { usage: Some(usage(2)), ..Hung::default() });
+        let devices = Devices::new(kernel.clone());
+        assert_eq!(devices.pool_at_hand(), None, "nothing is known yet");
+        let since = |age| devices.lately().known = Some((Instant::now().checked_sub(age).unwrap(), usage(1)));
+        since(AT_HAND);
+        assert_eq!(devices.pool_at_hand(), None, "too old");
+        assert_eq!(kernel.asked.load(Ordering::SeqCst), 0);
+        since(STALE);
+        assert_eq!(devices.pool_at_hand(), Some(usage(1)));
+        while devices.pool_at_hand() != Some(usage(2)) {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(kernel.asked.load(Ordering::SeqCst), 1);
+        since(STALE);
+        assert_eq!(devices.pool_lately().await, Ok(usage(2)), "who may wait is told what is now");
+    }
+
+    #[tokio::test]
+    async fn a_crowd_that_waits_for_the_pool_has_one_look_at_it() {
+        let usage = usage(1);
         let kernel = Arc::new(Hung { usage: Some(usage.clone()), ..Hung::default() });
         let devices = Devices::new(kernel.clone());
         let busy = futures_util::future::join_all((0..50).map(|_| devices.pool())).await;

@@ -32,12 +32,12 @@ use crate::{
     containerd::Containerd,
     error::{Error, Reason, Result},
     evict::{self, Evictor},
-    image::{Cache, ImageInfo, Images},
+    image::{ImageInfo, Images},
     keeping::{self, Keeper, Removed},
     kernel::Devices,
     ledger::Ledger,
     metrics::Metrics,
-    offer::{Latencies, Warmth},
+    offer::{Latencies, Shareable},
     prefetch::Prefetcher,
     reclaim::{Reclaimer, Waiting},
     spares::Spares,
@@ -77,6 +77,8 @@ pub struct Api {
     pub spares: Spares,
     /// How long Acquires have taken.
     pub latencies: Latencies,
+    /// Whether disks can be shared.
+    pub shareable: Shareable,
     /// Who takes how much of the pool.
     pub usage: Arc<Usage>,
     /// Counts calls.
@@ -91,13 +93,18 @@ impl Cowshed for Api {
     ) -> Result<Response<v1::AcquireResponse>, Status> {
         self.metered("Acquire", async |begun: Instant| {
             let until = parse::until(request.metadata());
-            let outcome = match parse::wish(request.into_inner()) {
-                Ok(wish) => self.acquirer.acquire(Wish { until, ..wish }).await,
-                Err(error) => Err(error),
+            let (foreseen, outcome) = match parse::wish(request.into_inner()) {
+                Ok(wish) => {
+                    let (foreseen, mode) = (offer::foresee(self, &wish), wish.mode);
+                    let outcome = self.acquirer.acquire(Wish { until, ..wish }).await;
+                    self.shareable.note(mode, &outcome);
+                    (foreseen, outcome)
+                }
+                Err(error) => (None, Err(error)),
             };
             let took = begun.elapsed();
             self.metrics.acquired(&outcome, took);
-            self.compare(&outcome, took);
+            offer::compare(&self.metrics, &self.latencies, foreseen, &outcome, took);
             Ok(self.acquired(&*outcome?, took))
         })
         .await
@@ -405,23 +412,6 @@ impl Api {
         let code = outcome.as_ref().err().map_or(Code::Ok, |error| error.reason().code());
         self.metrics.called(method, code, begun.elapsed());
         outcome.map(Response::new).map_err(Status::from)
-    }
-
-    /// What was expected of an Acquire, and what it has come to.
-    fn compare(&self, outcome: &Result<Arc<Acquired>>, took: Duration) {
-        let Ok(done) = outcome else { return };
-        if done.existing {
-            return;
-        }
-        let warmth = match (done.spare, done.cache) {
-            (true, _) => Warmth::Spare,
-            (false, Cache::Hit) => Warmth::Base,
-            (false, Cache::Miss) => Warmth::Cold,
-        };
-        if let Some(expected) = self.latencies.expected(warmth) {
-            self.metrics.expected(warmth, took.as_secs_f64() / expected.p50.as_secs_f64().max(1e-6));
-        }
-        self.latencies.note(warmth, took);
     }
 
     fn acquired(&self, done: &Acquired, took: Duration) -> v1::AcquireResponse {

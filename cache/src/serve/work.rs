@@ -35,7 +35,7 @@ use crate::{
     ledger::{Ledger, LedgerSlot},
     making::{Making, Wishes},
     metrics::Metrics,
-    offer::Latencies,
+    offer::{Latencies, Shareable},
     prefetch::{Permits, Prefetcher},
     provision::grow::{self, Lvm},
     reclaim::{Reclaimer, Waiting, Wake},
@@ -254,6 +254,7 @@ impl Ground {
             waiting,
             spares,
             latencies: Latencies::default(),
+            shareable: Shareable::of(&self.config.containerd.snapshotter),
             usage,
             metrics: self.metrics.clone(),
         }
