@@ -106,7 +106,8 @@ impl Wish {
         self.mode == Mode::CopyOnWrite && self.scratch.is_none()
     }
 
-    /// Wishes of one key share a flight. What else they ask for is added to what it comes to.
+    /// Wishes of one key share a flight. What else they ask for is added to what it comes to. Whose credential it is matters not:
+    /// what a VM of the tenant has got, it is granted again without any.
     fn key(&self) -> (VmId, String) {
         let Self { image, platform, access, mode, scratch, fresh, .. } = self;
         let Access { tenant, policy, credential: _ } = access;

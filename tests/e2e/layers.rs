@@ -14,7 +14,7 @@ use crate::{
         same,
         second::Plan,
         stack::{Compression, Layer, Stack},
-        tree,
+        tree, wait_for,
     },
 };
 
@@ -281,20 +281,30 @@ fn hostile_ones_are_refused() -> Outcome {
         ),
     ];
     let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    let mut served = Vec::new();
     for (n, (what, layer, is_damaged, words)) in table.into_iter().enumerate() {
         let tag = format!("{n}");
-        registry.serve_stack(&tag, &Stack::of(&[(layer.bytes()?, Compression::Gzip)])?);
+        let stack = Stack::of(&[(layer.bytes()?, Compression::Gzip)])?;
+        registry.serve_stack(&tag, &stack);
+        served.extend([&stack.manifest, &stack.config, &stack.layers[0]].map(|bytes| digest(bytes)));
         let (status, reason) = if is_damaged { (10, "IMAGE_CORRUPT") } else { (6, "IMAGE_UNSUPPORTED") };
         refused("hostile", &registry.image(&tag), status, reason, &[words, "layer 1 of 1"])
             .map_err(|e| format!("{what}: {}", e.message().unwrap_or_default()))?;
     }
     let cut = Layer::new().file("x", &noise(3, 10_000))?.bytes()?[..5000].to_vec();
-    registry.serve("cut", &FakeImage::of(gzip(&cut)?, &digest(&cut)));
+    let image = FakeImage::of(gzip(&cut)?, &digest(&cut));
+    registry.serve("cut", &image);
+    served.extend([&image.manifest, &image.config, &image.layer].map(|bytes| digest(bytes)));
     refused("hostile", &registry.image("cut"), 10, "IMAGE_CORRUPT", &["ends in the middle"])?;
     let mut extracted = containerd::snapshots(snapshotter())?;
     extracted.retain(|(key, _)| key.contains("extract-"));
     check!(extracted.is_empty(), "half-made snapshots: {extracted:?}");
-    Ok(())
+    wait_for("their blobs to go", || {
+        let mut left = containerd::blobs()?;
+        left.retain(|blob| served.contains(blob));
+        check!(left.is_empty(), "{left:?} are left");
+        Ok(())
+    })
 }
 
 fn larger_than_the_configuration_allows() -> Outcome {

@@ -40,6 +40,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("manifest_of_another_digest", manifest_of_another_digest),
     ("manifest_that_is_none", manifest_that_is_none),
     ("what_is_here_is_taken_and_told", what_is_here_is_taken_and_told),
+    ("moved_tag_is_found_in_time", moved_tag_is_found_in_time),
     ("layer_of_another_diff_id", layer_of_another_diff_id),
     ("layer_of_garbage", layer_of_garbage),
     ("layer_that_ends_too_early", layer_that_ends_too_early),
@@ -60,6 +61,10 @@ fn refused_without_a_trace(
     words: &[&str],
 ) -> Outcome {
     refused("odd", name, status, reason, words)?;
+    no_trace_of(name, image)
+}
+
+fn no_trace_of(name: &str, image: &FakeImage) -> Outcome {
     nothing_left()?;
     check!(!containerd::images()?.contains(name), "{name} is listed");
     wait_for("its blobs to go", || {
@@ -91,6 +96,27 @@ fn what_is_here_is_taken_and_told() -> Outcome {
     check!(job.contains("what was here is used") && job.contains("503"), "{job}");
     // Who wants to know what the registry says is told.
     cowshed(&["acquire", "odd-always", &name, "--pull", "always"])?.fails(8, &["REGISTRY_UNAVAILABLE"])?;
+    evict_all()
+}
+
+fn moved_tag_is_found_in_time() -> Outcome {
+    let (old, new) = (FakeImage::new(33, 1000)?, FakeImage::new(34, 1000)?);
+    let registry = registry_with("1", &old)?;
+    let name = registry.image("1");
+    let service = Plan::new("[images]\nrevalidate_seconds = 1\n")?.start()?;
+    let is_made_of = |image: &FakeImage| -> Outcome {
+        let got = service.cowshed(&["acquire", "odd-moved", &name, "-o", "json"])?.json()?;
+        service.release_all()?;
+        same!(text(&got, "/lease/image_digest")?, digest(&image.manifest), "what it is made of");
+        Ok(())
+    };
+    is_made_of(&old)?;
+    registry.serve("1", &new);
+    wait_for("the tag to have moved", || is_made_of(&new))?;
+    // One that is down changes nothing.
+    registry.manifest("1", Answer::Status(503));
+    is_made_of(&new)?;
+    same!(service.stop()?, 0, "the exit status of the second service");
     evict_all()
 }
 
@@ -202,8 +228,10 @@ fn stalled_download_ends() -> Outcome {
     let second = Plan::new("[registry]\nread_timeout_seconds = 2\n")?.start()?;
     let name = registry.image("1");
     second.refuses("odd", &name, 8, "REGISTRY_UNAVAILABLE", &[&name, &layer])?;
+    no_trace_of(&name, &image)?;
     let name = registry.image("stalled");
     second.refuses("odd", &name, 8, "REGISTRY_UNAVAILABLE", &[&name])?;
+    no_trace_of(&name, &image)?;
     same!(second.stop()?, 0, "the exit status of the second service");
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("of_what_a_launcher_needs_too", of_what_a_launcher_needs_too),
     ("cancelled_leaves_nothing", cancelled_leaves_nothing),
     ("of_a_warm_set", of_a_warm_set),
+    ("of_a_file", of_a_file),
 ];
 
 fn job(name: &str) -> Outcome<Value> {
@@ -348,5 +349,32 @@ fn of_a_warm_set() -> Outcome {
     check!(!containerd::images()?.contains(&images[1].0), "it was pulled to its end");
     let same_file = cowshed(&["prefetch", "--file", "/nowhere/warm.toml"])?;
     same_file.fails(2, &["/nowhere/warm.toml"])?;
+    evict_all()
+}
+
+fn of_a_file() -> Outcome {
+    evict_all()?;
+    let registry = FakeRegistry::start(Hosts::PlainHttp)?;
+    let images = serve(&registry, 9800, 2, 100_000)?;
+    let file = tempfile::NamedTempFile::new()?;
+    let [first, second] = [&images[0].0, &images[1].0];
+    fs::write(
+        file.path(),
+        format!("images = [{first:?}, {second:?}]\nclass = 'background'\npin_for = '1h'\n"),
+    )?;
+    let path = file.path().display().to_string();
+    let said = cowshed(&["prefetch", "--file", &path, "--name", "of-a-file", "--wait"])?.ok()?;
+    for word in ["of-a-file is done", &format!("{first} done"), &format!("{second} done")] {
+        check!(said.contains(word), "{word:?} is not said: {said}");
+    }
+    let shown = job("of-a-file")?;
+    same!(text(&shown, "/class")?, "background", "what the file says: {shown}");
+    for (name, image) in &images {
+        same!(asked(&registry, image), 1, "how often {name} was fetched");
+        cowshed(&["remove-image", name])?.fails(6, &["[IMAGE_PINNED]"])?;
+        acquire_as("hit", "prefetch-file", name)?;
+        release_fully("prefetch-file")?;
+        cowshed(&["unpin", name])?.ok()?;
+    }
     evict_all()
 }

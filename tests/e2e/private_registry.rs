@@ -14,8 +14,8 @@ use crate::{
     Test,
     support::{
         Outcome, check,
-        command::sh,
-        cow::{collect, evict_all},
+        command::{number, sh},
+        cow::{collect, evict_all, snapshots},
         fake_image::{FakeImage, digest},
         fake_registry::{Answer, FakeRegistry, Hosts},
         same,
@@ -32,6 +32,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("of_a_tenant_that_cheats", of_a_tenant_that_cheats),
     ("behind_a_page_to_log_in_on", behind_a_page_to_log_in_on),
     ("of_several_tenants_without_kept_layers", of_tenants_without_layers),
+    ("spares_of_another_tenants_image", spares_of_another_tenants_image),
 ];
 
 pub(crate) const AUTHORITY: &str = "127.0.0.1:5443";
@@ -390,6 +391,54 @@ fn of_tenants_without_layers() -> Outcome {
     registry.blob(&digest(&config), Answer::Bytes(config));
     service.cowshed(&["pull", &registry.image("1"), "--tenant", "b"])?.fails(3, &["IMAGE_NOT_FOUND"])?;
     service.cowshed(&["pull", &registry.image("1"), "--tenant", "a"])?.ok()?;
+    same!(service.stop()?, 0, "the exit status");
+    evict_all()
+}
+
+/// A spare is made for nobody, and goes to nobody whom the registry does not let have its image.
+fn spares_of_another_tenants_image() -> Outcome {
+    evict_all()?;
+    let private = Private::start()?;
+    let config = format!(
+        "[registry]\ndocker_config = {:?}\n[spares]\nimage_min = 1\n",
+        private.docker_config().display()
+    );
+    let service = Plan::new(&config)?.start()?;
+    let (right, wrong) = (private.directory.path().join("right"), private.directory.path().join("wrong"));
+    fs::write(&right, COW)?;
+    fs::write(&wrong, WRONG_COW)?;
+    let (right, wrong) = (right.display().to_string(), wrong.display().to_string());
+    let image = format!("{AUTHORITY}/cowshed/tiny:1");
+    service.cowshed(&["pull", &image, "--tenant", "a", "--credentials", &right])?.ok()?;
+    service.cowshed(&["pin", &image, "--spares", "1"])?.ok()?;
+    let is_ready = || {
+        wait_for("a spare", || {
+            let listed = service.cowshed(&["images", "-o", "json"])?.json()?;
+            check!(number(&listed, "/images/0/spares")? > 0, "{listed}");
+            Ok(())
+        })
+    };
+    let acquire = |vm: &str, more: &[&str]| {
+        service.cowshed(&[&["acquire", vm, &image, "--output", "json"], more].concat())
+    };
+    is_ready()?;
+    for more in [&[][..], &["--tenant", "b"][..], &["--tenant", "b", "--credentials", &wrong][..]] {
+        acquire("b-1", more)?.fails(5, &["REGISTRY_DENIED"])?;
+    }
+    for (vm, more) in
+        [("a-1", &["--tenant", "a"][..]), ("b-1", &["--tenant", "b", "--credentials", &right][..])]
+    {
+        is_ready()?;
+        let got = acquire(vm, more)?.json()?;
+        same!(got["spare"].as_bool(), Some(true), "whether {vm} has got a spare: {got}");
+    }
+    service.release_all()?;
+    service.cowshed(&["unpin", &image])?.ok()?;
+    service.cowshed(&["remove-image", &image])?.ok()?;
+    wait_for("the spares to go", || {
+        same!(snapshots("Active")?.len(), 0, "active snapshots");
+        Ok(())
+    })?;
     same!(service.stop()?, 0, "the exit status");
     evict_all()
 }

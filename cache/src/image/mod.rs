@@ -21,6 +21,7 @@ mod platform;
 mod progress;
 mod pull;
 mod reference;
+mod revalidation;
 mod signatures;
 mod store;
 mod tap;
@@ -250,8 +251,6 @@ const SPARE_THREADS: usize = 8;
 const ROOM: u64 = 24 << 20;
 const SIDE_ROOM: u64 = 12 << 20;
 
-/// A registry that is asked what a tag means by now answers within this time, or what is there is taken.
-const REVALIDATION: Duration = Duration::from_secs(10);
 /// How often it is seen to it that what is known of images is not too old.
 const BETWEEN_LOOK_UPS: Duration = Duration::from_secs(5);
 
@@ -294,8 +293,8 @@ struct Shared {
     /// Whose is what, and what registries said of who may have it.
     owners: access::Owners,
     answers: access::Answers,
-    /// When registries were last asked what a tag means.
-    asked: Mutex<HashMap<(ImageRef, Access), Instant>>,
+    /// What registries were asked lately about what tags mean.
+    questions: revalidation::Questions,
     /// One at a time for each blob that is fetched and each layer that is unpacked, across all pulls.
     locks: Locks,
     /// For bytes that are fetched and not unpacked yet; and for those of pulls that may have to wait.
@@ -334,7 +333,7 @@ impl Images {
             sizes: on_disk::Sizes::default(),
             owners: access::Owners::default(),
             answers: access::Answers::default(),
-            asked: Mutex::default(),
+            questions: revalidation::Questions::default(),
             locks: Locks::default(),
             room: Arc::new(tap::Room::of(ROOM)),
             side_room: Arc::new(tap::Room::of(SIDE_ROOM)),
@@ -429,32 +428,8 @@ impl Shared {
         if !self.asks_registry(image) {
             return false;
         }
-        let interval = self.limits.revalidate;
-        let key = (image.clone(), access.clone());
-        let answers = || self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        answers().retain(|_, at| at.elapsed() < interval);
-        if answers().contains_key(&key) {
-            return false;
-        }
-        let asked = async {
-            let source = self.registries.source(image, access.credential.as_ref()).await?;
-            source.document(None, &ACCEPTED, DOCUMENT_MAX_BYTES).await
-        };
-        // Nobody waits long for that.
-        let asked = tokio::time::timeout(REVALIDATION, asked).await;
-        let late = || Error::new(Reason::RegistryUnavailable, format!("no answer within {REVALIDATION:?}"));
-        match asked.unwrap_or_else(|_| Err(late())) {
-            // Until it is pulled, the next one asks again.
-            Ok((_, now)) if now != *target => true,
-            Ok(_) => {
-                answers().insert(key, Instant::now());
-                false
-            }
-            Err(error) => {
-                tracing::warn!(%image, %error, "what the tag means is not to be learnt now; going on with what is there");
-                false
-            }
-        }
+        let asking = revalidation::meaning(self.registries.clone(), image.clone(), access.credential.clone());
+        self.questions.has_moved((image, access), target, self.limits.revalidate, asking).await
     }
 
     async fn has_snapshot(&self, chain_id: &Digest) -> Result<bool> {

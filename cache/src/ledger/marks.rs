@@ -74,20 +74,13 @@ impl Marks {
         self.uses.get(manifest).copied()
     }
 
-    /// The image gets this pin, unless it has one that holds longer; that gets its spares, if they are more.
+    /// The image gets this pin; of one that it has, each part stays that asks for more.
     pub(super) fn prolong_pin(&self, image: &str, pin: Pin, now: &Moment) -> Vec<Mark> {
-        let holds_longer = |present: &Pin| match (present.until, pin.until) {
-            (None, _) => true,
-            (Some(_), None) => false,
-            (Some(present), Some(until)) => present >= until,
-        };
-        let longer = match self.pin(image, now) {
-            Some(present) if holds_longer(&present) => {
-                Pin { spares: present.spares.max(pin.spares), ..present }
-            }
-            _ => pin,
-        };
-        self.set_pin(image, Some(longer), now)
+        let both = self.pin(image, now).map_or(pin, |present| Pin {
+            until: present.until.zip(pin.until).map(|(present, until)| present.max(until)),
+            spares: present.spares.max(pin.spares),
+        });
+        self.set_pin(image, Some(both), now)
     }
 
     /// The image gets this pin, or none. What has ended is forgotten.
@@ -269,25 +262,33 @@ mod tests {
     }
 
     #[test]
-    fn a_pin_that_holds_longer_stays() {
-        let for_good = Some(Pin { until: None, spares: 0 });
+    fn of_two_pins_each_part_stays_that_asks_for_more() {
+        let pin = |seconds: Option<i64>, spares| Pin {
+            until: seconds.map(|seconds| UnixMicros(seconds * SECOND)),
+            spares,
+        };
         let table = [
-            (None, until(20), until(20)),
-            (until(10), until(20), until(20)),
-            (until(30), until(20), until(30)),
-            (for_good, until(20), for_good),
-            (until(30), for_good, for_good),
+            (None, pin(Some(20), 0), pin(Some(20), 0)),
+            (None, pin(None, 3), pin(None, 3)),
+            (Some(pin(Some(10), 0)), pin(Some(20), 0), pin(Some(20), 0)),
+            (Some(pin(Some(30), 0)), pin(Some(20), 0), pin(Some(30), 0)),
+            (Some(pin(None, 0)), pin(Some(20), 0), pin(None, 0)),
+            (Some(pin(Some(30), 0)), pin(None, 0), pin(None, 0)),
+            (Some(pin(Some(10), 20)), pin(Some(20), 0), pin(Some(20), 20)),
+            (Some(pin(Some(10), 20)), pin(None, 3), pin(None, 20)),
+            (Some(pin(Some(30), 0)), pin(Some(20), 3), pin(Some(30), 3)),
+            (Some(pin(Some(30), 20)), pin(Some(20), 3), pin(Some(30), 20)),
+            (Some(pin(None, 3)), pin(Some(20), 20), pin(None, 20)),
             // It has ended.
-            (until(4), until(20), until(20)),
+            (Some(pin(Some(4), 20)), pin(Some(20), 3), pin(Some(20), 3)),
         ];
         for (present, wanted, expected) in table {
             let mut marks = Marks::default();
             let changes = marks.set_pin("r/a:1", present, &at(0));
             apply(&mut marks, changes);
-            let changes =
-                marks.prolong_pin("r/a:1", wanted.unwrap_or(Pin { until: None, spares: 0 }), &at(5));
+            let changes = marks.prolong_pin("r/a:1", wanted, &at(5));
             apply(&mut marks, changes);
-            assert_eq!(marks.pin("r/a:1", &at(5)), expected, "{present:?} {wanted:?}");
+            assert_eq!(marks.pin("r/a:1", &at(5)), Some(expected), "{present:?} {wanted:?}");
         }
     }
 

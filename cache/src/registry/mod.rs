@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     fmt, fs,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -33,6 +33,8 @@ use crate::{
 
 /// So many connections are kept; more than a host has registries.
 const CONNECTIONS: usize = 256;
+/// One with a request's own credentials is forgotten when it was not asked for in this time.
+const UNUSED: Duration = Duration::from_secs(600);
 /// How often a document is asked for if the registry is overloaded or a connection breaks.
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
@@ -46,7 +48,25 @@ pub struct Registries {
     rate_min: u64,
     /// One per endpoint, its settings, the certificates as they were read, and who we are there: tokens of one are never
     /// another's.
-    connections: Arc<Mutex<HashMap<Key, Arc<Connection>>>>,
+    connections: Connections,
+}
+
+#[derive(Clone, Default)]
+struct Connections(Arc<Mutex<HashMap<Key, Kept>>>);
+
+/// How long a connection is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stays {
+    /// The host says who we are there.
+    Here,
+    /// A request says so.
+    WhileUsed,
+}
+
+/// A connection, and when it was last asked for.
+struct Kept {
+    connection: Arc<Connection>,
+    at: tokio::time::Instant,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -118,7 +138,7 @@ impl Registries {
         rate_min: u64,
     ) -> Self {
         let patience = Patience { connect: connect_timeout, read: read_timeout };
-        Self { config_path, docker_config, patience, rate_min, connections: Arc::default() }
+        Self { config_path, docker_config, patience, rate_min, connections: Connections::default() }
     }
 
     /// Where `image` comes from. `own` is what its registry, and no mirror of it, is told instead of what the host says.
@@ -140,7 +160,11 @@ impl Registries {
                     None => (None, Introduced::Not),
                 },
             };
-            let connection = self.connection(endpoint.clone(), credential)?;
+            let stays = match introduced {
+                Introduced::ByRequest => Stays::WhileUsed,
+                Introduced::ByHost | Introduced::Not => Stays::Here,
+            };
+            let connection = self.connection(endpoint.clone(), credential, stays)?;
             endpoints.push(Place { endpoint, connection, introduced });
         }
         if !is_told {
@@ -155,15 +179,22 @@ impl Registries {
         Ok(Source { image, config_path, docker_config, rate_min, endpoints })
     }
 
-    fn connection(&self, endpoint: Endpoint, credential: Option<Credential>) -> Result<Arc<Connection>> {
+    fn connection(
+        &self,
+        endpoint: Endpoint,
+        credential: Option<Credential>,
+        stays: Stays,
+    ) -> Result<Arc<Connection>> {
         // Read anew each time: certificates are renewed under a running service.
         let certificates = endpoint.ca.iter().map(certificate).collect::<Result<Vec<_>>>()?;
         let identity = endpoint.client.iter().map(certificate).collect::<Result<Vec<_>>>()?.join(&b'\n');
         let identity = (!identity.is_empty()).then_some(identity);
         let key = Key { endpoint, certificates, identity, credential };
-        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(connection) = connections.get(&key) {
-            return Ok(connection.clone());
+        let mut connections = self.connections.all();
+        let now = tokio::time::Instant::now();
+        if let Some(kept) = connections.get_mut(&key) {
+            kept.at = now;
+            return Ok(kept.connection.clone());
         }
         let Key { endpoint, certificates, identity, credential } = &key;
         let connection =
@@ -180,8 +211,32 @@ impl Registries {
         if connections.len() >= CONNECTIONS {
             connections.clear();
         }
-        connections.insert(key, connection.clone());
+        if stays == Stays::WhileUsed {
+            tokio::spawn(self.connections.clone().forget_unused(key.clone()));
+        }
+        connections.insert(key, Kept { connection: connection.clone(), at: now });
         Ok(connection)
+    }
+}
+
+impl Connections {
+    fn all(&self) -> MutexGuard<'_, HashMap<Key, Kept>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passwords of requests are not kept in memory for ever. Whoever is at work has the connection still.
+    async fn forget_unused(self, key: Key) {
+        while let Some(at) = self.last_use(&key) {
+            tokio::time::sleep_until(at + UNUSED).await;
+            let mut all = self.all();
+            if all.get(&key).is_some_and(|kept| kept.at.elapsed() >= UNUSED) {
+                all.remove(&key);
+            }
+        }
+    }
+
+    fn last_use(&self, key: &Key) -> Option<tokio::time::Instant> {
+        self.all().get(key).map(|kept| kept.at)
     }
 }
 
@@ -610,6 +665,31 @@ mod tests {
             assert!(said(1).contains(&file(itself).display().to_string()), "{}", said(1));
             assert_eq!(said(1).contains(&file("_default").display().to_string()), instead, "{}", said(1));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_s_password_is_forgotten_when_it_is_not_used() {
+        let _done = rustls::crypto::ring::default_provider().install_default();
+        let (image, patience) = (ImageRef::parse("r.example/x:1").unwrap(), Duration::from_secs(1));
+        let directory = tempfile::tempdir().unwrap();
+        let none = directory.path().join("config.json");
+        let registries = Registries::new(directory.path().to_owned(), none, patience, patience, 0);
+        let own = Credential::Identity("geheim".to_owned());
+        let kept = || registries.connections.all().len();
+        let pass = async |time| tokio::time::sleep(time).await;
+        registries.source(&image, None).await.unwrap();
+        for _ in 0..3 {
+            registries.source(&image, Some(&own)).await.unwrap();
+            pass(UNUSED - patience).await;
+            assert_eq!(kept(), 2, "it is in use");
+        }
+        pass(2 * patience).await;
+        assert_eq!(kept(), 1, "the host's own stays");
+        // The same one comes back.
+        registries.source(&image, Some(&own)).await.unwrap();
+        assert_eq!(kept(), 2);
+        pass(UNUSED + patience).await;
+        assert_eq!(kept(), 1);
     }
 
     #[tokio::test]
