@@ -277,9 +277,11 @@ mod tests {
         assert_eq!(says(&shared(None), &unfit, &cold()), Some(Reason::SnapshotterUnfit));
 
         let lane = || (String::new(), String::new());
-        let seat = host.crowd.enter(lane()).await.unwrap();
+        let callers = crate::flights::Callers::default();
+        let _caller = callers.one();
+        let seat = host.crowd.enter(lane(), callers.clone(), None).await.unwrap();
         assert_eq!(says(&plain, &fit, &cold()), None, "it would wait for its turn");
-        let mut waits = Box::pin(host.crowd.enter(lane()));
+        let mut waits = Box::pin(host.crowd.enter(lane(), callers.clone(), None));
         assert!(waits.as_mut().now_or_never().is_none());
         assert_eq!(says(&plain, &fit, &cold()), Some(Reason::Overloaded));
         assert_eq!(says(&plain, &fit, &spare), None, "a spare is handed out beside the line");
