@@ -61,8 +61,9 @@ pub(crate) fn with_gc(gc: &str, pool: &str, test: impl FnOnce() -> Outcome) -> O
     restart()?;
     let outcome = test();
     fs::write(CONFIGURATION, before)?;
-    restart()?;
-    outcome
+    let restarted = restart();
+    // A test that fails may leave a host that does not serve.
+    outcome.and(restarted)
 }
 
 fn restart() -> Outcome {

@@ -820,6 +820,7 @@ async fn what_was_not_used_for_too_long_is_looked_for_on_schedule() {
     let host = host_of(Arc::new(NoGrower), &config);
     host.store.put("old", 1, 9 * DAY);
     host.store.put("recent", 1, DAY);
+    host.fill(100);
     let (_running, stopped) = tokio::sync::watch::channel(false);
     let watching = tokio::spawn(host.evictor.clone().watch(crate::kernel::Events::listen(), stopped));
     tokio::time::sleep(Duration::from_secs(7190)).await;
