@@ -510,13 +510,15 @@ async fn what_was_fetched_while_it_was_looked_whether_it_is_there_is_kept_for_la
     }
 }
 
+/// Whose removal fails, whether it has gone then, whether the image is evicted with another name, what is left of its records,
+/// and whether what was fetched by the first name is for later, and the last use known.
+type FailedRemoval<'a> = (&'a str, bool, bool, &'a [&'a str], bool, bool);
+
 #[tokio::test]
 async fn what_has_gone_is_forgotten_also_if_its_removal_fails() {
     const OTHER: &str = "r.example/other:1";
     let first = name();
-    // Whose removal fails, whether it has gone then, whether the image is evicted with another name, what is left of its records,
-    // and whether what was fetched by the first name is for later, and the last use known.
-    let table: [(&str, bool, bool, &[&str], bool, bool); 6] = [
+    let table: [FailedRemoval<'_>; 6] = [
         (&first, true, false, &[], false, false),
         (&first, false, false, &[&first], true, true),
         (&first, true, true, &[OTHER], false, true),

@@ -3,6 +3,7 @@
 use std::{num::NonZeroU64, sync::Arc, time::Duration};
 
 use cowshed_gc::evict::{Bytes, Growth, Kind, VolumeGroup};
+use futures_util::future::{BoxFuture, Either, select};
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -25,12 +26,16 @@ pub trait Grower: Send + Sync {
     async fn group(&self) -> Result<VolumeGroup>;
     /// The same as far as it is known, without waiting; what is not known is asked for behind the answer.
     fn group_lately(&self) -> Option<VolumeGroup>;
-    /// Extends this kind of room to so much in all, which is more than it has. Done when this returns; it must not hang.
+    /// Extends this kind of room to so much in all, which is more than it has. Done when this returns; it is not waited for any more
+    /// when `hurry` is ready.
     ///
     /// # Errors
     /// Why not; what there was is there, and may become more yet.
-    async fn extend(&self, kind: Kind, to: Bytes) -> Result<()>;
+    async fn extend(&self, kind: Kind, to: Bytes, hurry: Hurry<'_>) -> Result<()>;
 }
+
+/// Ready when something else has to be done.
+pub type Hurry<'a> = BoxFuture<'a, ()>;
 
 /// Of a service that cannot grow its pool.
 pub struct NoGrower;
@@ -49,7 +54,7 @@ impl Grower for NoGrower {
         None
     }
 
-    async fn extend(&self, kind: Kind, to: Bytes) -> Result<()> {
+    async fn extend(&self, kind: Kind, to: Bytes, _hurry: Hurry<'_>) -> Result<()> {
         let message =
             format!("the pool's {kind} does not grow by itself: extend it to {to} (cowshed pool extend)");
         Err(Error::new(Reason::PoolFull, message))
@@ -61,8 +66,6 @@ impl Grower for NoGrower {
 const FRESH: Duration = Duration::from_secs(30);
 /// Where nothing is known LVM2 is waited for so long …
 const SOON: Duration = Duration::from_secs(2);
-/// … and so long for an extension. Then room is made without it, and it goes on.
-const EXTENDS_WITHIN: Duration = Duration::from_secs(10);
 
 /// How the pool may grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,7 +193,7 @@ impl Grower for ByLvm {
         self.lately.borrow().known.as_ref().and_then(|(_, group)| group.as_ref().ok().copied())
     }
 
-    async fn extend(&self, kind: Kind, to: Bytes) -> Result<()> {
+    async fn extend(&self, kind: Kind, to: Bytes, hurry: Hurry<'_>) -> Result<()> {
         let part = match kind {
             Kind::Data => Part::Data,
             Kind::Metadata => Part::Metadata,
@@ -203,15 +206,15 @@ impl Grower for ByLvm {
             return Err(Error::new(Reason::LvmUnusable, message));
         }
         // What has begun is done to its end, whoever waits.
-        let extending = tokio::spawn(self.clone().extend_now(part, to));
-        match tokio::time::timeout(EXTENDS_WITHIN, extending).await {
-            Ok(ended) => ended.unwrap_or_else(|error| {
+        let (extending, begun) = (tokio::spawn(self.clone().extend_now(part, to)), Instant::now());
+        match select(extending, hurry).await {
+            Either::Left((ended, _)) => ended.unwrap_or_else(|error| {
                 // It has panicked: nobody else says that it is over.
                 self.lately.send_modify(|lately| lately.is_extending = false);
                 Err(Error::new(Reason::InternalError, format!("extending the pool's {kind}: {error}")))
             }),
-            Err(_) => {
-                let error = slow(&format!("has not extended the pool's {kind}"), EXTENDS_WITHIN);
+            Either::Right(_) => {
+                let error = slow(&format!("has not extended the pool's {kind}"), begun.elapsed());
                 self.lately.send_if_modified(|lately| {
                     if lately.is_extending {
                         lately.learn(Err(error.clone()));
@@ -308,6 +311,10 @@ pub(super) mod tests {
         ByLvm::new(fake.clone(), Steps { data: DATA, metadata: Growth::Never })
     }
 
+    fn soon() -> Hurry<'static> {
+        Box::pin(tokio::time::sleep(SOON))
+    }
+
     /// Others do what they can do now.
     async fn settle() {
         for _ in 0..4 {
@@ -328,7 +335,7 @@ pub(super) mod tests {
         assert_eq!(free(grower.group().await), Some(100), "it was waited for");
         settle().await;
         assert_eq!(grower.group_lately().map(|group| group.free), Some(Bytes(99)));
-        grower.extend(Kind::Metadata, Bytes(12)).await.unwrap();
+        grower.extend(Kind::Metadata, Bytes(12), soon()).await.unwrap();
         assert_eq!(*fake.extended.lock().unwrap(), [(Part::Metadata, 12)]);
         assert_eq!(free(grower.group().await), Some(98), "a group of before the extension");
         assert_eq!(fake.asked(), 3);
@@ -339,7 +346,10 @@ pub(super) mod tests {
         let fake = Fake::new(100, false);
         let grower = grower(&fake);
         assert_eq!(free(grower.group().await), Some(100));
-        assert_eq!(grower.extend(Kind::Data, Bytes(12)).await.unwrap_err().reason(), Reason::PoolFull);
+        assert_eq!(
+            grower.extend(Kind::Data, Bytes(12), soon()).await.unwrap_err().reason(),
+            Reason::PoolFull
+        );
         for _ in 0..3 {
             assert_eq!(grower.group().await.unwrap_err().reason(), Reason::PoolFull);
         }
@@ -380,11 +390,11 @@ pub(super) mod tests {
         assert_eq!(free(grower.group().await), Some(100));
         let hung = fake.extends.lock().await;
         let begun = Instant::now();
-        let said = grower.extend(Kind::Data, Bytes(12)).await.unwrap_err().to_string();
+        let said = grower.extend(Kind::Data, Bytes(12), soon()).await.unwrap_err().to_string();
         assert!(said.contains("has not extended the pool's data"), "{said}");
-        assert!(begun.elapsed() <= EXTENDS_WITHIN * 2, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() <= SOON * 3, "{:?}", begun.elapsed());
         let begun = Instant::now();
-        let said = grower.extend(Kind::Metadata, Bytes(12)).await.unwrap_err().to_string();
+        let said = grower.extend(Kind::Metadata, Bytes(12), soon()).await.unwrap_err().to_string();
         assert!(said.contains("at an extension"), "{said}");
         assert!(grower.group().await.is_err(), "what is free while it is being taken");
         assert_eq!(begun.elapsed(), Duration::ZERO);
@@ -392,7 +402,7 @@ pub(super) mod tests {
         settle().await;
         assert_eq!(*fake.extended.lock().unwrap(), [(Part::Data, 12)]);
         assert_eq!(free(grower.group().await), Some(99));
-        grower.extend(Kind::Metadata, Bytes(12)).await.unwrap();
+        grower.extend(Kind::Metadata, Bytes(12), soon()).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
@@ -402,7 +412,7 @@ pub(super) mod tests {
         let slow = fake.answers.lock().await;
         assert_eq!(grower.group_lately(), None);
         settle().await;
-        grower.extend(Kind::Data, Bytes(12)).await.unwrap();
+        grower.extend(Kind::Data, Bytes(12), soon()).await.unwrap();
         drop(slow);
         assert_eq!(free(grower.group().await), Some(99));
         assert_eq!(fake.asked(), 2);

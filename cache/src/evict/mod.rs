@@ -33,7 +33,7 @@ use cowshed_gc::evict::{
 };
 use tokio::time::Instant;
 
-pub use grow::{ByLvm, Grower, NoGrower, Steps};
+pub use grow::{ByLvm, Grower, Hurry, NoGrower, Steps};
 pub(crate) use occupancy::is_ours;
 pub(crate) use room::deadline;
 pub use room::{MakesRoom, NoRoom, admit};

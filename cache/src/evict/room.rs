@@ -154,6 +154,12 @@ impl Evictor {
         };
     }
 
+    /// Whether somebody waits for room.
+    pub(super) fn is_waited_for(&self) -> bool {
+        let latest = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.flight.as_ref().is_some_and(|(flight, _)| flight.peek().is_none())
+    }
+
     /// Joins the run for those who would be refused, or begins it. If there was nothing to be had lately that is the answer,
     /// whatever comes of it; then also after what time to ask again, if it is being looked at anew.
     fn join(self: &Arc<Self>, needed: Bytes) -> Result<Flight, (Vain, Option<Duration>)> {

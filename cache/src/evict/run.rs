@@ -6,9 +6,9 @@ use cowshed_gc::evict::{
     Action, Kind, Manifest, Occupancy, Outcome, Plan, Pool, Reason as Why, Room, Step, Target, Trigger,
 };
 use cowshed_leases::{Lease, LeaseId, UnixMicros};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
-use super::{Evictor, Growing, name_of};
+use super::{Evictor, Growing, name_of, pace::SHORTEST};
 use crate::{
     error::{Error, Reason, Result},
     keeping::Going,
@@ -16,6 +16,11 @@ use crate::{
 
 /// So long the removal of images waits for the spares before them.
 const SPARES_GO: Duration = Duration::from_secs(10);
+/// So long an extension is waited for where somebody waits for room, or the pool is about to be full. Then room is made without it,
+/// and it goes on.
+const EXTENDS_SOON: Duration = Duration::from_secs(10);
+/// The same where there is time.
+const EXTENDS: Duration = Duration::from_secs(120);
 /// What is left when steps came to nothing is planned so often.
 const ROUNDS: usize = 3;
 
@@ -144,7 +149,7 @@ impl Evictor {
         let (pool, lacking, outcome) = (plan.pool, plan.lacking, plan.outcome.clone());
         let mut report = Report { pool, lacking, steps: Vec::new(), outcome };
         for round in 1..=ROUNDS {
-            let fates = self.carry_out(&plan, &occupancy).await;
+            let fates = self.carry_out(&plan, &occupancy, trigger).await;
             if has_not_grown(&plan.steps, &fates) {
                 growing = Growing::Not;
             }
@@ -169,11 +174,11 @@ impl Evictor {
     }
 
     /// What became of each step; of none after one that was to let the pool grow, and did not: what there was is not enough then.
-    pub(super) async fn carry_out(&self, plan: &Plan, occupancy: &Occupancy) -> Vec<Fate> {
+    pub(super) async fn carry_out(&self, plan: &Plan, occupancy: &Occupancy, trigger: Trigger) -> Vec<Fate> {
         let mut fates = Vec::with_capacity(plan.steps.len());
         for step in &plan.steps {
             let Action::Extend { kind, to, .. } = step.action else { break };
-            let extended = self.grower.extend(kind, to).await;
+            let extended = self.grower.extend(kind, to, Box::pin(self.hurry(trigger, plan.pool))).await;
             // Who cannot be asked is not asked for more.
             let is_deaf = extended.as_ref().is_err_and(|error| error.reason() != Reason::PoolFull);
             fates.push(extended.map_or_else(|error| Fate::Failed(error.to_string()), |()| Fate::Done));
@@ -199,6 +204,18 @@ impl Evictor {
             self.settle(step, fates.last());
         }
         fates
+    }
+
+    /// Until an extension is not to be waited for any more, for what goes without it would have stayed: that long nobody is refused and
+    /// no write waits.
+    async fn hurry(&self, trigger: Trigger, pool: Pool) {
+        let begun = Instant::now();
+        let mut presses = matches!(trigger, Trigger::Admission(_)) || self.is_emergency(&pool);
+        while begun.elapsed() < if presses { EXTENDS_SOON } else { EXTENDS } {
+            tokio::time::sleep(SHORTEST).await;
+            presses |=
+                self.is_waited_for() || self.pool().await.is_ok_and(|(pool, _)| self.is_emergency(&pool));
+        }
     }
 
     /// Tells what became of a step; what it gives is on its way.

@@ -81,7 +81,7 @@ impl Evictor {
         self.has_reached(pool, pool.settled().used, Marks::high)
     }
 
-    fn is_emergency(&self, pool: &Pool) -> bool {
+    pub(super) fn is_emergency(&self, pool: &Pool) -> bool {
         self.has_reached(pool, pool.used, Marks::emergency)
     }
 
