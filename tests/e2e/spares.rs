@@ -285,11 +285,10 @@ fn refusal_with_scratch(image: &str, size_bytes: u64) -> Outcome<String> {
     Ok(offer.refusal.map(|refusal| refusal.reason).unwrap_or_default())
 }
 
-/// What another client has fetched, and unpacked elsewhere.
+/// What another client has fetched, and not unpacked.
 fn partial() -> Outcome {
     let app = image("app:1");
-    let pull_elsewhere = "ctr images pull --snapshotter overlayfs --hosts-dir /etc/containerd/certs.d";
-    sh(&format!("{pull_elsewhere} {app} > /dev/null"))?;
+    sh(&format!("ctr content fetch --hosts-dir /etc/containerd/certs.d {app} > /dev/null"))?;
     wait_for("it to be looked at", || {
         let offer = cowshed(&["offer", &app, "-o", "json"])?.json()?;
         same!(text(&offer, "/warmth")?, "partial", "{offer}");
