@@ -785,7 +785,8 @@ async fn an_extension_that_hangs_keeps_nothing_from_going() {
 
 #[tokio::test(start_paused = true)]
 async fn an_extension_that_hangs_is_not_waited_for_by_who_is_in_need() {
-    let need: [(&str, fn(&Host)); 2] = [
+    type Comes = fn(&Host);
+    let need: [(&str, Comes); 2] = [
         ("an emergency", |host| host.fill(TOTAL * 96 / 100)),
         ("somebody waits for room", |host| {
             let (evictor, full) = (host.evictor.clone(), Error::new(Reason::PoolFull, "full"));
