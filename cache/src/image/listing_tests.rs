@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::BTreeMap, path::Path, sync::Mutex, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Mutex};
 
-use axum::{Router, extract::Request, http, routing::post};
+use axum::{Router, extract::Request, routing::post};
 use containerd_client::{
     services::v1::{
         Image, Info, InfoRequest, InfoResponse, ListContentRequest, ListContentResponse, ListImagesRequest,
@@ -14,15 +14,12 @@ use containerd_client::{
     types,
 };
 use serde_json::{Value, json};
-use tonic::{Status, server::Grpc};
-use tonic_prost::ProstCodec;
+use tonic::Status;
 
 use super::*;
-use crate::{
-    containerd::Containerd,
-    image::{Checks, PullJournal, PullLimits, manifest::DOCUMENT_MAX_BYTES},
-    metrics::Metrics,
-    registry::Registries,
+use crate::image::{
+    containerd_fake::{served, stream, unary},
+    manifest::DOCUMENT_MAX_BYTES,
 };
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -123,41 +120,6 @@ fn entry(media_type: &str, digest: &Digest, architecture: Option<&str>) -> Value
     json!({ "mediaType": media_type, "digest": digest.to_string(), "size": 1, "platform": platform })
 }
 
-/// Answers a call without a stream.
-async fn unary<In, Out>(
-    request: Request,
-    answer: impl FnOnce(In) -> Result<Out, Status> + Clone + Send + 'static,
-) -> http::Response<tonic::body::Body>
-where
-    In: prost::Message + Default + Send + 'static,
-    Out: prost::Message + Default + Send + 'static,
-{
-    let service = tower::service_fn(move |request: tonic::Request<In>| {
-        let answer = answer.clone();
-        async move { answer(request.into_inner()).map(tonic::Response::new) }
-    });
-    Grpc::new(ProstCodec::<Out, In>::default()).unary(service, request).await
-}
-
-/// Answers one with a stream.
-async fn stream<In, Out>(
-    request: Request,
-    answer: impl FnOnce(In) -> Result<Vec<Out>, Status> + Clone + Send + 'static,
-) -> http::Response<tonic::body::Body>
-where
-    In: prost::Message + Default + Send + 'static,
-    Out: prost::Message + Default + Send + 'static,
-{
-    let service = tower::service_fn(move |request: tonic::Request<In>| {
-        let answer = answer.clone();
-        async move {
-            let messages = answer(request.into_inner())?.into_iter().map(Ok::<_, Status>);
-            Ok::<_, Status>(tonic::Response::new(tokio_stream::iter(messages)))
-        }
-    });
-    Grpc::new(ProstCodec::<Out, In>::default()).server_streaming(service, request).await
-}
-
 fn containerd(store: &Arc<Store>) -> Router {
     let [images, infos, lists, reads] = [(); 4].map(|()| store.clone());
     let images =
@@ -181,36 +143,8 @@ fn containerd(store: &Arc<Store>) -> Router {
         .route("/containerd.services.snapshots.v1.Snapshots/Stat", post(stat))
 }
 
-struct NoJournal;
-
-#[async_trait::async_trait]
-impl PullJournal for NoJournal {
-    async fn begin(&self, _lease: &str, _image: &str) -> Result<()> {
-        Ok(())
-    }
-
-    async fn end(&self, _lease: &str) -> Result<()> {
-        Ok(())
-    }
-}
-
 fn images(store: &Arc<Store>, directory: &Path) -> Images {
-    // Another test may have done it.
-    let _done = rustls::crypto::ring::default_provider().install_default();
-    let socket = directory.join("containerd.sock");
-    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let server =
-        tonic::transport::Server::builder().add_routes(tonic::service::Routes::from(containerd(store)));
-    tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener)));
-    let patience = Duration::from_secs(20);
-    Images::new(
-        Arc::new(Containerd::new(socket, "n".to_owned(), "s".to_owned(), patience)),
-        Registries::new(directory.to_owned(), directory.join("config.json"), patience, patience, 0),
-        Arc::new(NoJournal),
-        Arc::new(Metrics::new().unwrap()),
-        PullLimits::default(),
-        Checks::default(),
-    )
+    served(containerd(store), directory)
 }
 
 /// Platforms and manifests, as they are listed.

@@ -3,6 +3,8 @@
 mod access;
 mod brake;
 mod catalogue;
+#[cfg(test)]
+mod containerd_fake;
 mod digest;
 mod documents;
 mod facts;

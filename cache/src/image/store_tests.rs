@@ -13,14 +13,12 @@ use tonic_prost::ProstCodec;
 
 use super::*;
 use crate::{
-    containerd::Containerd,
     image::{
-        Checks, Images, PullJournal, PullLimits,
+        containerd_fake::{served, unary},
         gate::{Terms, Traffic},
         tap::tap,
     },
-    metrics::Metrics,
-    registry::{Credential, Registries},
+    registry::Credential,
 };
 
 const BLOB: &[u8] = b"what is another tenant's";
@@ -37,22 +35,6 @@ fn note(log: &Log, what: &'static str) {
 enum Finished {
     BeforeTheWrite,
     BeforeTheCommit,
-}
-
-/// A call without a stream.
-async fn unary<In, Out>(
-    request: Request,
-    answer: impl FnOnce(In) -> Result<Out, Status> + Clone + Send + 'static,
-) -> http::Response<tonic::body::Body>
-where
-    In: prost::Message + Default + Send + 'static,
-    Out: prost::Message + Default + Send + 'static,
-{
-    let service = tower::service_fn(move |request: tonic::Request<In>| {
-        let answer = answer.clone();
-        async move { answer(request.into_inner()).map(tonic::Response::new) }
-    });
-    Grpc::new(ProstCodec::<Out, In>::default()).unary(service, request).await
 }
 
 /// A content store in which the blob is another tenant's as soon as it is there, who had it from `owners`.
@@ -108,19 +90,6 @@ fn content_store(log: &Log, finished: Finished, owners: &str) -> Router {
         .route("/containerd.services.leases.v1.Leases/AddResource", post(hold))
 }
 
-struct NoJournal;
-
-#[async_trait::async_trait]
-impl PullJournal for NoJournal {
-    async fn begin(&self, _lease: &str, _image: &str) -> Result<()> {
-        Ok(())
-    }
-
-    async fn end(&self, _lease: &str) -> Result<()> {
-        Ok(())
-    }
-}
-
 /// What comes of it that a tenant fetches the blob from a registry that serves `sent` for it, while another one, who had it from
 /// `owners` (or from the same registry), finishes it; what was seen, and whether what had arrived is read again.
 async fn fetched(
@@ -128,8 +97,6 @@ async fn fetched(
     sent: &'static [u8],
     owners: Option<&str>,
 ) -> (Result<Cache>, Vec<&'static str>, bool) {
-    // Another test may have done it.
-    let _done = rustls::crypto::ring::default_provider().install_default();
     let (log, directory) = (Log::default(), tempfile::tempdir().unwrap());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let authority = listener.local_addr().unwrap().to_string();
@@ -151,22 +118,7 @@ async fn fetched(
     std::fs::create_dir(&hosts).unwrap();
     std::fs::write(hosts.join("hosts.toml"), format!("server = \"http://{authority}\"\n")).unwrap();
 
-    let socket = directory.path().join("containerd.sock");
-    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let routes = tonic::service::Routes::from(content_store(&log, finished, owners.unwrap_or(&authority)));
-    let server = tonic::transport::Server::builder().add_routes(routes);
-    tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener)));
-
-    let patience = Duration::from_secs(20);
-    let none = directory.path().join("config.json");
-    let images = Images::new(
-        Arc::new(Containerd::new(socket, "n".to_owned(), "s".to_owned(), patience)),
-        Registries::new(directory.path().to_owned(), none, patience, patience, 0),
-        Arc::new(NoJournal),
-        Arc::new(Metrics::new().unwrap()),
-        PullLimits::default(),
-        Checks::default(),
-    );
+    let images = served(content_store(&log, finished, owners.unwrap_or(&authority)), directory.path());
     let image = ImageRef::parse(&format!("{authority}/x:1")).unwrap();
     let credential = Credential::Password { user: "b".to_owned(), password: "b".to_owned() };
     let access = Access { tenant: "b".parse().unwrap(), credential: Some(credential), ..Access::default() };
