@@ -674,6 +674,21 @@ async fn who_comes_when_nothing_can_be_removed_in_an_emergency_is_told_at_once()
     host.make().await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_the_watch_has_found_out_counts_until_it_looks_again() {
+    let host = host();
+    host.fill(TOTAL * 99 / 100);
+    host.evictor.remember(&host.run().await);
+    host.store.put("late", 100, 9 * DAY);
+    tokio::time::advance(pace::LONGEST).await;
+    let refused = host.make().await.unwrap_err();
+    assert!(refused.to_string().contains("lacking: "), "it was waited for: {refused}");
+    // It is looked at behind the answer.
+    while !host.store.names().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Those who wait for the same, and those who come after one in vain.
 #[tokio::test]
 async fn each_is_refused_by_words_of_his_own() {
